@@ -1,0 +1,32 @@
+"""One error hierarchy: every error a user can cause is a `ParityError` whose message is one line.
+
+A message says what was found, what was expected and what to do. The command line prints it and exits with 2.
+"""
+
+
+class ParityError(Exception):
+    """Root of all errors that resnet-parity raises on purpose."""
+
+
+class SpecError(ParityError, ValueError):
+    """A specification is invalid, contradictory or unknown."""
+
+
+class WeightsError(ParityError, ValueError):
+    """Weights do not fit their specification, or their file is damaged."""
+
+
+class InputError(ParityError, ValueError):
+    """Images or their size cannot be used."""
+
+
+class RecordError(ParityError, ValueError):
+    """A record is damaged, or two records cannot be compared."""
+
+
+class BackendError(ParityError, RuntimeError):
+    """A backend failed while it ran: an exception inside it, or its process ended."""
+
+
+class BackendMissing(BackendError, ImportError):
+    """The framework of a backend is not installed."""

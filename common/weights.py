@@ -1,0 +1,340 @@
+"""Canonical weights: a mapping from canonical name to NumPy array, names and shapes as the layer walk gives them.
+
+Convolution kernels are HWIO, dense kernels (in, out), everything else is a vector of channels. On disk: safetensors
+with the spec in the metadata.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from common import architectures
+from common.architectures import Spec
+from common.architectures.layers import Layer, Shape
+from common.errors import ParityError, SpecError, WeightsError
+
+Weights = Mapping[str, np.ndarray]
+Scheme = Literal["kaiming_fan_out", "glorot_uniform", "lecun_normal"]
+
+_FORMAT = "resnet-parity weights 1"
+
+
+class LazyWeights(Mapping[str, np.ndarray]):
+    """Weights that are read or converted one tensor at a time, so that a port never holds a third copy."""
+
+    def __init__(self, getters: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._getters = getters
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._getters[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._getters)
+
+    def __len__(self) -> int:
+        return len(self._getters)
+
+
+def shapes(spec: Spec) -> dict[str, Shape]:
+    """Every canonical name of the spec's weights with its shape, in walk order."""
+    return {name: shape for layer in spec.layers for name, shape in layer.arrays.items()}
+
+
+def validate(spec: Spec, weights: Weights) -> None:
+    """Check that `weights` are exactly those of `spec`: names, shapes, floating point, finite.
+
+    Raises `WeightsError` naming the tensors that are missing, unexpected, misshapen or not finite.
+    """
+    expected = shapes(spec)
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    if missing or unexpected:
+        parts = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise WeightsError(f"the weights are not this spec's: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        array = weights[name]
+        if array.shape != shape:
+            raise WeightsError(f"{name} has shape {array.shape}; the spec expects {shape}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise WeightsError(f"{name} has dtype {array.dtype}; expected a floating-point type")
+        if not np.isfinite(array).all():
+            bad = int(np.size(array) - np.isfinite(array).sum())
+            raise WeightsError(f"{name} has {bad} values that are NaN or infinite, of {array.size}")
+
+
+def init(
+    spec: Spec,
+    seed: int = 0,
+    scheme: Scheme = "kaiming_fan_out",
+    *,
+    zero_gamma: bool = False,
+    dtype: str = "float32",
+) -> dict[str, np.ndarray]:
+    """Weights to start training from, the same numbers for every backend.
+
+    `scheme`: ``kaiming_fan_out`` (He et al. 2015, arXiv:1502.01852: normal, variance 2 / fan_out; dense uniform in
+    ±1 / sqrt(fan_in), as torchvision), ``glorot_uniform`` (Glorot and Bengio 2010: ±sqrt(6 / (fan_in + fan_out)),
+    Keras) or ``lecun_normal`` (truncated normal, variance 1 / fan_in, Flax). `zero_gamma` sets the scale of the last
+    norm before every addition to zero (Goyal et al. 2017, arXiv:1706.02677, section 5.1). Raises `WeightsError`
+    for an unknown scheme.
+    """
+    if scheme not in get_args(Scheme):
+        raise WeightsError(f"scheme={scheme!r} is unknown; expected one of {', '.join(get_args(Scheme))}")
+    zeroed = _norms_before_addition(spec) if zero_gamma else set()
+    weights: dict[str, np.ndarray] = {}
+    for layer, name, shape in _arrays(spec):
+        role = name.removeprefix(f"{layer.path}.")
+        if role == "kernel":
+            value = _initial_kernel(_generator(seed, name), layer, shape, scheme)
+        elif role in ("scale", "var"):
+            value = np.full(shape, 0.0 if role == "scale" and layer.path in zeroed else 1.0)
+        elif layer.kind == "dense" and scheme == "kaiming_fan_out":
+            value = _generator(seed, name).uniform(-1, 1, shape) / sqrt(_fans(weights[f"{layer.path}.kernel"].shape)[0])
+        else:
+            value = np.zeros(shape)
+        weights[name] = value.astype(dtype)
+    return weights
+
+
+def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """Weights for comparing implementations: every value of every tensor is distinct, random and not a default.
+
+    Kernels keep the variance of what they read, so that the network neither dies out nor overflows at any depth.
+    Values use all bits of float64: a backend that stores weights in float32 cannot hide.
+    """
+    damped = _norms_before_addition(spec)
+    weights: dict[str, np.ndarray] = {}
+    for layer, name, shape in _arrays(spec):
+        generator = _generator(seed, name)
+        role = name.removeprefix(f"{layer.path}.")
+        if role == "kernel":
+            value = generator.standard_normal(shape) * sqrt((2 if layer.kind == "conv" else 1) / _fans(shape)[0])
+        elif role == "scale":
+            value = generator.uniform(0.5, 1.5, shape) * (0.3 if layer.path in damped else 1.0)
+        elif role == "var":
+            value = generator.uniform(0.5, 1.5, shape)
+        else:
+            value = generator.normal(0.0, 0.2, shape)
+        weights[name] = value.astype(dtype)
+    return weights
+
+
+def integers(spec: Spec, seed: int = 0, *, limit: int = 2**24) -> dict[str, np.ndarray]:
+    """Small integer weights under which every sum in the network stays below `limit`, so that float32 is exact.
+
+    `spec` is one without rounding layers (`exact_twin`), its images integers in 0 … 15. The bound is carried through
+    the walk channel by channel; a kernel reads only channels whose bound leaves room for what follows.
+    """
+    bounds: dict[str, np.ndarray] = {"input": np.full(spec.in_channels, 15.0)}
+    weights: dict[str, np.ndarray] = {}
+    # Every value that is read may be doubled once and added a few hundred times before the limit is reached.
+    readable = limit / 2**10
+    for layer in spec.layers:
+        bound = bounds[layer.inputs[0]]
+        for name, shape in layer.arrays.items():
+            generator = _generator(seed, name)
+            if not name.endswith(".kernel"):
+                weights[name] = generator.integers(-2, 3, shape).astype(np.float32)
+                continue
+            kernel = _integer_kernel(generator, layer, shape, bound <= readable)
+            weights[name] = kernel.astype(np.float32)
+            magnitude = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(axis=0)
+            groups = getattr(layer, "groups", 1)
+            per_group = np.split(magnitude, groups, axis=1)
+            output = np.concatenate(
+                [part @ side for part, side in zip((p.T for p in per_group), np.split(bound, groups), strict=True)]
+            )
+            bounds[layer.path] = output + 2
+        if layer.path in bounds:
+            continue
+        if layer.kind == "add":
+            bounds[layer.path] = bound + bounds[layer.inputs[1]]
+        elif layer.kind == "zero_pad":
+            bounds[layer.path] = np.pad(bound, (0, layer.output_shape((1, 1, bound.size))[-1] - bound.size))
+        elif layer.kind == "flatten":
+            bounds[layer.path] = np.tile(bound, _flattened_pixels(spec, layer))
+        else:
+            bounds[layer.path] = bound
+    worst = max(bounds, key=lambda path: bounds[path].max())
+    if bounds[worst].max() >= limit:
+        raise WeightsError(f"integer weights may reach {bounds[worst].max():.0f} at {worst}; the limit is {limit}")
+    return weights
+
+
+def perturb(weights: Weights, seed: int) -> Weights:
+    """The same weights with every value moved by -1, 0 or +1 unit in the last place, at random."""
+    return LazyWeights({name: _perturbed(weights, name, seed) for name in weights})
+
+
+def perturb_array(array: np.ndarray, seed: int, name: str) -> np.ndarray:
+    """`array` with every value moved by -1, 0 or +1 unit in its last place, at random."""
+    steps = _generator(seed, name).integers(-1, 2, array.shape, dtype=np.int8)
+    return array + steps * np.spacing(array)
+
+
+def digest(arrays: Weights) -> str:
+    """A digest of names, shapes, dtypes and values, the same for the same arrays in any order."""
+    total = blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        total.update(array.reshape(-1).view(np.uint8))
+    return total.hexdigest()
+
+
+def save(path: Path | str, spec: Spec, weights: Weights) -> None:
+    """Write canonical weights; beside the target first, then renamed. Raises `WeightsError`."""
+    validate(spec, weights)
+    metadata = {"format": _FORMAT, "spec": architectures.to_json(spec)}
+    arrays = {name: np.ascontiguousarray(weights[name]) for name in shapes(spec)}
+    with written(Path(path), WeightsError) as beside:
+        save_file(arrays, beside, metadata)
+
+
+def load(path: Path | str) -> tuple[Spec, Weights]:
+    """Spec and weights of a canonical file, memory-mapped: a tensor is read when it is asked for.
+
+    Raises `WeightsError` for a file that is missing, truncated or no canonical file, and for tensors that are not
+    exactly those of the spec inside.
+    """
+    path = Path(path)
+    try:
+        file = safe_open(path, framework="numpy")
+        metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as safetensors: {_reason(error)}") from None
+    if metadata.get("format") != _FORMAT:
+        found = metadata.get("format")
+        raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {_FORMAT!r}")
+    try:
+        spec = architectures.from_json(metadata.get("spec", ""))
+        weights = LazyWeights({name: _getter(file, name) for name in file.keys()})
+        validate(spec, weights)
+    except SpecError as error:
+        raise WeightsError(f"{path}: the spec inside is damaged: {error}") from None
+    except (WeightsError, SafetensorError) as error:
+        raise WeightsError(f"{path}: {_reason(error)}") from None
+    return spec, weights
+
+
+@contextmanager
+def written(path: Path, error_type: type[ParityError]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends well, and goes away when it does not.
+
+    Raises `error_type` where the file cannot be written, a full disk included.
+    """
+    beside: str | None = None
+    try:
+        descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        yield Path(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+        beside = None
+    except (OSError, SafetensorError) as error:
+        raise error_type(f"{path}: cannot be written: {_reason(error)}; nothing was left there") from None
+    finally:
+        if beside is not None and os.path.exists(beside):
+            os.unlink(beside)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:
+    return lambda: file.get_tensor(name)
+
+
+def _perturbed(weights: Weights, name: str, seed: int) -> Callable[[], np.ndarray]:
+    return lambda: perturb_array(weights[name], seed, name)
+
+
+def _arrays(spec: Spec) -> Iterator[tuple[Layer, str, Shape]]:
+    for layer in spec.layers:
+        for name, shape in layer.arrays.items():
+            yield layer, name, shape
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    """A stream of its own for every tensor, so that no value depends on the order or number of the others."""
+    return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+
+
+def _fans(kernel: Shape) -> tuple[int, int]:
+    """(fan_in, fan_out) of an HWIO or (in, out) kernel; groups already shorten its input axis."""
+    window = prod(kernel[:-2])
+    return window * kernel[-2], window * kernel[-1]
+
+
+def _initial_kernel(generator: np.random.Generator, layer: Layer, shape: Shape, scheme: Scheme) -> np.ndarray:
+    fan_in, fan_out = _fans(shape)
+    if scheme == "glorot_uniform":
+        return generator.uniform(-1, 1, shape) * sqrt(6 / (fan_in + fan_out))
+    if scheme == "lecun_normal":
+        return _truncated_normal(generator, shape) * sqrt(1 / fan_in)
+    if layer.kind == "dense":
+        return generator.uniform(-1, 1, shape) / sqrt(fan_in)
+    return generator.standard_normal(shape) * sqrt(2 / fan_out)
+
+
+def _truncated_normal(generator: np.random.Generator, shape: Shape) -> np.ndarray:
+    """Standard normal cut at two deviations and scaled back to unit variance, as JAX and Keras do."""
+    values = generator.standard_normal(shape)
+    while (outside := np.abs(values) > 2).any():
+        values[outside] = generator.standard_normal(int(outside.sum()))
+    return values / 0.87962566103423978
+
+
+def _norms_before_addition(spec: Spec) -> set[str]:
+    """Norms that end the residual branch of a block: the first of what an addition reads."""
+    norms = {layer.path for layer in spec.layers if layer.kind == "norm"}
+    return {layer.inputs[0] for layer in spec.layers if layer.kind == "add"} & norms
+
+
+def _integer_kernel(
+    generator: np.random.Generator, layer: Layer, shape: Shape, readable: np.ndarray
+) -> np.ndarray:
+    """Kernel of zeros with up to two entries of ±1 for every output channel, on readable input channels only."""
+    kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.int64)
+    groups = readable.size // shape[-2]
+    per_group = shape[-1] // groups
+    for output in range(shape[-1]):
+        group = output // per_group
+        channels = np.flatnonzero(readable[group * shape[-2] : (group + 1) * shape[-2]])
+        if channels.size:
+            for _ in range(2):
+                kernel[generator.integers(kernel.shape[0]), generator.choice(channels), output] = generator.choice((-1, 1))
+    return kernel.reshape(shape)
+
+
+def _flattened_pixels(spec: Spec, layer: Layer) -> int:
+    after = next(other for other in spec.layers if layer.path in other.inputs)
+    height, width, _ = after.flattened  # type: ignore[attr-defined]
+    return height * width
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
