@@ -1,10 +1,29 @@
-"""The Backend protocol: how a framework is asked to run a network. (The process around it is common/worker.py.)"""
+"""Backends: the protocol a framework follows, the columns there are, and one process for each.
 
-from typing import Any, Protocol
+A framework is loaded only in a process of its own, and at most one in a process: their threads, global settings and
+native libraries disturb each other. The process that asks imports none of them. What runs inside is common/worker.py.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from common import errors
 from common.architectures import Spec
+from common.errors import BackendCrashed, BackendError, BackendMissing, ParityError
 from common.weights import Weights
 
 
@@ -44,3 +63,174 @@ class Backend(Protocol):
         - with `gradients`: ``grad/<name>`` of the loss for every parameter, and ``grad/input``.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a comparison: a framework, and for Keras the engine below it."""
+
+    probe: str  # module whose start(threads) returns the Backend
+    requires: tuple[str, ...]  # modules that must be installed
+    extra: str  # of the distribution, that installs them
+    environment: Mapping[str, str] = field(default_factory=dict)
+    # False where the framework itself computes parts of a float64 network in float32 (NUMERICS: Keras 3 caps
+    # backend.result_type at 32 bits on its jax and torch backends). Such a column is held to level L2.
+    float64: bool = True
+
+
+COLUMNS: dict[str, Column] = {
+    "torch": Column(probe="resnet_torch.probe", requires=("torch",), extra="torch"),
+    "keras:tensorflow": Column(
+        probe="resnet_keras.probe",
+        requires=("keras", "tensorflow"),
+        extra="keras",
+        environment={"KERAS_BACKEND": "tensorflow"},
+    ),
+    "keras:jax": Column(
+        probe="resnet_keras.probe",
+        requires=("keras", "jax"),
+        extra="keras,flax",
+        environment={"KERAS_BACKEND": "jax"},
+        float64=False,
+    ),
+    "keras:torch": Column(
+        probe="resnet_keras.probe",
+        requires=("keras", "torch"),
+        extra="keras,torch",
+        environment={"KERAS_BACKEND": "torch"},
+        float64=False,
+    ),
+    "flax": Column(probe="resnet_flax.probe", requires=("jax", "flax", "optax"), extra="flax"),
+}
+ALIASES = {"keras": "keras:tensorflow"}
+
+
+def resolve(name: str) -> str:
+    """The column's full name. Raises `BackendError` for an unknown one, `BackendMissing` for one not installed."""
+    full = ALIASES.get(name, name)
+    if full not in COLUMNS:
+        near = get_close_matches(name, [*COLUMNS, *ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COLUMNS)}"
+        raise BackendError(f"unknown backend {name!r}; {hint}")
+    column = COLUMNS[full]
+    missing = [module for module in column.requires if find_spec(module) is None]
+    if missing:
+        what = " and ".join(missing)
+        raise BackendMissing(f"backend {full}: {what} not installed; run: pip install 'resnet-parity[{column.extra}]'")
+    return full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a process says when it has done what it was asked."""
+
+    seconds: dict[str, float]  # by what the time went into
+    peak_bytes: int  # of the whole process, so far
+
+
+class Worker:
+    """A process that holds one framework and does one request after another; a context manager.
+
+    `threads` is the number of threads that the framework may use.
+    """
+
+    def __init__(self, name: str, threads: int = 1) -> None:
+        """Start the process; it imports the framework while the caller goes on. Raises as `resolve`."""
+        self.name = resolve(name)
+        self.threads = threads
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes = 0
+        self._step = "starting"
+        self._log = tempfile.TemporaryFile("w+b")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "common.worker", self.name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(COLUMNS[self.name], threads),
+            # Ctrl-C goes to this process, which then ends the others in its own order.
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                stream.close()
+
+    def ask(
+        self, operation: str, arguments: Mapping[str, Any], progress: Callable[[str], None] = lambda step: None
+    ) -> Reply:
+        """Have the process do `operation` and wait for it; `progress` hears of each step it begins.
+
+        Raises the `ParityError` that was raised in the process, or `BackendCrashed` if the process ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        started = time.perf_counter()
+        try:
+            self._process.stdin.write(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise self._crashed() from None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if message["event"] == "step":
+                self._step = message["step"]
+                progress(self._step)
+            elif message["event"] == "done":
+                reply = Reply(seconds=message["seconds"], peak_bytes=message["peak_bytes"])
+                for what, seconds in reply.seconds.items():
+                    self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+                self.seconds["in all"] = self.seconds.get("in all", 0.0) + time.perf_counter() - started
+                self.peak_bytes = max(self.peak_bytes, reply.peak_bytes)
+                return reply
+            else:
+                raise _remote_error(self.name, message)
+        raise self._crashed()
+
+    def _crashed(self) -> BackendCrashed:
+        code = self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        last = f"its last output: {lines[-1][:300]}" if lines else "it printed nothing"
+        return BackendCrashed(f"backend {self.name}: its process {how} while {self._step}; {last}")
+
+
+def _remote_error(name: str, message: Mapping[str, str]) -> ParityError:
+    cls = getattr(errors, message["kind"], None)
+    if cls is not None:
+        return cls(message["message"])
+    return BackendError(f"backend {name}: {message['kind']}: {message['message']}")
+
+
+def _environment(column: Column, threads: int) -> dict[str, str]:
+    """Settings that a framework reads when it is imported, so that they must be there before."""
+    environment = os.environ | dict(column.environment)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(threads)
+    environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "PYTHONUNBUFFERED": "1"}
+    # The packages of this distribution must be found where the asking process found them.
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

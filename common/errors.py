@@ -30,3 +30,7 @@ class BackendError(ParityError, RuntimeError):
 
 class BackendMissing(BackendError, ImportError):
     """The framework of a backend is not installed."""
+
+
+class BackendCrashed(BackendError):
+    """The process of a backend ended before it answered: a crash, or a signal from outside."""

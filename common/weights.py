@@ -4,12 +4,8 @@ Convolution kernels are HWIO, dense kernels (in, out), everything else is a vect
 with the spec in the metadata.
 """
 
-import json
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from hashlib import blake2b
 from math import prod, sqrt
 from pathlib import Path
@@ -21,8 +17,10 @@ from safetensors.numpy import save_file
 
 from common import architectures
 from common.architectures import Spec
-from common.architectures.layers import Layer, Shape
-from common.errors import ParityError, SpecError, WeightsError
+from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
+from common.errors import SpecError, WeightsError
+from common.files import reason, written
+from common.levels import EXACT_INTEGER
 
 Weights = Mapping[str, np.ndarray]
 Scheme = Literal["kaiming_fan_out", "glorot_uniform", "lecun_normal"]
@@ -60,7 +58,9 @@ def validate(spec: Spec, weights: Weights) -> None:
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     if missing or unexpected:
-        parts = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        parts = [
+            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
         raise WeightsError(f"the weights are not this spec's: {'; '.join(parts)}")
     for name, shape in expected.items():
         array = weights[name]
@@ -130,45 +130,47 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
     return weights
 
 
-def integers(spec: Spec, seed: int = 0, *, limit: int = 2**24) -> dict[str, np.ndarray]:
-    """Small integer weights under which every sum in the network stays below `limit`, so that float32 is exact.
+def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
+    """Small integer weights under which float32 computes the network exactly, whatever the order of its sums.
 
-    `spec` is one without rounding layers (`exact_twin`), its images integers in 0 … 15. The bound is carried through
-    the walk channel by channel; a kernel reads only channels whose bound leaves room for what follows.
+    `spec` is one without rounding layers (`exact_twin`), its images integers in 0 … 15. A bound on the values of every
+    channel is carried through the walk; each kernel gets as many entries of ±1 as a budget allows that grows evenly
+    from the image to the last layer. Raises `WeightsError` if a sum could still reach 2^24.
     """
-    bounds: dict[str, np.ndarray] = {"input": np.full(spec.in_channels, 15.0)}
+    limit, entries = float(EXACT_INTEGER), 8
+    bounds: dict[str, np.ndarray] = {INPUT: np.full(spec.in_channels, 15.0)}
     weights: dict[str, np.ndarray] = {}
-    # Every value that is read may be doubled once and added a few hundred times before the limit is reached.
-    readable = limit / 2**10
-    for layer in spec.layers:
+    before_addition = {layer.inputs[0] for layer in spec.layers if layer.kind == "add"}
+    for index, layer in enumerate(spec.layers):
         bound = bounds[layer.inputs[0]]
-        for name, shape in layer.arrays.items():
-            generator = _generator(seed, name)
-            if not name.endswith(".kernel"):
-                weights[name] = generator.integers(-2, 3, shape).astype(np.float32)
-                continue
-            kernel = _integer_kernel(generator, layer, shape, bound <= readable)
-            weights[name] = kernel.astype(np.float32)
-            magnitude = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(axis=0)
-            groups = getattr(layer, "groups", 1)
-            per_group = np.split(magnitude, groups, axis=1)
-            output = np.concatenate(
-                [part @ side for part, side in zip((p.T for p in per_group), np.split(bound, groups), strict=True)]
-            )
-            bounds[layer.path] = output + 2
-        if layer.path in bounds:
-            continue
-        if layer.kind == "add":
+        if layer.kind in ("conv", "dense"):
+            budget = 2 ** (4 + 18 * (index + 1) / len(spec.layers))
+            count = int(np.clip(budget // np.median(bound), 1, entries))
+            for name, shape in layer.arrays.items():
+                generator = _generator(seed, name)
+                if not name.endswith(".kernel"):
+                    weights[name] = generator.integers(1, 4, shape).astype(np.float32)
+                    continue
+                # A branch adds to a quarter of the channels, or the sums would double with every block.
+                share = 0.25 if layer.path in before_addition else 1.0
+                kernel = _integer_kernel(generator, shape, bound, count, share)
+                weights[name] = kernel.astype(np.float32)
+                groups = bound.size // shape[-2]
+                reach = np.abs(kernel).reshape(-1, *shape[-2:]).sum(axis=0)
+                sides = zip(np.split(reach, groups, axis=1), np.split(bound, groups), strict=True)
+                bounds[layer.path] = np.concatenate([side @ part for part, side in sides]) + 3
+        elif layer.kind == "add":
             bounds[layer.path] = bound + bounds[layer.inputs[1]]
-        elif layer.kind == "zero_pad":
-            bounds[layer.path] = np.pad(bound, (0, layer.output_shape((1, 1, bound.size))[-1] - bound.size))
+        elif isinstance(layer, ZeroPadShortcut):
+            bounds[layer.path] = np.pad(bound, (0, layer.channels - bound.size))
         elif layer.kind == "flatten":
-            bounds[layer.path] = np.tile(bound, _flattened_pixels(spec, layer))
+            pixels = next(x.in_features for x in spec.layers if isinstance(x, Dense) and layer.path in x.inputs)
+            bounds[layer.path] = np.tile(bound, pixels // bound.size)
         else:
             bounds[layer.path] = bound
-    worst = max(bounds, key=lambda path: bounds[path].max())
+    worst = max(bounds, key=lambda path: float(bounds[path].max()))
     if bounds[worst].max() >= limit:
-        raise WeightsError(f"integer weights may reach {bounds[worst].max():.0f} at {worst}; the limit is {limit}")
+        raise WeightsError(f"integer weights may reach {bounds[worst].max():.0f} at {worst}; the limit is {limit:.0f}")
     return weights
 
 
@@ -213,7 +215,7 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
         file = safe_open(path, framework="numpy")
         metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors: {_reason(error)}") from None
+        raise WeightsError(f"{path}: cannot be read as safetensors: {reason(error)}") from None
     if metadata.get("format") != _FORMAT:
         found = metadata.get("format")
         raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {_FORMAT!r}")
@@ -224,43 +226,8 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
     except SpecError as error:
         raise WeightsError(f"{path}: the spec inside is damaged: {error}") from None
     except (WeightsError, SafetensorError) as error:
-        raise WeightsError(f"{path}: {_reason(error)}") from None
+        raise WeightsError(f"{path}: {reason(error)}") from None
     return spec, weights
-
-
-@contextmanager
-def written(path: Path, error_type: type[ParityError]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well, and goes away when it does not.
-
-    Raises `error_type` where the file cannot be written, a full disk included.
-    """
-    beside: str | None = None
-    try:
-        descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        yield Path(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-        beside = None
-    except (OSError, SafetensorError) as error:
-        raise error_type(f"{path}: cannot be written: {_reason(error)}; nothing was left there") from None
-    finally:
-        if beside is not None and os.path.exists(beside):
-            os.unlink(beside)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:
@@ -314,25 +281,20 @@ def _norms_before_addition(spec: Spec) -> set[str]:
 
 
 def _integer_kernel(
-    generator: np.random.Generator, layer: Layer, shape: Shape, readable: np.ndarray
+    generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
 ) -> np.ndarray:
-    """Kernel of zeros with up to two entries of ±1 for every output channel, on readable input channels only."""
+    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, each anywhere in the window
+    and on one of the input channels with the smaller half of the bounds."""
     kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.int64)
-    groups = readable.size // shape[-2]
-    per_group = shape[-1] // groups
-    for output in range(shape[-1]):
-        group = output // per_group
-        channels = np.flatnonzero(readable[group * shape[-2] : (group + 1) * shape[-2]])
-        if channels.size:
-            for _ in range(2):
-                kernel[generator.integers(kernel.shape[0]), generator.choice(channels), output] = generator.choice((-1, 1))
+    groups = bound.size // shape[-2]
+    outputs = np.flatnonzero(generator.random(shape[-1]) < share)
+    small = np.argsort(bound.reshape(groups, -1), axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
+    for _ in range(count):
+        picks = generator.integers(0, small.shape[1], outputs.size)
+        channels = small[outputs * groups // shape[-1], picks]
+        places = generator.integers(0, kernel.shape[0], outputs.size)
+        kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
     return kernel.reshape(shape)
-
-
-def _flattened_pixels(spec: Spec, layer: Layer) -> int:
-    after = next(other for other in spec.layers if layer.path in other.inputs)
-    height, width, _ = after.flattened  # type: ignore[attr-defined]
-    return height * width
 
 
 def _some(names: list[str], most: int = 4) -> str:

@@ -88,9 +88,7 @@ class Window(Layer):
 
     def spatial_padding(self, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)) for an input of `shape`."""
-        height, width = (
-            window_padding(n, self.kernel, self.stride, self.dilation, self.padding) for n in shape[:2]
-        )
+        height, width = (window_padding(n, self.kernel, self.stride, self.dilation, self.padding) for n in shape[:2])
         return height, width
 
     def spatial_output(self, shape: Shape) -> tuple[int, int]:

@@ -184,7 +184,11 @@ class ResNetSpec:
         if self.head != "none" and self.head_pool == "none":
             raise _invalid("head_pool", "none", f"average, max or flatten with head {self.head}")
         if (self.head_pool == "flatten") != bool(self.input_size):
-            expected = "height and width with head_pool flatten" if not self.input_size else "empty unless head_pool is flatten"
+            expected = (
+                "height and width with head_pool flatten"
+                if not self.input_size
+                else "empty unless head_pool is flatten"
+            )
             raise _invalid("input_size", self.input_size, expected)
         if self.input_size:
             try:
@@ -219,7 +223,9 @@ class ResNetSpec:
                 kept = len(self.blocks) - 1 - last
                 return self.replace(replace_stride_with_dilation=(False,) * kept + (True,) * last)
             stride //= 2
-        raise _invalid("output_stride", output_stride, f"the network's stride or a half, quarter, … down to {stride * 2}")
+        raise _invalid(
+            "output_stride", output_stride, f"the network's stride or a half, quarter, … down to {stride * 2}"
+        )
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -241,10 +247,14 @@ class ResNetSpec:
     @property
     def exact_twin(self) -> Self:
         """The same geometry without the layers that round: integers pass through it unchanged (level L0)."""
-        head_pool: HeadPool = "max" if self.head_pool == "average" else self.head_pool
-        head: Head = "none" if self.head == "none" else "logits"
-        changes = {"norm": False, "shortcut_norm": False, "head_pool": head_pool, "head": head}
-        return self.replace(**changes, input_size=self.input_size)
+        return self.replace(
+            norm=False,
+            shortcut_norm=False,
+            conv_bias=True,
+            head_pool="max" if self.head_pool == "average" else self.head_pool,
+            head="none" if self.head == "none" else "logits",
+            input_size=self.input_size,
+        )
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

@@ -1,0 +1,306 @@
+"""The main job: run one network in several backends on the same weights and images, and compare what they computed."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors.numpy import save_file
+
+from common import architectures, images
+from common import weights as canonical
+from common.architectures import Spec
+from common.architectures.layers import output_shapes
+from common.backend import COLUMNS, Worker, cores, resolve
+from common.compare import Comparison, compare
+from common.errors import InputError, ParityError, RecordError
+from common.files import written
+from common.levels import DRAWS
+from common.record import MODES, Mode, Record, passes
+
+DTYPES = ("float64", "float32")
+
+Progress = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is checked: a network, its weights and its input. Raises `InputError` for a size the network cannot take."""
+
+    variant: str
+    spec: Spec
+    size: tuple[int, int] = (64, 64)  # height, width
+    batch: int = 2
+    photos: tuple[Path, ...] = ()  # random noise where there are none
+    weights: canonical.Weights | None = None  # random ones where none are given
+    seed: int = 0
+    dtypes: tuple[str, ...] = DTYPES
+    modes: tuple[Mode, ...] = MODES
+
+    def __post_init__(self) -> None:
+        size = f"{self.size[0]}x{self.size[1]}"
+        stride = self.spec.output_stride
+        if min(self.size) < stride:
+            raise InputError(
+                f"size {size} is too small for {self.variant}, whose strides multiply to {stride}; "
+                f"use --size {stride} or more"
+            )
+        output_shapes(self.spec.layers, (*self.size, self.spec.in_channels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a check found. `failures` are the backends that did not answer, each with its error."""
+
+    case: Case
+    source: str  # what the images show
+    comparisons: tuple[Comparison, ...]
+    failures: Mapping[str, ParityError] = field(default_factory=dict)
+    versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.comparisons) and not self.failures and all(c.passed for c in self.comparisons)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One record to be made. `values` says to which precision weights and images are rounded beforehand."""
+
+    name: str
+    dtype: str
+    values: str
+    modes: tuple[Mode, ...]
+    draws: int = 0
+
+
+def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
+    """The records that one backend makes of a case.
+
+    Only the reference measures the response, and the exact value of the float32 network. `soft`: some column rounds
+    inside a float64 network, and is held to the float32 response.
+    """
+    draws = DRAWS if reference else 0
+    made = [Task(name="exact", dtype="float32", values="integers", modes=("exact",))]
+    if "float64" in case.dtypes:
+        made.append(Task(name="float64", dtype="float64", values="float64", modes=case.modes, draws=draws))
+    if "float32" in case.dtypes or (reference and soft):
+        made.append(Task(name="float32", dtype="float32", values="float32", modes=case.modes, draws=draws))
+    if "float32" in case.dtypes and reference and "eval" in case.modes:
+        made.append(Task(name="truth", dtype="float64", values="float32", modes=("eval",)))
+    return made
+
+
+class Inputs:
+    """Weights and images of a case, written once to `folder` for every backend to read."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._case = case
+        self._folder = folder
+        spec = case.spec
+        classes = output_shapes(spec.layers, (*case.size, spec.in_channels))[spec.layers[-1].path][-1]
+        self._batch = images.batch(case.photos, case.batch, case.size, spec.in_channels, classes, case.seed)
+        self._weights = case.weights if case.weights is not None else canonical.randomize(spec, case.seed)
+        self._digests: dict[str, tuple[str, str]] = {}
+
+    @property
+    def source(self) -> str:
+        return self._batch.source
+
+    def request(self, task: Task) -> dict[str, Any]:
+        """The part of a request to a backend that the case fixes."""
+        case, values = self._case, task.values
+        spec = case.spec.exact_twin if values == "integers" else case.spec
+        weights, inputs = (self._folder / f"{what}-{values}.safetensors" for what in ("weights", "inputs"))
+        if values not in self._digests:
+            pixels = self._batch.images
+            arrays = self._weights
+            if values == "integers":
+                pixels = images.integers(case.batch, case.size, spec.in_channels, case.seed)
+                arrays = canonical.integers(spec, case.seed)
+            dtype = "float64" if values == "float64" else "float32"
+            arrays = {name: arrays[name].astype(dtype) for name in arrays}
+            batch = {"images": pixels.astype(dtype), "labels": self._batch.labels}
+            with written(weights, RecordError) as beside:
+                save_file(arrays, beside)
+            with written(inputs, RecordError) as beside:
+                save_file(batch, beside)
+            self._digests[values] = canonical.digest(arrays), canonical.digest(batch)
+        weights_digest, inputs_digest = self._digests[values]
+        manifest = {
+            "variant": case.variant,
+            "spec": architectures.to_dict(spec),
+            "dtype": task.dtype,
+            "modes": task.modes,
+            "seed": case.seed,
+            "inputs": inputs_digest,
+            "weights": weights_digest,
+            "source": "random integers" if values == "integers" else self.source,
+            "shape": (case.batch, *case.size, spec.in_channels),
+        }
+        return {"manifest": manifest, "weights": str(weights), "inputs": str(inputs), "draws": task.draws}
+
+
+class Session:
+    """One process per backend, kept for any number of checks; a context manager.
+
+    `names` are columns as on the command line; `jobs` of them work at a time (as many as there are cores, by default)
+    and share the cores. Raises `BackendError` for an unknown name, `BackendMissing` for an absent framework,
+    `InputError` for a name given twice.
+    """
+
+    def __init__(self, names: Sequence[str], jobs: int | None = None) -> None:
+        self.columns = tuple(resolve(name) for name in names)
+        for column in self.columns:
+            if self.columns.count(column) > 1:
+                raise InputError(f"backend {column} is named {self.columns.count(column)} times; name each once")
+        # The response must come from a column that honours float64, if there is one.
+        self._references = sorted(self.columns, key=lambda c: not COLUMNS[c].float64)
+        self._soft = any(not COLUMNS[c].float64 for c in self.columns)
+        self.jobs = min(jobs or cores(), len(self.columns))
+        self.workers: dict[str, Worker] = {}
+        self.seconds: dict[str, float] = {}  # of this process, by what the time went into
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-"))
+        self._exit.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        for column in self.columns:
+            self._worker(column)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self._exit.close()
+
+    def check(
+        self, case: Case, *, progress: Progress = lambda backend, step: None, plant: Mapping[str, str] | None = None
+    ) -> Result:
+        """Run and compare. `progress` hears of every step of every backend; `plant` names, by backend, a defect that a
+        test plants there (``module:function``)."""
+        started = time.perf_counter()
+        soft = self._soft
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+            folder = Path(name)
+            with self._timed("prepare"):
+                inputs = Inputs(case, folder)
+                for task in tasks(case, reference=True, soft=soft):
+                    inputs.request(task)
+            records: dict[str, dict[str, Record]] = {}
+            failures: dict[str, ParityError] = {}
+
+            def run(column: str) -> None:
+                made: dict[str, Record] = {}
+                try:
+                    for task in tasks(case, reference=column == reference, soft=soft):
+                        output = folder / f"{column}-{task.name}.safetensors"
+                        request = inputs.request(task) | {"output": str(output), "plant": (plant or {}).get(column)}
+
+                        def tell(step: str, what: str = task.name) -> None:
+                            progress(column, f"{what}: {step}")
+
+                        self._worker(column).ask("record", request, tell)
+                        made[task.name] = Record(output)
+                    records[column] = made
+                except ParityError as error:
+                    failures[column] = error
+                    self.workers.pop(column).close()
+
+            reference = self._references[0]
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(run, self.columns))
+            if reference in failures:
+                reference = next((c for c in self._references if c in records), "")
+                if reference:
+                    run(reference)
+            with self._timed("compare"):
+                comparisons = list(_compare(case, [records[c] for c in self.columns if c in records], reference))
+        return Result(
+            case=case,
+            source=inputs.source,
+            comparisons=tuple(comparisons),
+            failures=failures,
+            versions={c: _versions(next(iter(made.values()))) for c, made in records.items()},
+            seconds=time.perf_counter() - started,
+        )
+
+    def steps(self, case: Case) -> int:
+        """How many steps `progress` will hear of, if all goes well."""
+        return sum(
+            # build, load and write, beside the passes and draws; the import comes once.
+            3 + len(passes(task.modes)) + task.draws
+            for column in self.columns
+            for task in tasks(case, reference=column == self._references[0], soft=self._soft)
+        ) + sum(not self.workers[column].seconds for column in self.columns if column in self.workers)
+
+    def _worker(self, column: str) -> Worker:
+        """The column's process; a new one where the last one ended."""
+        if column not in self.workers:
+            self.workers[column] = Worker(column, threads=max(1, cores() // self.jobs))
+        return self.workers[column]
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def make_record(case: Case, column: str, output: Path, *, response: bool = True, progress: Progress) -> Record:
+    """Run `case` in one backend and keep its record, in the first of the case's dtypes. Raises `ParityError`."""
+    column = resolve(column)
+    dtype = case.dtypes[0]
+    task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=DRAWS if response else 0)
+    with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder, Worker(column, threads=cores()) as worker:
+        request = Inputs(case, Path(folder)).request(task) | {"output": str(output.absolute())}
+        worker.ask("record", request, lambda step: progress(column, step))
+    return Record(output)
+
+
+def compare_files(paths: Sequence[Path]) -> list[Comparison]:
+    """Compare the records at `paths`, those of each dtype with one another. Raises `RecordError`."""
+    records = [Record(path) for path in paths]
+    if len(records) < 2:
+        raise RecordError(f"{len(records)} record given; a comparison needs at least two")
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.manifest.dtype, []).append(record)
+    compared = [_compare_group(group, groups) for group in groups.values() if len(group) > 1]
+    if not compared:
+        found = ", ".join(f"{r.path} in {r.manifest.dtype}" for r in records)
+        raise RecordError(f"no two of the records have one dtype: {found}")
+    return compared
+
+
+def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> Comparison:
+    dtype, weights = group[0].manifest.dtype, group[0].manifest.weights
+    float32 = next((r for r in groups.get("float32", []) if r.manifest.response), None) if dtype == "float64" else None
+    exact = [r for r in groups.get("float64", []) if r.manifest.weights == weights] if dtype == "float32" else []
+    return compare(group, float32=float32, truth=next(iter(exact), None))
+
+
+def _compare(case: Case, records: list[dict[str, Record]], reference: str) -> Iterator[Comparison]:
+    if len(records) < 2:
+        return
+    of_reference = next(made for made in records if made["exact"].manifest.backend == reference)
+    yield compare([made["exact"] for made in records])
+    if "float64" in case.dtypes:
+        yield compare([made["float64"] for made in records], float32=of_reference.get("float32"))
+    if "float32" in case.dtypes:
+        yield compare([made["float32"] for made in records], truth=of_reference.get("truth"))
+
+
+def _versions(record: Record) -> dict[str, str]:
+    return dict(record.manifest.versions) | {"device": record.manifest.device}

@@ -1,0 +1,276 @@
+"""The command line. Exit codes: 0 the same, 1 different, 2 wrong usage or bad input."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from common import architectures, images
+from common import weights as canonical
+from common.architectures import Spec
+from common.backend import COLUMNS
+from common.check import DTYPES, Case, Result, Session, compare_files, make_record
+from common.errors import InputError, ParityError, SpecError, WeightsError
+from common.record import MODES
+from common.report import console as tables
+from common.report import files
+
+app = typer.Typer(
+    help="One ResNet specification, three native implementations, and the proof that they are the same function.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SAME, DIFFERENT, WRONG = 0, 1, 2
+
+_SPEC = "A specification as a JSON file, instead of a named variant."
+Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
+Modes = Annotated[str, typer.Option(help=f"Of {','.join(MODES)}, separated by commas.")]
+ImageFiles = Annotated[
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="A photograph; may be repeated. [default: two]")
+]
+SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE", help=_SPEC)]
+WeightsFile = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="Canonical weights. [default: random ones]")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")]
+
+
+@app.command("list")
+def list_variants(
+    pattern: Annotated[str, typer.Argument(help="A part of a name, or a pattern with * and ?.")] = "*",
+) -> None:
+    """List the named variants."""
+    names = architectures.matching(pattern)
+    if not names:
+        raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
+    _out().print(tables.variants({name: architectures.find(name) for name in names}))
+
+
+@app.command()
+def show(
+    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
+    size: Size = "224",
+    spec: SpecFile = None,
+) -> None:
+    """Show a variant's layers, shapes, parameters and multiply-adds."""
+    ((name, found),) = _specs([variant] if variant else [], spec)
+    _out().print(tables.layers(found, found.input_size or _size(size)))
+
+
+@app.command()
+def check(
+    variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT...", help="Named variants.")] = None,
+    backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
+    dtype: Annotated[str, typer.Option(help="Of float64,float32.")] = ",".join(DTYPES),
+    mode: Modes = ",".join(MODES),
+    size: Size = "64",
+    batch: Batch = 2,
+    image: ImageFiles = None,
+    spec: SpecFile = None,
+    weights: WeightsFile = None,
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JUnit XML.")] = None,
+    timings: Annotated[bool, typer.Option("--timings", help="Show where the time went.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Backends at work at a time. [default: one per core]")] = None,
+) -> None:
+    """Check that backends compute the same function: every layer, gradient and statistic."""
+    names = _choices("backends", backends, None)
+    if len(names) < 2:
+        raise InputError(f"--backends {backends} names one backend; a comparison needs at least two")
+    cases = [
+        _case(name, found, size, batch, image, weights, seed, _choices("dtype", dtype, DTYPES), mode)
+        for name, found in _specs(variants or [], spec)
+    ]
+    for path in (json, junit):
+        _check_writable(path)
+    results: list[Result] = []
+    with Session(names, jobs) as session:
+        for case in cases:
+            with _progress(case.variant, session.steps(case)) as progress:
+                results.append(session.check(case, progress=progress))
+            _out().print(tables.result(results[-1]))
+        if timings:
+            _out().print(tables.timings(session.workers, session.seconds))
+    if json:
+        files.write_json(json, results)
+    if junit:
+        files.write_junit(junit, results)
+    if any(not c.passed for result in results for c in result.comparisons):
+        raise typer.Exit(DIFFERENT)
+    if any(result.failures for result in results):
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+def record(
+    backend: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
+    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
+    dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
+    mode: Modes = ",".join(MODES),
+    size: Size = "64",
+    batch: Batch = 2,
+    image: ImageFiles = None,
+    spec: SpecFile = None,
+    weights: WeightsFile = None,
+    seed: Seed = 0,
+    response: Annotated[
+        bool, typer.Option(help="Measure the one-ulp response; one of the records that are compared needs it.")
+    ] = True,
+) -> None:
+    """Record what one backend computes, to be compared later or elsewhere."""
+    ((name, found),) = _specs([variant] if variant else [], spec)
+    dtypes = _choices("dtype", dtype, DTYPES)
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
+    case = _case(name, found, size, batch, image, weights, seed, dtypes, mode)
+    _check_writable(output)
+    with _progress(name, None) as progress:
+        made = make_record(case, backend, output, response=response, progress=progress)
+    versions = ", ".join(f"{key} {value}" for key, value in made.manifest.versions.items())
+    _out().print(f"{output}: {len(made)} arrays of {name} in {dtypes[0]} by {made.manifest.backend} ({versions})")
+
+
+@app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Records, two or more.")],
+) -> None:
+    """Compare records, without any framework. The first one with a response is the reference."""
+    compared = compare_files(records)
+    for comparison in compared:
+        _out().print(tables.comparison(comparison))
+    if not all(comparison.passed for comparison in compared):
+        raise typer.Exit(DIFFERENT)
+
+
+def main() -> None:
+    """Run the command line, an error of ours as one line."""
+    try:
+        app()
+    except ParityError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _err().print("interrupted")
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    _err().print(f"resnet-parity: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(WRONG)
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 132)
+
+
+def _err() -> Console:
+    return Console(stderr=True)
+
+
+@contextmanager
+def _progress(title: str, total: int | None) -> Iterator[Callable[[str, str], None]]:
+    """A bar with what each backend is doing; nothing where standard error is no terminal."""
+    console = _err()
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[doing]}", markup=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    doing: dict[str, str] = {}
+    with bar:
+        task = bar.add_task(title, total=total, doing="")
+
+        def step(backend: str, what: str) -> None:
+            doing[backend] = what
+            bar.update(task, advance=1, doing=" | ".join(f"{b} {w}" for b, w in doing.items()))
+
+        yield step
+
+
+def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:
+    """The networks that the command line names, by variant or as a file."""
+    found = [(name, architectures.find(name)) for name in variants]
+    if path is not None:
+        found.append((path.stem, architectures.read(path)))
+    if not found:
+        raise SpecError("no network is named; give a variant (`resnet-parity list` shows all) or --spec FILE")
+    return found
+
+
+def _case(
+    name: str,
+    spec: Spec,
+    size: str,
+    batch: int,
+    photos: list[Path] | None,
+    weights: Path | None,
+    seed: int,
+    dtypes: Sequence[str],
+    mode: str,
+) -> Case:
+    return Case(
+        variant=name,
+        spec=spec,
+        size=_size(size),
+        batch=max(batch, len(photos or [])),
+        photos=tuple(photos if photos else images.sample_photos()),
+        weights=_weights(weights, name, spec) if weights else None,
+        seed=seed,
+        dtypes=tuple(dtypes),
+        modes=tuple(_choices("mode", mode, MODES)),  # type: ignore[arg-type]
+    )
+
+
+def _weights(path: Path, name: str, spec: Spec) -> canonical.Weights:
+    inside, weights = canonical.load(path)
+    a, b = architectures.to_dict(spec), architectures.to_dict(inside)
+    differing = ", ".join(f"{key} is {b.get(key)!r} there and {a[key]!r} here" for key in a if a[key] != b.get(key))
+    if differing:
+        raise WeightsError(f"{path}: these are the weights of another network than {name}: {differing}")
+    return weights
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--size {text} is not a size; expected N or HxW in pixels, as 64 or 64x96")
+    return int(parts[0]), int(parts[-1])
+
+
+def _choices(option: str, text: str, allowed: Sequence[str] | None) -> list[str]:
+    """The parts of a list separated by commas, each one of `allowed` and named once."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if allowed is not None and part not in allowed:
+            raise InputError(f"--{option} {text}: {part!r} is unknown; expected some of {', '.join(allowed)}")
+        if parts.count(part) > 1:
+            raise InputError(f"--{option} {text}: {part!r} is named twice; name each once")
+    return parts
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuse a place that cannot be written before the long work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: cannot be written: {path.parent} is not a folder; make it first")
+    if path is not None and path.is_dir():
+        raise InputError(f"{path}: cannot be written: it is a folder; name a file")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""The levels of NUMERICS.md applied to records: which arrays are the same function's, which are not, and where first.
+
+Level L0 holds records of integer networks to equality, L1 float64 records to the one-ulp response, L2 float32 records
+to theirs. All pairs are compared, not a star. Nothing here runs a network or imports a framework.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from statistics import median_low
+from typing import Literal
+
+import numpy as np
+
+from common.architectures.layers import INPUT, Layer
+from common.backend import COLUMNS
+from common.errors import RecordError
+from common.levels import (
+    DECIDABLE,
+    FLOOR,
+    PRECISION_FACTOR,
+    RESPONSE_FACTOR,
+    UNIT,
+    ZERO_SHARE,
+)
+from common.record import Record, expected_arrays, norm
+
+Level = Literal["L0", "L1", "L2"]
+# `reported`: the response is too large for a gate at this level, and the level asks only for the figure.
+Verdict = Literal["same", "different", "undecided", "reported"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two backends' difference in one array, and what it is held against."""
+
+    tensor: str  # name in the record, "<pass>/<kind>/<canonical name>"
+    pair: tuple[str, str]
+    level: Level
+    distance: float  # ‖a - b‖
+    norm: float  # ‖reference‖
+    response: float  # max(ρ, FLOOR u ‖reference‖); 0 at level L0
+    verdict: Verdict
+
+    @property
+    def error(self) -> float:
+        """Relative to the norm of the reference; absolute where that is zero."""
+        return self.distance / self.norm if self.norm else self.distance
+
+    @property
+    def ratio(self) -> float:
+        """The distance in one-ulp responses."""
+        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else float("inf"))
+
+    @property
+    def mode(self) -> str:
+        """The mode of the check it belongs to: eval, train, grad or exact."""
+        run, *rest = self.tensor.split("/")
+        return "grad" if rest[0] == "grad" else run
+
+    @property
+    def section(self) -> str:
+        """The mode, and for gradients the pass they were taken in."""
+        return self.mode if self.mode != "grad" else f"grad, {self.tensor.split('/')[0]}"
+
+    @property
+    def place(self) -> str:
+        """The canonical name alone."""
+        return self.tensor.split("/", 2)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A defect of one record by itself, that would let a comparison pass by accident."""
+
+    backend: str
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """A backend's own float32 rounding error in one array, ‖float32 - float64‖ / ‖float64‖, beside the others'."""
+
+    backend: str
+    tensor: str
+    error: float
+    median: float  # the lower median of all backends
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= PRECISION_FACTOR * max(self.median, UNIT["float32"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The outcome of comparing the records of one network, dtype and input."""
+
+    level: Level
+    variant: str
+    dtype: str
+    backends: tuple[str, ...]
+    modes: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    problems: tuple[Problem, ...] = ()
+    precision: tuple[Precision, ...] = ()
+    # Columns known to round inside a float64 network: where they do, as measured.
+    float32_inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared, and nothing differs, is undecided or is unfit."""
+        decided = any(d.verdict == "same" for d in self.differences)
+        return (
+            decided
+            and not self.problems
+            and all(d.verdict in ("same", "reported") for d in self.differences)
+            and all(p.passed for p in self.precision)
+        )
+
+    @property
+    def first(self) -> Difference | None:
+        """The first array that differs: in order of execution forward, then of the gradients' way back."""
+        return next((d for d in self.differences if d.verdict == "different"), None)
+
+    @property
+    def odd_one_out(self) -> str | None:
+        """The backend that alone disagrees where a difference first shows; None where that cannot be told."""
+        if self.problems:
+            culprits = {problem.backend for problem in self.problems}
+            return culprits.pop() if len(culprits) == 1 else None
+        if self.first is None:
+            imprecise = {p.backend for p in self.precision if not p.passed}
+            return imprecise.pop() if len(imprecise) == 1 else None
+        there = [d for d in self.differences if d.tensor == self.first.tensor]
+        differing = [set(d.pair) for d in there if d.verdict == "different"]
+        suspects = set.intersection(*differing)
+        # Two that agree with each other are needed to say who is wrong.
+        agree = [d for d in there if d.verdict == "same" and not suspects & set(d.pair)]
+        return suspects.pop() if len(suspects) == 1 and agree else None
+
+    def worst(self) -> list[Difference]:
+        """For every section and pair the difference with the largest ratio, gated ones before reported ones."""
+        worst: dict[tuple[str, tuple[str, str]], Difference] = {}
+        for d in self.differences:
+            key = (d.section, d.pair)
+            if key not in worst or _rank(d) > _rank(worst[key]):
+                worst[key] = d
+        return list(worst.values())
+
+
+def _rank(difference: Difference) -> tuple[bool, bool, float]:
+    return difference.verdict == "different", difference.verdict != "reported", difference.ratio
+
+
+def compare(records: Sequence[Record], *, float32: Record | None = None, truth: Record | None = None) -> Comparison:
+    """Compare records of one network on one input, in one dtype.
+
+    The one-ulp response comes from the first record that carries one, the reference. `float32`, a float32 record of
+    the same network with its response, is what columns are held to that round inside a float64 network. `truth`, a
+    float64 record of exactly the weights and input of these float32 records, shows each backend's own rounding error.
+    Raises `RecordError` where there is nothing to compare, or no response to hold it against.
+    """
+    _check_comparable(records)
+    first = records[0].manifest
+    reference = next((r for r in records if r.manifest.response), records[0])
+    level: Level = "L0" if "exact" in first.modes else "L1" if first.dtype == "float64" else "L2"
+    if level != "L0" and not reference.manifest.response:
+        raise RecordError(
+            f"{reference.path}: no record carries a one-ulp response to hold differences against; "
+            "make one of them again without --no-response"
+        )
+    labels = _labels(records)
+    soft = {label for label, record in labels.items() if level == "L1" and not COLUMNS[record.manifest.backend].float64}
+    if soft and float32 is None:
+        raise RecordError(
+            f"{', '.join(sorted(soft))} rounds to float32 inside a float64 network and is held to level L2; "
+            "give a float32 record of the reference too"
+        )
+    spec = reference.spec
+    modes = tuple(mode for mode in first.modes if all(mode in r.manifest.modes for r in records))
+    names = expected_arrays(spec, modes)
+    problems = [
+        Problem(backend=label, tensor=name, what="did not come back bitwise after loading and exporting it")
+        for label, record in labels.items()
+        for name in record.manifest.not_restored
+    ]
+    differences: list[Difference] = []
+    precision: list[Precision] = []
+    norms: dict[str, float] = {}
+    for name in in_order(names):
+        arrays: dict[str, np.ndarray] = {}
+        for label, record in labels.items():
+            what, array = _examine(record, name)
+            if what:
+                problems.append(Problem(backend=label, tensor=name, what=what))
+            elif array is not None:
+                arrays[label] = array
+        if not arrays:
+            continue
+        base = reference.get(name)
+        norms[name] = norm(base) if base is not None else 0.0
+        for a, b in combinations(arrays, 2):
+            if arrays[a].shape != arrays[b].shape:
+                what = f"has shape {arrays[b].shape}, and {arrays[a].shape} in {a}"
+                problems.append(Problem(backend=b, tensor=name, what=what))
+                continue
+            differences.append(
+                Difference(
+                    tensor=name,
+                    pair=(a, b),
+                    level="L2" if {a, b} & soft else level,
+                    distance=norm(arrays[a].astype(np.float64) - arrays[b].astype(np.float64)),
+                    norm=norms[name],
+                    response=0.0,
+                    verdict="same",
+                )
+            )
+        if truth is not None and level == "L2" and name.startswith("eval/tap/") and name in truth:
+            precision += _precision(name, arrays, truth[name])
+    gate = _Gate(reference, float32, norms, _layer_of(spec.layers))
+    judged = tuple(gate.judge(difference) for difference in differences)
+    if not judged and not problems:
+        raise RecordError("the records have no arrays in common: nothing was compared")
+    return Comparison(
+        level=level,
+        variant=first.variant,
+        dtype=first.dtype,
+        backends=tuple(labels),
+        modes=modes,
+        differences=judged,
+        problems=tuple(problems),
+        precision=tuple(precision),
+        float32_inside={label: rounded_to_float32(labels[label], spec.layers) for label in sorted(soft)},
+    )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of arrays in the order in which their values come about: every pass forward, then each one's gradients
+    from the last layer back to the input, since an error is handed on in these directions."""
+    names = list(names)
+    forward = [name for name in names if "/grad/" not in name]
+    backward = [name for name in names if "/grad/" in name]
+    runs = dict.fromkeys(name.split("/")[0] for name in backward)
+    ordered = [
+        name
+        for run in runs
+        for name in reversed(backward)
+        if name.startswith(f"{run}/") and not name.endswith(f"/{INPUT}")
+    ]
+    return [*forward, *ordered, *(name for name in backward if name.endswith(f"/{INPUT}"))]
+
+
+def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ...]:
+    """The layers of a float64 record whose outputs are all float32 numbers: there 29 bits of each value were lost.
+
+    Of arbitrary float64 values one in 2^29 is a float32 number. Layers that only pick values are left out.
+    """
+    lost: dict[str, None] = {}
+    for run in ("eval", "train"):
+        for layer in layers:
+            array = record.get(f"{run}/tap/{layer.path}")
+            if array is not None and not layer.exact and np.array_equal(array, array.astype(np.float32)):
+                lost[layer.path] = None
+    return tuple(lost)
+
+
+class _Gate:
+    """Decides about differences, by the responses of the reference."""
+
+    def __init__(
+        self,
+        reference: Record,
+        float32: Record | None,
+        norms: Mapping[str, float],
+        layer_of: Mapping[str, str],
+    ) -> None:
+        self._response = reference.manifest.response
+        self._dtype = reference.manifest.dtype
+        self._float32 = float32.manifest.response if float32 is not None else {}
+        self._norms = norms
+        self._layer_of = layer_of
+        self._largest: dict[tuple[str, str, str], float] = {}
+        for name, value in norms.items():
+            key = self._group(name)
+            self._largest[key] = max(self._largest.get(key, 0.0), value)
+
+    def _group(self, name: str) -> tuple[str, str, str]:
+        run, kind, *rest = name.split("/", 2)
+        return run, kind, self._layer_of.get(rest[0], rest[0]) if rest else ""
+
+    def judge(self, difference: Difference) -> Difference:
+        name, level = difference.tensor, difference.level
+        if level == "L0":
+            verdict: Verdict = "same" if difference.distance == 0 else "different"
+            return replace(difference, response=0.0, verdict=verdict)
+        dtype = "float32" if level == "L2" else self._dtype
+        responses = self._float32 if level == "L2" and self._dtype == "float64" else self._response
+        measured = responses.get(name, 0.0)
+        response = max(measured, FLOOR * UNIT[dtype] * self._norms[name])
+        verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
+        if level == "L1" and verdict == "same" and measured > DECIDABLE[dtype] * self._largest[self._group(name)]:
+            verdict = "undecided"
+        elif level == "L2" and not name.startswith("eval/tap/") and measured > DECIDABLE[dtype] * self._norms[name]:
+            verdict = "reported"
+        return replace(difference, response=response, verdict=verdict)
+
+
+def _examine(record: Record, name: str) -> tuple[str | None, np.ndarray | None]:
+    """What makes an array unfit for comparison, or the array."""
+    array = record.get(name)
+    if array is None:
+        return "is missing", None
+    if array.dtype != record.manifest.dtype:
+        return f"is {array.dtype}; {record.manifest.dtype} was asked for", None
+    if not np.isfinite(array).all():
+        return "has values that are NaN or infinite", None
+    zeros = 1 - np.count_nonzero(array) / max(array.size, 1)
+    if zeros > ZERO_SHARE:
+        return f"is {zeros:.0%} zero, too empty to compare", None
+    return None, array
+
+
+def _precision(name: str, arrays: Mapping[str, np.ndarray], truth: np.ndarray) -> list[Precision]:
+    size = norm(truth)
+    errors = {label: norm(array - truth) / size for label, array in arrays.items() if array.shape == truth.shape}
+    middle = median_low(errors.values()) if errors else 0.0
+    return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
+
+
+def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
+    """Path of the layer that a canonical name of a parameter or statistic belongs to."""
+    return {name: layer.path for layer in layers for name in layer.arrays}
+
+
+def _labels(records: Sequence[Record]) -> dict[str, Record]:
+    """Names for the columns: the backend, with the file's name where one backend comes twice."""
+    backends = [record.manifest.backend for record in records]
+    return {
+        backend if backends.count(backend) == 1 else f"{backend} ({record.path.stem})": record
+        for backend, record in zip(backends, records, strict=True)
+    }
+
+
+def _check_comparable(records: Sequence[Record]) -> None:
+    if len(records) < 2:
+        raise RecordError(f"{len(records)} record given; a comparison needs at least two")
+    first = records[0]
+    for other in records[1:]:
+        a, b = first.manifest, other.manifest
+        differing = [key for key in a.spec if a.spec[key] != b.spec.get(key)]
+        if differing:
+            found = ", ".join(f"{key} is {a.spec[key]!r} and {b.spec.get(key)!r}" for key in differing)
+            raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
+        for key, what in (("dtype", "dtypes"), ("weights", "weights"), ("inputs", "inputs")):
+            if getattr(a, key) != getattr(b, key):
+                found = f"{getattr(a, key)} and {getattr(b, key)}"
+                raise RecordError(f"{first.path} and {other.path} are records of different {what}: {found}")

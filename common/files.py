@@ -1,0 +1,48 @@
+"""Writing a file so that it is there whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import ParityError
+
+
+@contextmanager
+def written(path: Path, error_type: type[ParityError]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends well, and goes away when it does not.
+
+    Raises `error_type` where the file cannot be written, a full disk included.
+    """
+    beside: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(descriptor)
+        beside = Path(name)
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.chmod(0o666 & ~_umask())
+        beside.replace(path)
+    # safetensors has an exception of its own for what the system refuses, not derived from OSError.
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise error_type(f"{path}: cannot be written: {reason(error)}; nothing was left there") from None
+    finally:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without its type: what a person wants to read of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,117 @@
+"""Records: what one backend computed, as a file that can be compared anywhere, later, without any framework.
+
+A record is a safetensors file. Its arrays are named ``<pass>/<kind>/<name>``: pass ``eval``, ``train`` or ``exact``
+(integer weights, level L0), kind ``tap``, ``stat`` or ``grad``, and ``<pass>/loss``. Its metadata hold the manifest.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from common import architectures
+from common.architectures import Spec
+from common.errors import RecordError, SpecError
+from common.files import reason, written
+
+Mode = Literal["eval", "train", "grad", "exact"]
+MODES: tuple[Mode, ...] = ("eval", "train", "grad")
+
+_FORMAT = "resnet-parity record 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Where a record comes from. `response` is the one-ulp response ρ of every array, where it was measured."""
+
+    backend: str
+    variant: str
+    spec: dict[str, Any]
+    dtype: str
+    modes: tuple[Mode, ...]
+    versions: dict[str, str]
+    device: str
+    threads: int
+    seed: int
+    inputs: str  # digest of images and labels, as float64
+    weights: str  # digest of the weights, as float64
+    source: str  # what the images show, for people
+    shape: tuple[int, ...]  # of the batch: (N, H, W, C)
+    draws: int = 0
+    response: dict[str, float] = field(default_factory=dict)
+    not_restored: tuple[str, ...] = ()  # weights that did not come back bitwise after load and export
+
+
+class Record(Mapping[str, np.ndarray]):
+    """A record on disk, memory-mapped: an array is read when it is asked for."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open the record at `path`. Raises `RecordError` for a file that is no record or damaged."""
+        self.path = Path(path)
+        try:
+            self._file = safe_open(self.path, framework="numpy")
+            metadata = self._file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise RecordError(f"{path}: cannot be read as safetensors: {reason(error)}") from None
+        if metadata.get("format") != _FORMAT:
+            found = metadata.get("format")
+            raise RecordError(f"{path}: not a record: format is {found!r}, expected {_FORMAT!r}")
+        try:
+            self.manifest = Manifest(**json.loads(metadata["manifest"]))
+            self.spec: Spec = architectures.from_dict(self.manifest.spec)
+        except (KeyError, TypeError, json.JSONDecodeError, SpecError) as error:
+            raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
+        self._names = set(self._file.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write(path: Path | str, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> None:
+    """Write a record; beside the target first, then renamed. Raises `RecordError`."""
+    metadata = {"format": _FORMAT, "manifest": json.dumps(asdict(manifest))}
+    with written(Path(path), RecordError) as beside:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, metadata)
+
+
+def expected_arrays(spec: Spec, modes: tuple[Mode, ...]) -> list[str]:
+    """The names of all arrays that a record of these modes holds, in the order of the walk."""
+    names: list[str] = []
+    for run in passes(modes):
+        if run == "exact" or run in modes:
+            names += [f"{run}/tap/{layer.path}" for layer in spec.layers]
+        if run != "exact" and run in modes:
+            names.append(f"{run}/loss")
+        if run == "train" and run in modes:
+            names += [f"{run}/stat/{name}" for layer in spec.layers for name in layer.statistics]
+        if run != "exact" and "grad" in modes:
+            names += [f"{run}/grad/{name}" for layer in spec.layers for name in layer.parameters]
+            names.append(f"{run}/grad/input")
+    return names
+
+
+def passes(modes: tuple[Mode, ...]) -> tuple[str, ...]:
+    """The passes through the network that these modes need; gradients are taken in both."""
+    if "exact" in modes:
+        return ("exact",)
+    return tuple(run for run in ("eval", "train") if run in modes or "grad" in modes)
+
+
+def norm(array: np.ndarray) -> float:
+    """Euclidean norm over all values, summed in float64."""
+    flat = np.asarray(array, np.float64).reshape(-1)
+    return sqrt(float(flat @ flat))

@@ -1,0 +1,1 @@
+"""Shows what a comparison found, and decides nothing: console, JSON, JUnit."""

@@ -1,0 +1,217 @@
+"""Tables a person can read in ten seconds."""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from common.architectures import Spec
+from common.architectures.layers import INPUT, output_shapes
+from common.architectures.layers import multiply_adds as multiply_adds_of
+from common.backend import Worker
+from common.check import Result
+from common.compare import Comparison, Difference
+from common.levels import PRECISION_FACTOR, RESPONSE_FACTOR
+
+_TITLES = {
+    "L0": "L0 exact: names and layouts, integer arithmetic",
+    "L1": "L1 identity in float64",
+    "L2": "L2 precision in float32",
+}
+_STYLES = {"same": "green", "different": "bold red", "undecided": "yellow", "reported": "dim"}
+_MOST = 6
+
+
+def result(found: Result) -> Group:
+    """The outcome of a check: what was run, a table for each level, and the verdict."""
+    case = found.case
+    height, width = case.size
+    photos = f"{case.batch} crops of {found.source}" if case.photos else found.source
+    parts: list[RenderableType] = [
+        Text(""),
+        Text.assemble((case.variant, "bold"), f"  {photos}, {height}x{width}, batch {case.batch}, seed {case.seed}"),
+    ]
+    parts += [comparison(compared) for compared in found.comparisons]
+    parts += [Text(f"  {error}", style="bold red") for error in found.failures.values()]
+    verdict = (
+        Text("SAME FUNCTION", style="bold green") if found.passed else Text("NOT SHOWN TO BE THE SAME", "bold red")
+    )
+    parts.append(Text.assemble("  ", verdict, f"  {case.variant}, {found.seconds:.1f} s"))
+    return Group(*parts)
+
+
+def comparison(compared: Comparison) -> Group:
+    """One level: the worst of every mode and pair, and on failure where it begins and whose it is."""
+    parts: list[RenderableType] = [Text(f"  {_TITLES[compared.level]}", style="bold")]
+    if compared.level == "L0":
+        parts.append(Padding(_exact(compared), (0, 0, 0, 4), expand=False))
+    else:
+        parts.append(Padding(_table(compared), (0, 0, 0, 4), expand=False))
+    lines = list(_explain(compared))
+    parts += [Padding(line, (0, 0, 0, 4), expand=False) for line in lines]
+    return Group(*parts)
+
+
+def _exact(compared: Comparison) -> Text:
+    arrays = len({d.tensor for d in compared.differences})
+    equal = sum(d.verdict == "same" for d in compared.differences)
+    style = "green" if compared.passed else "bold red"
+    pairs = len({d.pair for d in compared.differences})
+    return Text(
+        f"{equal} of {len(compared.differences)} bit-equal ({arrays} arrays, {pairs} pairs); "
+        f"weights bitwise after load and export: {'yes' if not compared.problems else 'see below'}",
+        style=style,
+    )
+
+
+def _table(compared: Comparison) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column, justify in (
+        ("mode", "left"),
+        ("pair", "left"),
+        ("rel. error", "right"),
+        ("/ response", "right"),
+        ("largest at", "left"),
+    ):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.columns[-1].overflow = "fold"
+    for section, differences in _by_section(compared.worst()).items():
+        for index, difference in enumerate(differences):
+            style = _STYLES[difference.verdict]
+            note = "" if difference.verdict in ("same", "different") else f"  ({difference.verdict})"
+            table.add_row(
+                section if index == 0 else "",
+                " | ".join(difference.pair),
+                Text(f"{difference.error:.1e}", style),
+                Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
+                Text(difference.place + note, style),
+            )
+    return table
+
+
+def _by_section(differences: Iterable[Difference]) -> dict[str, list[Difference]]:
+    sections: dict[str, list[Difference]] = {}
+    for difference in differences:
+        sections.setdefault(difference.section, []).append(difference)
+    return sections
+
+
+def _explain(compared: Comparison) -> Iterable[Text]:
+    """What a reader must know beyond the table, a line each."""
+    for column, layers in compared.float32_inside.items():
+        if layers:
+            yield Text(
+                f"{column} rounds to float32 inside this float64 network (held to L2 here), at {len(layers)} layers: "
+                f"{', '.join(layers)}",
+                style="yellow",
+            )
+    for problem in compared.problems[:_MOST]:
+        yield Text(f"{problem.backend}: {problem.tensor} {problem.what}", style="bold red")
+    if len(compared.problems) > _MOST:
+        yield Text(f"… and {len(compared.problems) - _MOST} more problems of this kind", style="bold red")
+    if (first := compared.first) is not None:
+        yield Text(
+            f"first difference: {first.place} ({first.section}), {' | '.join(first.pair)}: relative error "
+            f"{first.error:.1e}, {first.ratio:.3g} responses; the limit is {RESPONSE_FACTOR:g}",
+            style="bold red",
+        )
+    undecided = {d.tensor: d for d in compared.differences if d.verdict == "undecided"}
+    if undecided:
+        example = next(iter(undecided.values()))
+        yield Text(
+            f"undecided: {len(undecided)} arrays, {example.place} ({example.section}) first: rounding alone moves "
+            "them too much to tell anything; use more images (--batch) or a larger --size",
+            style="yellow",
+        )
+    imprecise = [p for p in compared.precision if not p.passed]
+    if imprecise:
+        worst = imprecise[0]
+        yield Text(
+            f"imprecise: {worst.backend} at {worst.tensor.split('/', 2)[-1]} (eval): its own float32 error is "
+            f"{worst.error:.1e}, {worst.error / worst.median if worst.median else float('inf'):.3g} times the median; "
+            f"the limit is {PRECISION_FACTOR:g}",
+            style="bold red",
+        )
+    elif compared.precision:
+        last = compared.precision[-len(compared.backends) :]
+        yield Text("own rounding error of the output: " + ", ".join(f"{p.backend} {p.error:.1e}" for p in last), "dim")
+    if not compared.passed and (odd := compared.odd_one_out):
+        yield Text(f"the odd one out: {odd}", style="bold red")
+
+
+def variants(specs: Mapping[str, Spec]) -> Table:
+    """Named variants with their size and cost at 224 (or 32 for small images)."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("variant")
+    for column in ("layers", "parameters", "statistics", "input", "multiply-adds"):
+        table.add_column(column, justify="right")
+    for name, spec in specs.items():
+        size = spec.input_size or ((224, 224) if spec.output_stride > 8 else (32, 32))
+        costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
+        table.add_row(
+            name,
+            str(sum(layer.kind in ("conv", "dense") for layer in spec.layers if "shortcut" not in layer.path)),
+            f"{sum(layer.parameter_count for layer in spec.layers):,}",
+            f"{sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values()):,}",
+            f"{size[0]}x{size[1]}",
+            f"{sum(costs.values()) / 1e6:,.0f} M",
+        )
+    return table
+
+
+def layers(spec: Spec, size: tuple[int, int]) -> Table:
+    """The layer walk at an image size: shapes, parameters, multiply-adds."""
+    shapes = output_shapes(spec.layers, (*size, spec.in_channels))
+    costs = multiply_adds_of(spec.layers, shapes)
+    table = Table(box=None, pad_edge=False, header_style="dim", show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("kind")
+    table.add_column("window")
+    table.add_column("output", "", justify="right")
+    table.add_column("parameters", f"{sum(layer.parameter_count for layer in spec.layers):,}", justify="right")
+    table.add_column("multiply-adds", f"{sum(costs.values()):,}", justify="right")
+    table.add_row(INPUT, "", "", "x".join(map(str, shapes[INPUT])), "", "")
+    for layer in spec.layers:
+        table.add_row(
+            layer.path,
+            layer.kind,
+            _window(layer),
+            "x".join(map(str, shapes[layer.path])),
+            f"{layer.parameter_count:,}" if layer.parameter_count else "",
+            f"{costs[layer.path]:,}" if costs[layer.path] else "",
+        )
+    return table
+
+
+def _window(layer: object) -> str:
+    """Kernel, stride and what else is not the usual, in short."""
+    kernel = getattr(layer, "kernel", None)
+    if kernel is None:
+        return ""
+    parts = [f"{kernel}x{kernel}"]
+    for name, usual in (("stride", 1), ("dilation", 1), ("groups", 1)):
+        value = getattr(layer, name, usual)
+        if value != usual:
+            parts.append(f"{name} {value}")
+    padding = getattr(layer, "padding", "symmetric")
+    if kernel > 1 and padding != "symmetric":
+        parts.append(padding)
+    return ", ".join(parts)
+
+
+def timings(workers: Mapping[str, Worker], own: Mapping[str, float]) -> Table:
+    """Where the time went, by backend, with the largest memory of each process."""
+    what = [key for key in dict.fromkeys(k for w in workers.values() for k in w.seconds) if key != "in all"]
+    table = Table(box=None, pad_edge=False, header_style="dim", title="seconds", title_justify="left")
+    table.add_column("backend")
+    for column in (*what, "in all", "peak memory"):
+        table.add_column(column, justify="right")
+    for name, worker in workers.items():
+        seconds = [f"{worker.seconds.get(key, 0.0):.1f}" for key in (*what, "in all")]
+        table.add_row(name, *seconds, f"{worker.peak_bytes / 2**30:.2f} GiB")
+    table.caption = "this process: " + ", ".join(f"{key} {value:.1f}" for key, value in own.items())
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,130 @@
+"""Reports for machines: JSON for scripts, JUnit XML for continuous integration."""
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from common import architectures
+from common.check import Result
+from common.compare import Comparison, Difference
+from common.errors import RecordError
+from common.files import written
+from common.levels import RESPONSE_FACTOR
+
+
+def write_json(path: Path, results: Sequence[Result]) -> None:
+    """Write the results of a check. Raises `RecordError` where the file cannot be written."""
+    _write(path, json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
+
+
+def as_json(results: Sequence[Result]) -> dict[str, Any]:
+    """The results as JSON data: `passed`, and one entry in `checks` for every variant and dtype.
+
+    An entry's `modes` hold, by mode and pair (``"torch | flax"``), the difference that is largest when measured in
+    one-ulp responses: its relative error, the response (relative too) that it is held against, and where it is.
+    """
+    return {
+        "passed": bool(results) and all(result.passed for result in results),
+        "limit": RESPONSE_FACTOR,
+        "checks": [_entry(result, compared) for result in results for compared in result.comparisons],
+        "failures": [
+            {"variant": result.case.variant, "backend": backend, "error": str(error)}
+            for result in results
+            for backend, error in result.failures.items()
+        ],
+        "versions": {name: dict(versions) for result in results for name, versions in result.versions.items()},
+    }
+
+
+def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
+    case = result.case
+    return {
+        "variant": case.variant,
+        "dtype": compared.dtype,
+        "level": compared.level,
+        "passed": compared.passed,
+        "backends": list(compared.backends),
+        "size": list(case.size),
+        "batch": case.batch,
+        "seed": case.seed,
+        "input": result.source,
+        "arrays": len({d.tensor for d in compared.differences}),
+        "modes": _modes(compared),
+        "first_difference": _difference(compared.first) if compared.first else None,
+        "odd_one_out": compared.odd_one_out if not compared.passed else None,
+        "problems": [vars(problem) for problem in compared.problems],
+        "imprecise": [vars(p) for p in compared.precision if not p.passed],
+        "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
+        "spec": architectures.to_dict(case.spec),
+    }
+
+
+def _modes(compared: Comparison) -> dict[str, dict[str, Any]]:
+    modes: dict[str, dict[str, Any]] = {}
+    for difference in sorted(compared.worst(), key=lambda d: d.ratio):
+        modes.setdefault(difference.mode, {})[" | ".join(difference.pair)] = _difference(difference)
+    return modes
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {
+        "error": _finite(difference.error),
+        "response": _finite(difference.response / difference.norm if difference.norm else difference.response),
+        "ratio": _finite(difference.ratio),
+        "tensor": difference.place,
+        "pass": difference.tensor.split("/")[0],
+        "pair": list(difference.pair),
+        "level": difference.level,
+        "verdict": difference.verdict,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if isfinite(value) else None
+
+
+def write_junit(path: Path, results: Sequence[Result]) -> None:
+    """Write the results as JUnit XML, a test case for every variant, dtype, mode and pair. Raises `RecordError`."""
+    suites = ElementTree.Element("testsuites", name="resnet-parity")
+    for result in results:
+        suite = ElementTree.SubElement(suites, "testsuite", name=result.case.variant)
+        for compared in result.comparisons:
+            _add_cases(suite, compared)
+        for backend, error in result.failures.items():
+            case = ElementTree.SubElement(suite, "testcase", classname=result.case.variant, name=backend)
+            ElementTree.SubElement(case, "error", message=str(error))
+        suite.set("tests", str(len(suite)))
+        suite.set("failures", str(len(suite.findall("./testcase/failure"))))
+        suite.set("errors", str(len(suite.findall("./testcase/error"))))
+        suite.set("time", f"{result.seconds:.3f}")
+    ElementTree.indent(suites)
+    _write(path, ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def _add_cases(suite: ElementTree.Element, compared: Comparison) -> None:
+    classname = f"{compared.variant}.{compared.level}.{compared.dtype}"
+    for difference in compared.worst():
+        name = f"{difference.section} {' | '.join(difference.pair)}"
+        case = ElementTree.SubElement(suite, "testcase", classname=classname, name=name)
+        if difference.verdict in ("different", "undecided"):
+            message = f"{difference.verdict} at {difference.place}: relative error {difference.error:.2e}"
+            ElementTree.SubElement(case, "failure", message=f"{message}, {difference.ratio:.3g} responses")
+    for problem in compared.problems:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=classname, name=f"{problem.backend} {problem.tensor}"
+        )
+        ElementTree.SubElement(case, "failure", message=problem.what)
+    for precision in compared.precision:
+        if not precision.passed:
+            name = f"precision {precision.backend} {precision.tensor}"
+            case = ElementTree.SubElement(suite, "testcase", classname=classname, name=name)
+            ElementTree.SubElement(case, "failure", message=f"{precision.error:.2e}, median {precision.median:.2e}")
+
+
+def _write(path: Path, text: str) -> None:
+    with written(path, RecordError) as beside:
+        beside.write_text(text, encoding="utf-8")

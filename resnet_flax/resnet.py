@@ -1,0 +1,289 @@
+"""ResNet as a Flax linen module, its variables laid out as in the imagenet example of the Flax repository.
+
+He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385); names and initialisation after
+github.com/google/flax, examples/imagenet/models.py: ``conv_init``, ``bn_init``, ``BottleneckResNetBlock_0/Conv_0``,
+``conv_proj``, ``norm_proj``, ``Dense_0``, in the collections ``params`` and ``batch_stats``.
+
+    model = ResNet50(num_classes=10)
+    variables = model.init(jax.random.key(0), images)
+    logits, updates = model.apply(variables, images, mutable=["batch_stats"])  # training
+    logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+    c2, c3, c4, c5 = state["intermediates"]["stages"]  # the stage outputs
+"""
+
+from collections.abc import Callable
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from common.architectures.layers import Padding, output_shapes
+from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
+from common.errors import InputError
+from resnet_flax.weights import read_variables
+
+ModuleDef = Callable[..., Any]
+Dtype = Any
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch norm whose running variance is unbiased, N / (N - 1) times that of the batch; Flax stores the biased one.
+
+    It is called as its parent is because Flax derives the names of variables (``BatchNorm_0``) from the class.
+    Raises `InputError` in training mode for a single value per channel, which has no unbiased variance.
+    """
+
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
+        before = self.get_variable("batch_stats", "var")
+        y = super().__call__(x, use_running_average)
+        training = not nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        if training and not self.is_initializing():
+            count = x.size // x.shape[-1] * (lax.axis_size(self.axis_name) if self.axis_name else 1)
+            if count < 2:
+                raise InputError("one value per channel has no unbiased variance; use more images or a larger size")
+            after = self.get_variable("batch_stats", "var")
+            self.put_variable("batch_stats", "var", after + (after - self.momentum * before) / (count - 1))
+        return y
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x`; recorded where the caller of `apply` made the collection ``taps`` mutable, and free of cost otherwise."""
+    if not module.is_initializing():  # `init` makes every collection mutable
+        module.sow("taps", name, x)
+    return x
+
+
+def window_padding(padding: Padding, kernel: int, dilation: int = 1) -> str | list[tuple[int, int]]:
+    """The padding argument of `nn.Conv` and `nn.max_pool`."""
+    if padding == "symmetric":
+        return [(dilation * (kernel - 1) // 2,) * 2] * 2
+    if padding == "ceil":  # for a 3x3 window with stride 2: at odd sizes the extra row is never reached
+        return [(0, 1)] * 2
+    # SAME puts the odd row and column at the end: at even sizes a stride of 2 reads other pixels than symmetric does.
+    return padding.upper()
+
+
+def conv_layer(
+    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs
+) -> nn.Conv:
+    """A square convolution; `kwargs` as in `nn.Conv`."""
+    pads = window_padding(padding, kernel, dilation)
+    return nn.Conv(filters, (kernel, kernel), strides, pads, kernel_dilation=dilation, **kwargs)
+
+
+def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: x
+
+
+class Block(nn.Module):
+    """What both blocks share: the shortcut and the addition."""
+
+    spec: ResNetSpec
+    filters: int
+    strides: int
+    dilations: tuple[int, int]  # of a 3x3 convolution up to the strided one, and after it
+    conv: ModuleDef
+    norm: ModuleDef
+    shortcut_norm: ModuleDef
+
+    @property
+    def conv_strides(self) -> tuple[int, int]:
+        """Strides of the first two convolutions. ResNet v1 strides on the first of a bottleneck, v1.5 on the 3x3."""
+        return (self.strides, 1) if self.spec.stride_in == "conv1" else (1, self.strides)
+
+    def shortcut(self, x: jax.Array, filters: int) -> jax.Array:
+        # Not `x.shape != y.shape`: a single pixel keeps its shape under a stride, and would lose its projection.
+        if self.strides == 1 and x.shape[-1] == filters:
+            return x
+        if self.spec.shortcut == "zero_pad":
+            x = x[:, :: self.strides, :: self.strides]
+            return tap(self, "pad", jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])]))
+        x = self.conv(filters, 1, self.strides, name="conv_proj")(x)
+        return self.shortcut_norm(name="norm_proj")(x)
+
+    def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        y = tap(self, "add", y + self.shortcut(x, y.shape[-1]))
+        return tap(self, "relu", nn.relu(y))
+
+
+class ResNetBlock(Block):
+    """Two 3x3 convolutions."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = self.conv_strides
+        before, after = self.dilations
+        y = self.conv(self.filters, 3, first, before)(x)
+        y = self.norm()(y)
+        y = tap(self, "relu1", nn.relu(y))
+        y = self.conv(self.filters, 3, second, after if self.spec.stride_in == "conv1" else before)(y)
+        y = self.norm(scale_init=nn.initializers.zeros)(y)
+        return self.merge(y, x)
+
+
+class BottleneckResNetBlock(Block):
+    """1x1, 3x3 and 1x1 convolutions, the second grouped in a ResNeXt."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = self.conv_strides
+        before, after = self.dilations
+        inner = self.spec.inner_width(self.filters)
+        dilation = after if self.spec.stride_in == "conv1" else before
+        y = self.conv(inner, 1, first)(x)
+        y = self.norm()(y)
+        y = tap(self, "relu1", nn.relu(y))
+        y = self.conv(inner, 3, second, dilation, feature_group_count=self.spec.groups)(y)
+        y = self.norm()(y)
+        y = tap(self, "relu2", nn.relu(y))
+        y = self.conv(self.filters * self.spec.expansion, 1)(y)
+        y = self.norm(scale_init=nn.initializers.zeros)(y)
+        return self.merge(y, x)
+
+
+BLOCKS: dict[str, type[Block]] = {"basic": ResNetBlock, "bottleneck": BottleneckResNetBlock}
+
+
+class ResNet(nn.Module):
+    """Images (N, height, width, channels) to logits (N, classes), or to what the head of `spec` gives.
+
+    Computes in `dtype` and keeps parameters in `param_dtype`; float64 needs ``jax_enable_x64``. In bfloat16 Flax
+    computes batch statistics in float32, and keeps the running ones so. `axis_name` averages batch statistics over that axis of a
+    `pmap` or `shard_map`. Every stage's output is sown as ``stages`` in the collection ``intermediates``.
+    Raises `InputError` for images whose shape the network cannot take.
+    """
+
+    spec: ResNetSpec
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        spec = self.spec
+        if x.ndim != 4 or x.shape[-1] != spec.in_channels:
+            raise InputError(f"images have shape {x.shape}; expected (N, height, width, {spec.in_channels})")
+        output_shapes(spec.layers, x.shape[1:])  # raises where the size does not fit; XLA would average no pixels
+
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = partial(conv_layer, padding=spec.block_padding, use_bias=spec.conv_bias, **dtypes)
+        norm = partial(
+            nn.BatchNorm if spec.running_variance == "biased" else BatchNorm,
+            use_running_average=not train,
+            momentum=spec.bn_momentum,
+            epsilon=spec.bn_eps,
+            axis_name=self.axis_name,
+            use_fast_variance=False,  # E[x²] - E[x]² cancels: its gradients are off by far more than rounding
+            # "At least float32" is exactly float32 for the initial running statistics, which double precision outgrows.
+            force_float32_reductions=jnp.finfo(self.param_dtype).bits <= 32,
+            **dtypes,
+        )
+        shortcut_norm = norm if spec.shortcut_norm else no_norm
+        norm = norm if spec.norm else no_norm
+
+        x = conv(spec.stem_width, spec.stem_kernel, spec.stem_stride, padding=spec.stem_padding, name="conv_init")(x)
+        x = norm(name="bn_init")(x)
+        x = tap(self, "relu", nn.relu(x))
+        if spec.stem_pool:
+            # Padded with -inf.
+            x = tap(self, "pool", nn.max_pool(x, (3, 3), (2, 2), window_padding(spec.pool_padding, 3)))
+
+        block_cls, dilation = BLOCKS[spec.block], 1
+        for i, block_size in enumerate(spec.blocks):
+            before = dilation
+            dilation *= 2 if i > 0 and spec.replace_stride_with_dilation[i - 1] else 1
+            for j in range(block_size):
+                x = block_cls(
+                    spec=spec,
+                    filters=spec.widths[i],
+                    strides=spec.stage_strides[i] if j == 0 else 1,
+                    dilations=(before if j == 0 else dilation, dilation),
+                    conv=conv,
+                    norm=norm,
+                    shortcut_norm=shortcut_norm,
+                )(x)
+            self.sow("intermediates", "stages", x)
+
+        if spec.head_pool == "flatten":
+            x = tap(self, "flatten", x.reshape(x.shape[0], -1))
+        elif spec.head_pool != "none":
+            x = tap(self, "global_pool", {"average": jnp.mean, "max": jnp.max}[spec.head_pool](x, axis=(1, 2)))
+        if spec.head != "none":
+            x = nn.Dense(spec.classes, **dtypes)(x)
+        if spec.head == "softmax":
+            x = tap(self, "softmax", nn.softmax(x))
+        return x
+
+
+def native_paths(spec: ResNetSpec) -> dict[str, tuple[str, ...]]:
+    """Canonical path of every layer of the walk -> path of its module, or of its tap, in the linen module."""
+    stem = {"conv": "conv_init", "norm": "bn_init", "relu": "relu", "pool": "pool"}
+    head = {"flatten": "flatten", "pool": "global_pool", "fc": "Dense_0", "softmax": "softmax"}
+    block = {f"conv{i + 1}": f"Conv_{i}" for i in range(3)} | {f"norm{i + 1}": f"BatchNorm_{i}" for i in range(3)}
+    block |= {name: name for name in ("relu1", "relu2", "add", "relu")}
+    block |= {"shortcut.conv": "conv_proj", "shortcut.norm": "norm_proj", "shortcut.pad": "pad"}
+
+    paths = {f"stem.{role}": (name,) for role, name in stem.items()}
+    number = 0  # blocks are numbered through all stages
+    for s, count in enumerate(spec.blocks):
+        for b in range(count):
+            native = f"{BLOCKS[spec.block].__name__}_{number}"
+            paths |= {f"stages.{s}.blocks.{b}.{role}": (native, name) for role, name in block.items()}
+            number += 1
+    paths |= {f"head.{role}": (name,) for role, name in head.items()}
+    return {layer.path: paths[layer.path] for layer in spec.layers}
+
+
+def from_spec(
+    spec: ResNetSpec,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    axis_name: str | None = None,
+    weights: str | PathLike[str] | None = None,
+) -> ResNet:
+    """The module of any specification.
+
+    With `weights`, the path of a canonical safetensors file of the same spec, the module comes bound to these
+    variables: call it as it is, or take ``model, variables = bound.unbind()``. Raises `WeightsError` for a file
+    that cannot be read or holds the weights of another spec.
+    """
+    model = ResNet(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
+    return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
+
+
+def _builder(variant: str) -> Callable[..., ResNet]:
+    spec = VARIANTS[variant].replace(**CONVENTIONS["flax_examples"])
+
+    def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNet:
+        own = {name: options.pop(name) for name in ("param_dtype", "axis_name", "weights") if name in options}
+        return from_spec(spec.replace(classes=num_classes, **options), dtype=dtype, **own)
+
+    build.__name__ = build.__qualname__ = variant
+    build.__doc__ = (
+        f"{variant} in the convention of the Flax example. `param_dtype`, `axis_name` and `weights` as in "
+        "`from_spec`; every other keyword is a field of `ResNetSpec` to change."
+    )
+    return build
+
+
+ResNet18 = _builder("resnet18")
+ResNet34 = _builder("resnet34")
+ResNet50 = _builder("resnet50")
+ResNet101 = _builder("resnet101")
+ResNet152 = _builder("resnet152")
+WideResNet50_2 = _builder("wide_resnet50_2")
+WideResNet101_2 = _builder("wide_resnet101_2")
+ResNeXt50_32x4d = _builder("resnext50_32x4d")
+ResNeXt101_32x8d = _builder("resnext101_32x8d")
+ResNeXt101_64x4d = _builder("resnext101_64x4d")
+# The CIFAR networks of section 4.2, with ten classes.
+ResNet20 = _builder("resnet20")
+ResNet32 = _builder("resnet32")
+ResNet44 = _builder("resnet44")
+ResNet56 = _builder("resnet56")
+ResNet110 = _builder("resnet110")

@@ -1,0 +1,96 @@
+"""ResNets for Keras 3, on whichever backend Keras runs: TensorFlow, JAX or PyTorch.
+
+Nothing of Keras is imported before a name of this package is used.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from common.architectures import Spec
+from common.errors import BackendMissing
+
+if TYPE_CHECKING:
+    import keras
+
+    from resnet_keras.resnet import (
+        ResNet18,
+        ResNet20,
+        ResNet32,
+        ResNet34,
+        ResNet44,
+        ResNet50,
+        ResNet56,
+        ResNet101,
+        ResNet110,
+        ResNet152,
+        ResNeXt50_32x4d,
+        ResNeXt101_32x8d,
+        ResNeXt101_64x4d,
+        WideResNet50_2,
+        WideResNet101_2,
+        stage_outputs,
+    )
+    from resnet_keras.weights import export_weights, load_weights
+
+__all__ = [
+    "ResNeXt101_32x8d",
+    "ResNeXt101_64x4d",
+    "ResNeXt50_32x4d",
+    "ResNet101",
+    "ResNet110",
+    "ResNet152",
+    "ResNet18",
+    "ResNet20",
+    "ResNet32",
+    "ResNet34",
+    "ResNet44",
+    "ResNet50",
+    "ResNet56",
+    "WideResNet101_2",
+    "WideResNet50_2",
+    "export_weights",
+    "from_spec",
+    "load_weights",
+    "stage_outputs",
+]
+
+# What Keras may be missing, as a user knows it, and the extra that brings it.
+_FRAMEWORKS = {
+    "keras": ("Keras", "keras"),
+    "tensorflow": ("TensorFlow", "keras"),
+    "jax": ("JAX", "flax"),
+    "torch": ("PyTorch", "torch"),
+}
+
+
+def from_spec(spec: Spec, **options: Any) -> "keras.Model":
+    """The native model of any valid specification; `options` are those of its family's `from_spec`.
+
+    Raises `BackendMissing` where Keras, or the framework it is to run on, is not installed.
+    """
+    return _module(spec.family).from_spec(spec, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "weights" if name in ("load_weights", "export_weights") else "resnet"
+    return getattr(_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in _FRAMEWORKS:
+            raise
+        title, extra = _FRAMEWORKS[error.name]
+        backend = os.environ.get("KERAS_BACKEND")
+        asked = f" (KERAS_BACKEND={backend})" if backend and error.name != "keras" else ""
+        message = f"{title} is not installed{asked}; run: pip install 'resnet-parity[{extra}]'"
+        raise BackendMissing(message) from None

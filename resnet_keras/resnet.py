@@ -1,0 +1,433 @@
+"""ResNet as a Keras functional model, from `identity_block` and `conv_block`, with the classic layer names.
+
+Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model follows the global dtype policy.
+Layers are named as in Caffe's ResNet and the Keras ResNet-50 after it: stages count from 2, blocks are a, b, c, …
+"""
+
+import math
+from collections.abc import Callable
+from os import PathLike
+from string import ascii_lowercase
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
+from resnet_keras.weights import load_file, spec_of
+
+_DEFAULT = VARIANTS["resnet50.keras_applications"]
+_CHANNELS_LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class UnbiasedBatchNormalization(layers.BatchNormalization):
+    """Batch normalisation whose running variance is the unbiased one, N / (N - 1), as in PyTorch and Caffe."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        # Computed before the native update: on the torch backend that one writes in place.
+        kept = ops.multiply(self.moving_variance, self.momentum)
+        outputs = super().call(inputs, training=training)
+        if training and self.trainable:
+            count = ops.cast(math.prod(ops.shape(inputs)[:-1]), kept.dtype)
+            correction = ops.divide(count, ops.maximum(count - 1, 1))
+            self.moving_variance.assign(kept + (self.moving_variance - kept) * correction)
+        return outputs
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class ZeroPadShortcut(layers.Layer):
+    """Option A of He et al. 2015, section 4.2: every `strides`-th pixel, new channels filled with zeros at the end."""
+
+    def __init__(self, filters: int, strides: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.strides = strides
+
+    def call(self, inputs: Any) -> Any:
+        pixels = inputs[:, :: self.strides, :: self.strides, :]
+        return ops.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, self.filters - inputs.shape[-1])))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        batch, height, width, _ = input_shape
+        return (batch, *(n and -(-n // self.strides) for n in (height, width)), self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"filters": self.filters, "strides": self.strides}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class Subsample(layers.Layer):
+    """The pixels on which a convolution of stride `strides` centres its windows.
+
+    With symmetric padding the first of them is the first pixel; with `same` padding it lies half the remainder in.
+    """
+
+    def __init__(self, strides: int, same: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strides = strides
+        self.same = same
+
+    def _first(self, size: Any) -> Any:
+        return ((size - 1) % self.strides + 1) // 2 if self.same else 0
+
+    def call(self, inputs: Any) -> Any:
+        _, height, width, _ = ops.shape(inputs)
+        return inputs[:, self._first(height) :: self.strides, self._first(width) :: self.strides, :]
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        batch, height, width, channels = input_shape
+        return (batch, *(n and -(-(n - self._first(n)) // self.strides) for n in (height, width)), channels)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"strides": self.strides, "same": self.same}
+
+
+def _conv(
+    x: Any,
+    filters: int,
+    kernel_size: int,
+    name: str,
+    spec: ResNetSpec,
+    *,
+    padding: str,
+    strides: int = 1,
+    dilation_rate: int = 1,
+    groups: int = 1,
+) -> Any:
+    reach = dilation_rate * (kernel_size - 1) // 2
+    if kernel_size == 1:
+        padding = "valid"
+    elif strides > 1 and dilation_rate > 1:
+        # Conv2D takes a stride or a dilation, not both. Dilated windows at this stride read no other pixels than these.
+        x = layers.ZeroPadding2D(reach, **_CHANNELS_LAST, name=f"{name}_pad")(x)
+        x = Subsample(strides, padding == "same", name=f"{name}_subsample")(x)
+        strides, dilation_rate, padding = 1, dilation_rate // strides, "valid"
+    elif padding == "symmetric" and strides > 1:
+        # "same" would put the odd row and column after the image at even sizes.
+        x = layers.ZeroPadding2D(reach, **_CHANNELS_LAST, name=f"{name}_pad")(x)
+        padding = "valid"
+    elif padding == "symmetric":
+        padding = "same"  # equal at stride 1, and no padded copy of the input
+    return layers.Conv2D(
+        filters,
+        kernel_size,
+        strides=strides,
+        padding=padding,
+        dilation_rate=dilation_rate,
+        groups=groups,
+        use_bias=spec.conv_bias,
+        **_CHANNELS_LAST,
+        name=name,
+    )(x)
+
+
+def _norm(x: Any, name: str, spec: ResNetSpec) -> Any:
+    biased = spec.running_variance == "biased"
+    layer = layers.BatchNormalization if biased else UnbiasedBatchNormalization
+    # Keras' momentum is the share of the old value that is kept, as the spec's; PyTorch's is the share of the new.
+    return layer(axis=-1, momentum=spec.bn_momentum, epsilon=spec.bn_eps, name=name)(x)
+
+
+def _relu(x: Any, name: str) -> Any:
+    return layers.Activation("relu", name=name)(x)
+
+
+def _residual(
+    x: Any,
+    shortcut: Any,
+    kernel_size: int,
+    filters: tuple[int, ...],
+    where: str,
+    strides: int,
+    spec: ResNetSpec,
+    dilation_rates: tuple[int, int],
+) -> Any:
+    """Branch 2 of a block, its addition to the shortcut, and the ReLU after it."""
+    bottleneck = len(filters) == 3
+    kernels = (1, kernel_size, 1) if bottleneck else (kernel_size, kernel_size)
+    strided = int(spec.stride_in == "conv2")  # v1 strides on the first convolution of a bottleneck, v1.5 on the 3x3
+    for i, letter in enumerate("abc"[: len(filters)]):
+        x = _conv(
+            x,
+            filters[i],
+            kernels[i],
+            f"res{where}_branch2{letter}",
+            spec,
+            padding=spec.block_padding,
+            strides=strides if i == strided else 1,
+            # The convolution whose stride was taken away keeps the old dilation; what follows reads its denser output.
+            dilation_rate=1 if kernels[i] == 1 else dilation_rates[i > strided],
+            groups=spec.groups if bottleneck and i == 1 else 1,
+        )
+        if spec.norm:
+            x = _norm(x, f"bn{where}_branch2{letter}", spec)
+        if i < len(filters) - 1:
+            x = _relu(x, f"res{where}_branch2{letter}_relu")
+    x = layers.Add(name=f"res{where}")([x, shortcut])
+    return _relu(x, f"res{where}_relu")
+
+
+def identity_block(
+    x: Any,
+    kernel_size: int,
+    filters: tuple[int, ...],
+    stage: int,
+    block: str,
+    *,
+    spec: ResNetSpec = _DEFAULT,
+    dilation_rates: tuple[int, int] = (1, 1),
+) -> Any:
+    """A block whose shortcut is its input.
+
+    `filters` are two for a basic block and three for a bottleneck; `spec` gives the conventions (padding, bias,
+    norm, groups); `dilation_rates` apply up to and after the convolution that may be strided.
+    """
+    return _residual(x, x, kernel_size, filters, f"{stage}{block}", 1, spec, dilation_rates)
+
+
+def conv_block(
+    x: Any,
+    kernel_size: int,
+    filters: tuple[int, ...],
+    stage: int,
+    block: str,
+    strides: int = 2,
+    *,
+    spec: ResNetSpec = _DEFAULT,
+    dilation_rates: tuple[int, int] = (1, 1),
+) -> Any:
+    """A block whose shortcut changes the shape: a 1x1 projection, or zero padding if `spec` says so.
+
+    Arguments as for `identity_block`.
+    """
+    where = f"{stage}{block}"
+    if spec.shortcut == "zero_pad":
+        shortcut = ZeroPadShortcut(filters[-1], strides, name=f"res{where}_branch1")(x)
+    else:
+        shortcut = _conv(x, filters[-1], 1, f"res{where}_branch1", spec, padding="valid", strides=strides)
+        if spec.shortcut_norm:
+            shortcut = _norm(shortcut, f"bn{where}_branch1", spec)
+    return _residual(x, shortcut, kernel_size, filters, where, strides, spec, dilation_rates)
+
+
+def _pool(x: Any, padding: str) -> Any:
+    # Zeros never win a maximum after a ReLU, so that explicit padding is neutral here.
+    explicit = {"symmetric": (1, 1), "ceil": (0, 1)}
+    if padding in explicit:
+        x = layers.ZeroPadding2D((explicit[padding],) * 2, **_CHANNELS_LAST, name="pool1_pad")(x)
+        padding = "valid"
+    return layers.MaxPooling2D(3, strides=2, padding=padding, **_CHANNELS_LAST, name="pool1")(x)
+
+
+def _resnet(x: Any, spec: ResNetSpec) -> Any:
+    """Everything between the input and the output of the network."""
+    stem = {"padding": spec.stem_padding, "strides": spec.stem_stride}
+    x = _conv(x, spec.stem_width, spec.stem_kernel, "conv1", spec, **stem)
+    if spec.norm:
+        x = _norm(x, "bn_conv1", spec)
+    x = _relu(x, "conv1_relu")
+    if spec.stem_pool:
+        x = _pool(x, spec.pool_padding)
+
+    dilation = 1
+    for s, (count, width, stage_strides) in enumerate(zip(spec.blocks, spec.widths, spec.stage_strides, strict=True)):
+        inner, outer = spec.inner_width(width), width * spec.expansion
+        filters = (inner, inner, outer) if spec.block == "bottleneck" else (inner, outer)
+        for b, block in enumerate(block_names(count)):
+            strides = stage_strides if b == 0 else 1
+            before = dilation
+            if b == 0 and s > 0 and spec.replace_stride_with_dilation[s - 1]:
+                dilation *= 2
+            options = {"spec": spec, "dilation_rates": (before, dilation)}
+            if strides != 1 or x.shape[-1] != outer:
+                x = conv_block(x, 3, filters, s + 2, block, strides, **options)
+            else:
+                x = identity_block(x, 3, filters, s + 2, block, **options)
+
+    if spec.head_pool == "flatten":
+        x = layers.Flatten(**_CHANNELS_LAST, name="flatten")(x)
+    elif spec.head_pool != "none":
+        pool = {"average": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[spec.head_pool]
+        x = pool(**_CHANNELS_LAST, name="pool5")(x)
+    if spec.head != "none":
+        x = layers.Dense(spec.classes, name=f"fc{spec.classes}")(x)
+    if spec.head == "softmax":
+        x = layers.Activation("softmax", name="prob")(x)
+    return x
+
+
+def block_names(count: int) -> list[str]:
+    """Names of the blocks of a stage: a, b, c, …; in Caffe's form a, b1, b2, … where the alphabet does not suffice."""
+    if count <= len(ascii_lowercase):
+        return list(ascii_lowercase[:count])
+    return ["a", *(f"b{i}" for i in range(1, count))]
+
+
+def layer_names(spec: ResNetSpec) -> dict[str, str]:
+    """Name of the Keras layer for every layer of the walk, by canonical path."""
+    names = {
+        "stem.conv": "conv1",
+        "stem.norm": "bn_conv1",
+        "stem.relu": "conv1_relu",
+        "stem.pool": "pool1",
+        "head.flatten": "flatten",
+        "head.pool": "pool5",
+        "head.fc": f"fc{spec.classes}",
+        "head.softmax": "prob",
+    }
+    for s, count in enumerate(spec.blocks):
+        for b, block in enumerate(block_names(count)):
+            path, where = f"stages.{s}.blocks.{b}", f"{s + 2}{block}"
+            for i, letter in enumerate("abc", start=1):
+                names[f"{path}.conv{i}"] = f"res{where}_branch2{letter}"
+                names[f"{path}.norm{i}"] = f"bn{where}_branch2{letter}"
+                names[f"{path}.relu{i}"] = f"res{where}_branch2{letter}_relu"
+            names[f"{path}.shortcut.conv"] = names[f"{path}.shortcut.pad"] = f"res{where}_branch1"
+            names[f"{path}.shortcut.norm"] = f"bn{where}_branch1"
+            names[f"{path}.add"] = f"res{where}"
+            names[f"{path}.relu"] = f"res{where}_relu"
+    return {layer.path: names[layer.path] for layer in spec.layers}
+
+
+def from_spec(
+    spec: ResNetSpec,
+    *,
+    input_tensor: Any = None,
+    input_shape: tuple[int | None, ...] | None = None,
+    weights: str | PathLike[str] | None = None,
+    name: str = "resnet",
+) -> keras.Model:
+    """The functional model of `spec`, for images (batch, height, width, channels); its `spec` attribute is `spec`.
+
+    `input_shape` (height, width, channels) defaults to any size, or the spec's own with a flattened head;
+    `input_tensor` is a Keras tensor to build upon instead. `weights` is a canonical safetensors file.
+    Raises `ValueError` for an input that the spec does not fit, `WeightsError` for weights that are not the spec's.
+    """
+    if input_tensor is not None:
+        images = input_tensor
+        inputs = keras.utils.get_source_inputs(input_tensor)
+    else:
+        images = keras.Input(input_shape or (*(spec.input_size or (None, None)), spec.in_channels))
+        inputs = images
+    if len(images.shape) != 4 or images.shape[-1] != spec.in_channels:
+        raise ValueError(
+            f"the input has shape {tuple(images.shape)}; expected (batch, height, width, {spec.in_channels})"
+        )
+    if spec.input_size and tuple(images.shape[1:3]) != spec.input_size:
+        raise ValueError(f"the input has shape {tuple(images.shape)}; the flattened head takes {spec.input_size} only")
+    model = keras.Model(inputs, _resnet(images, spec), name=name)
+    model.spec = spec
+    if weights is not None:
+        load_file(model, weights, free_fields=_FREE_FIELDS)
+    return model
+
+
+def stage_outputs(model: keras.Model, spec: ResNetSpec | None = None) -> keras.Model:
+    """A model with the same layers that returns the list of the stages' outputs, C2 to C5 for four stages.
+
+    `spec` is needed only for a model that was not made here but read from a file.
+    """
+    spec = spec_of(model, spec)
+    names = layer_names(spec)
+    outputs = [model.get_layer(names[path]).output for path in spec.stage_outputs]
+    return keras.Model(model.inputs, outputs, name=f"{model.name}_stages")
+
+
+# Fields in which weights made for one spec still mean the same in another: the head's last step, its resolution,
+# and what training alone does.
+_FREE_FIELDS = {"head", "head_pool", "replace_stride_with_dilation", "bn_momentum", "running_variance"}
+
+
+def _builder(variant: str, name: str, default_size: int = 224, default_classes: int = 1000) -> Callable[..., keras.Model]:
+    """The public constructor of a variant, in the convention of keras.applications."""
+    conventional = VARIANTS[variant].replace(**CONVENTIONS["keras_applications"])
+
+    def build(
+        include_top: bool = True,
+        weights: str | PathLike[str] | None = None,
+        input_tensor: Any = None,
+        input_shape: tuple[int | None, ...] | None = None,
+        pooling: str | None = None,
+        classes: int = default_classes,
+        classifier_activation: Any = "softmax",
+        name: str = variant,
+    ) -> keras.Model:
+        smallest = conventional.output_stride
+        shape = _input_shape(input_shape, default_size, smallest, include_top and input_tensor is None)
+        if input_tensor is not None and not keras.utils.is_keras_tensor(input_tensor):
+            input_tensor = keras.Input(tensor=input_tensor, shape=shape)
+        elif input_tensor is not None and input_shape and not _agree(input_tensor.shape[1:], shape):
+            found = tuple(input_tensor.shape[1:])
+            raise ValueError(f"input_shape={shape} contradicts input_tensor, whose shape is {found}; give one of them")
+        if pooling not in _POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; expected None, 'avg' or 'max'")
+        channels = shape[-1] if input_tensor is None else input_tensor.shape[-1]
+        softmax = keras.activations.get(classifier_activation) is keras.activations.softmax
+        linear = keras.activations.get(classifier_activation) is keras.activations.linear
+        top = {"head": "softmax" if softmax else "logits", "classes": classes}
+        spec = conventional.replace(
+            in_channels=channels, **top if include_top else {"head": "none", "head_pool": _POOLINGS[pooling]}
+        )
+        model = from_spec(spec, input_tensor=input_tensor, input_shape=shape, name=name)
+        if include_top and not softmax and not linear:
+            prob = layers.Activation(classifier_activation, name="prob")(model.output)
+            model = keras.Model(model.inputs, prob, name=name)
+            model.spec = spec
+        if weights is not None:
+            load_file(model, weights, free_fields=_FREE_FIELDS)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = _BUILDER_DOC.format(variant=variant, size=default_size, smallest=conventional.output_stride)
+    return build
+
+
+_POOLINGS = {None: "none", "avg": "average", "max": "max"}
+_BUILDER_DOC = """{variant} in the convention of keras.applications: stride on conv1, biases, eps 1.001e-5, softmax.
+
+    `input_shape` is (height, width, channels), at least {smallest} pixels a side; with `include_top` it defaults to
+    ({size}, {size}, 3) and must be static, without it to any size. `input_tensor` is a Keras tensor to build upon.
+    Without `include_top` the model returns the last feature map, or with `pooling` "avg" or "max" a vector for each
+    image. `classifier_activation` is any Keras activation, None for logits. `weights` is None or the path of a
+    canonical safetensors file; its head is left out where the model has none.
+    Raises `ValueError` for arguments that contradict each other, and its child `WeightsError` for unfit weights.
+    """
+
+
+def _agree(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(other) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(shape, other, strict=True)
+    )
+
+
+def _input_shape(
+    shape: tuple[int | None, ...] | None, default_size: int, smallest: int, static: bool
+) -> tuple[int | None, ...]:
+    if not shape:
+        return (default_size, default_size, 3) if static else (None, None, 3)
+    if len(shape) != 3:
+        raise ValueError(f"input_shape={shape!r} is not allowed; expected (height, width, channels)")
+    if any(size is not None and size < smallest for size in shape[:2]):
+        raise ValueError(f"input_shape={shape!r} is too small; expected at least {smallest}x{smallest} pixels")
+    if static and None in shape:
+        raise ValueError(f"input_shape={shape!r} leaves a size open; with include_top it must be static")
+    return tuple(shape)
+
+
+ResNet18 = _builder("resnet18", "ResNet18")
+ResNet34 = _builder("resnet34", "ResNet34")
+ResNet50 = _builder("resnet50", "ResNet50")
+ResNet101 = _builder("resnet101", "ResNet101")
+ResNet152 = _builder("resnet152", "ResNet152")
+WideResNet50_2 = _builder("wide_resnet50_2", "WideResNet50_2")
+WideResNet101_2 = _builder("wide_resnet101_2", "WideResNet101_2")
+ResNeXt50_32x4d = _builder("resnext50_32x4d", "ResNeXt50_32x4d")
+ResNeXt101_32x8d = _builder("resnext101_32x8d", "ResNeXt101_32x8d")
+ResNeXt101_64x4d = _builder("resnext101_64x4d", "ResNeXt101_64x4d")
+# The CIFAR networks of section 4.2 of the paper.
+ResNet20 = _builder("resnet20", "ResNet20", 32, 10)
+ResNet32 = _builder("resnet32", "ResNet32", 32, 10)
+ResNet44 = _builder("resnet44", "ResNet44", 32, 10)
+ResNet56 = _builder("resnet56", "ResNet56", 32, 10)
+ResNet110 = _builder("resnet110", "ResNet110", 32, 10)

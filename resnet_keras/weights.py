@@ -1,0 +1,139 @@
+"""Canonical weights into a Keras model and out of it. Both keep kernels HWIO and (in, out): only names differ.
+
+Nothing here knows a family: a layer's native name comes from the `layer_names` of its family's module, and each of its
+arrays from the table below.
+"""
+
+import importlib
+from collections.abc import Callable, Collection
+from os import PathLike
+from typing import Any
+
+import keras
+import numpy as np
+
+from common import weights as canonical
+from common.architectures import Spec, to_dict
+from common.architectures.layers import Layer
+from common.errors import WeightsError
+
+# Kind of layer -> role of the array in canonical names -> attribute of the Keras layer.
+_ATTRIBUTES = {
+    "conv": {"kernel": "kernel", "bias": "bias"},
+    "norm": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    "dense": {"kernel": "kernel", "bias": "bias"},
+}
+
+
+def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:
+    """Set every variable of `model` from canonical weights, cast to the variable's dtype; each exactly once.
+
+    `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` naming the
+    tensors that are missing, unexpected or misshapen, before anything is changed.
+    """
+    targets = variables(model, spec)
+    _same("weights", "model", list(weights), list(targets))
+    # Shapes are all checked before the first assignment only where that costs no read of the tensors.
+    if isinstance(weights, dict):
+        for name, variable in targets.items():
+            _check_shape(name, weights[name], variable)
+    for name, variable in targets.items():
+        array = weights[name]
+        _check_shape(name, array, variable)
+        variable.assign(array if array.dtype == variable.dtype else array.astype(variable.dtype))
+
+
+def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.Weights:
+    """Parameters and running statistics of `model` under canonical names, bitwise, each converted when it is read.
+
+    `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` where the
+    model's layers are not the spec's.
+    """
+    return canonical.LazyWeights({name: _reader(variable) for name, variable in variables(model, spec).items()})
+
+
+def load_file(model: keras.Model, path: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
+    """Load a canonical safetensors file that was made for the model's own spec, `free_fields` aside.
+
+    The file's head is left out where the model has none. Raises `WeightsError`, also for "imagenet".
+    """
+    if path == "imagenet":
+        raise WeightsError("weights='imagenet': downloads are not there yet; expected a canonical safetensors file")
+    found, weights = canonical.load(path)
+    spec = spec_of(model)
+    used = canonical.shapes(spec)
+    ours, theirs = to_dict(spec), to_dict(found)
+    if used.keys() < weights.keys() and not any(layer.kind == "dense" for layer in spec.layers):
+        dense = {name for layer in found.layers if layer.kind == "dense" for name in layer.arrays}
+        weights = canonical.LazyWeights({name: _getter(weights, name) for name in weights if name not in dense})
+        free_fields = {*free_fields, "classes", "input_size"}
+    for field, expected in ours.items():
+        if field not in free_fields and theirs.get(field) != expected:
+            raise WeightsError(
+                f"{path}: made for {field}={theirs.get(field)!r}, and the model has {field}={expected!r}; "
+                "build the model by from_spec from the file's own spec"
+            )
+    load_weights(model, weights)
+
+
+def spec_of(model: keras.Model, spec: Spec | None = None) -> Spec:
+    """`spec`, or that of a model made by this package. Raises `WeightsError` where there is neither."""
+    found = spec or getattr(model, "spec", None)
+    if found is None:
+        raise WeightsError(f"model {model.name!r} carries no spec (it was read from a file or cloned); pass spec=")
+    return found
+
+
+def layer_names(spec: Spec) -> dict[str, str]:
+    """Name of the Keras layer for every layer of the walk, by canonical path."""
+    return importlib.import_module(f"{__package__}.{spec.family}").layer_names(spec)
+
+
+def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
+    """Every Keras variable of the model by canonical name, in walk order.
+
+    Raises `WeightsError` where a layer is missing or a variable of the model has no canonical name.
+    """
+    spec = spec_of(model, spec)
+    names = layer_names(spec)
+    native = {layer.name: layer for layer in model.layers}
+    absent = [names[layer.path] for layer in spec.layers if layer.arrays and names[layer.path] not in native]
+    if absent:
+        raise WeightsError(f"the model is not its spec's: it has no layer {', '.join(absent[:4])}")
+    found = {
+        name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays
+    }
+    known = {id(variable) for variable in found.values()}
+    unnamed = [variable.path for variable in model.variables if id(variable) not in known]
+    if unnamed:
+        raise WeightsError(f"the model is not its spec's: it also has {', '.join(unnamed[:4])}")
+    return found
+
+
+def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
+    attribute = _ATTRIBUTES[layer.kind][name.removeprefix(f"{layer.path}.")]
+    variable = getattr(native, attribute, None)
+    if variable is None:
+        raise WeightsError(f"the model is not its spec's: layer {native.name} has no {attribute}, for {name}")
+    return variable
+
+
+def _same(what: str, other: str, names: list[str], expected: list[str]) -> None:
+    missing = [name for name in expected if name not in set(names)]
+    unexpected = [name for name in names if name not in set(expected)]
+    if missing or unexpected:
+        parts = [f"{word} {', '.join(some[:4])}" for word, some in (("missing", missing), ("unexpected", unexpected)) if some]
+        raise WeightsError(f"the {what} are not this {other}'s: {'; '.join(parts)}")
+
+
+def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:
+    if array.shape != tuple(variable.shape):
+        raise WeightsError(f"{name} has shape {array.shape}; variable {variable.path} has {tuple(variable.shape)}")
+
+
+def _reader(variable: Any) -> Callable[[], np.ndarray]:
+    return lambda: keras.ops.convert_to_numpy(variable)
+
+
+def _getter(weights: canonical.Weights, name: str) -> Callable[[], np.ndarray]:
+    return lambda: weights[name]

@@ -1,0 +1,78 @@
+"""ResNets in PyTorch, as torchvision lays them out: ``from resnet_torch import resnet50``.
+
+Importing this package loads nothing; PyTorch comes with the first name that is asked for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from common.architectures import Spec
+from common.errors import BackendMissing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resnet_torch.resnet import ResNet as ResNet
+    from resnet_torch.resnet import resnet18 as resnet18
+    from resnet_torch.resnet import resnet20 as resnet20
+    from resnet_torch.resnet import resnet32 as resnet32
+    from resnet_torch.resnet import resnet34 as resnet34
+    from resnet_torch.resnet import resnet44 as resnet44
+    from resnet_torch.resnet import resnet50 as resnet50
+    from resnet_torch.resnet import resnet56 as resnet56
+    from resnet_torch.resnet import resnet101 as resnet101
+    from resnet_torch.resnet import resnet110 as resnet110
+    from resnet_torch.resnet import resnet152 as resnet152
+    from resnet_torch.resnet import resnext50_32x4d as resnext50_32x4d
+    from resnet_torch.resnet import resnext101_32x8d as resnext101_32x8d
+    from resnet_torch.resnet import resnext101_64x4d as resnext101_64x4d
+    from resnet_torch.resnet import wide_resnet50_2 as wide_resnet50_2
+    from resnet_torch.resnet import wide_resnet101_2 as wide_resnet101_2
+    from resnet_torch.weights import export_weights as export_weights
+    from resnet_torch.weights import load_weights as load_weights
+
+_PUBLIC = {
+    "resnet": (
+        "ResNet",
+        *(f"resnet{depth}" for depth in (18, 20, 32, 34, 44, 50, 56, 101, 110, 152)),
+        *("wide_resnet50_2", "wide_resnet101_2"),
+        *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    ),
+    "weights": ("load_weights", "export_weights"),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["from_spec", *_MODULES]  # noqa: PLE0604
+
+
+def from_spec(spec: Spec, **options: Any) -> "nn.Module":
+    """The model of any valid spec; `options` are those of the family's own `from_spec`.
+
+    Raises `BackendMissing` if PyTorch is not installed.
+    """
+    with framework():
+        family = import_module(f"{__package__}.{spec.family}")
+    return family.from_spec(spec, **options)
+
+
+@contextmanager
+def framework() -> Iterator[None]:
+    """Around an import of PyTorch: raises `BackendMissing` if it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name not in (None, "torch"):
+            raise
+        raise BackendMissing("PyTorch is not installed; run: pip install 'resnet-parity[torch]'") from None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with framework():
+        return getattr(import_module(f"{__package__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,180 @@
+"""Canonical weights and PyTorch's tensors: names and layouts, keyed by the kind of a layer and the role of an array.
+
+Works for every family: which module a layer is comes from the family's `nodes`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import common.weights
+from common import architectures
+from common.architectures.layers import Dense, Layer, Shape
+from common.errors import WeightsError
+from common.weights import LazyWeights, Weights
+
+# (kind of layer, role of the array in it) -> attribute of the module.
+_ATTRIBUTES = {
+    ("conv", "kernel"): "weight",
+    ("conv", "bias"): "bias",
+    ("norm", "scale"): "weight",
+    ("norm", "bias"): "bias",
+    ("norm", "mean"): "running_mean",
+    ("norm", "var"): "running_var",
+    ("dense", "kernel"): "weight",
+    ("dense", "bias"): "bias",
+}
+# What a module stores beyond that: how many batches a norm has seen, which changes nothing it computes here.
+_IGNORED = {"norm": "num_batches_tracked"}
+
+
+class Slot(NamedTuple):
+    """The place of one canonical array in a PyTorch model."""
+
+    native: str  # its name in `state_dict`
+    native_shape: Shape
+    view: Callable[[Tensor], Tensor]  # of the native tensor, its axes in canonical order
+    shape: Shape  # the canonical one, where a flattened map is a single axis and three in the view
+
+
+def slots(spec: architectures.Spec) -> dict[str, Slot]:
+    """Canonical name of every array of the spec -> its slot."""
+    table: dict[str, Slot] = {}
+    for layer, module in _modules(spec):
+        for name, shape in layer.arrays.items():
+            role = name.removeprefix(f"{layer.path}.")
+            native_shape, view = _layout(layer, role, shape)
+            table[name] = Slot(f"{module}.{_ATTRIBUTES[layer.kind, role]}", native_shape, view, shape)
+    return table
+
+
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Set every parameter and statistic of a model of this package, cast to its dtype, one array at a time.
+
+    Raises `WeightsError` naming the tensors that are missing, unexpected, of another shape, or not floating-point.
+    Wrong names leave the model untouched; of wrong arrays only those are left out.
+    """
+    table, state = _bijection(model)
+    _refuse(
+        "the weights are not this model's", missing=table.keys() - weights.keys(), unexpected=weights.keys() - table
+    )
+    wrong: list[str] = []
+    with torch.no_grad(), warnings.catch_warnings():
+        # PyTorch cannot mark a tensor read-only, and warns of arrays that are. These are only read.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        for name, slot in table.items():
+            array, native = weights[name], slot.view(state[slot.native])
+            if array.shape != slot.shape:
+                wrong.append(f"{name} has shape {array.shape}, expected {slot.shape}")
+            elif not np.issubdtype(array.dtype, np.floating):
+                wrong.append(f"{name} has dtype {array.dtype}, expected a floating-point type")
+            else:
+                native.copy_(torch.from_numpy(array).reshape(native.shape))
+    if wrong:
+        raise WeightsError(f"{len(wrong)} tensors do not fit this model: {'; '.join(wrong[:4])}")
+
+
+def load_file(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Load a canonical safetensors file of the model's own spec.
+
+    Raises `WeightsError` for a file that is missing or damaged, or of another spec: equal shapes are not enough, since
+    what a convention changes often has none.
+    """
+    if not Path(path).is_file():
+        raise WeightsError(
+            f"weights={str(path)!r} is no file; expected None or the path of a canonical safetensors file"
+        )
+    spec, weights = common.weights.load(path)
+    ours, theirs = architectures.to_dict(model.spec), architectures.to_dict(spec)  # type: ignore[arg-type]
+    if different := [field for field in ours | theirs if ours.get(field) != theirs.get(field)]:
+        found = ", ".join(f"{field}={theirs.get(field)!r} (model: {ours.get(field)!r})" for field in different)
+        raise WeightsError(f"{path} holds the weights of another spec: {found}; build the model from that spec")
+    load_weights(model, weights)
+
+
+def export_weights(model: nn.Module) -> Weights:
+    """The model's parameters and statistics in canonical names and layouts, bitwise.
+
+    The arrays are views of the model's memory wherever it is the CPU's: copy what has to outlive the next step.
+    Raises `WeightsError` if the model holds tensors that its spec does not have, or lacks some.
+    """
+    table, state = _bijection(model)
+
+    def getter(slot: Slot) -> Callable[[], np.ndarray]:
+        return lambda: canonical(slot, state[slot.native])
+
+    return LazyWeights({name: getter(slot) for name, slot in table.items()})
+
+
+def canonical(slot: Slot, native: Tensor) -> np.ndarray:
+    """A native tensor, or one laid out like it, as the canonical array of the slot; a view where possible."""
+    return slot.view(native.detach()).reshape(slot.shape).cpu().numpy()
+
+
+def _layout(layer: Layer, role: str, shape: Shape) -> tuple[Shape, Callable[[Tensor], Tensor]]:
+    """The native shape of an array and the view that puts its axes into canonical order."""
+    if role != "kernel":
+        return shape, _as_it_is
+    if layer.kind == "conv":
+        height, width, inputs, outputs = shape
+        return (outputs, inputs, height, width), _oihw_as_hwio
+    if isinstance(layer, Dense) and layer.flattened is not None:
+        # torch.flatten leaves the channels outermost; canonical weights have them innermost.
+        height, width, channels = layer.flattened
+        return shape[::-1], lambda t: t.unflatten(1, (channels, height, width)).permute(2, 3, 1, 0)
+    return shape[::-1], torch.t
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _oihw_as_hwio(kernel: Tensor) -> Tensor:
+    return kernel.permute(2, 3, 1, 0)
+
+
+def _modules(spec: architectures.Spec) -> Iterable[tuple[Layer, str]]:
+    nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
+    return ((layer, nodes[layer.path].module) for layer in spec.layers if layer.arrays)
+
+
+def _bijection(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Any]]:
+    """The model's slots and its tensors; raises `WeightsError` unless each tensor has one slot or is ignored."""
+    spec = _spec(model)
+    table, state = slots(spec), model.state_dict()
+    ignored = {f"{module}.{_IGNORED[layer.kind]}" for layer, module in _modules(spec) if layer.kind in _IGNORED}
+    native = {slot.native for slot in table.values()}
+    missing, unexpected = native - state.keys(), state.keys() - native - ignored
+    _refuse("the model is not its spec's", missing=missing, unexpected=unexpected)
+    _refuse(
+        "the model is not its spec's",
+        misshapen=(
+            f"{slot.native} {tuple(state[slot.native].shape)} instead of {slot.native_shape}"
+            for slot in table.values()
+            if state[slot.native].shape != slot.native_shape
+        ),
+    )
+    return table, state
+
+
+def _spec(model: nn.Module) -> architectures.Spec:
+    return model.spec  # type: ignore[return-value]
+
+
+def _refuse(what: str, **names: Iterable[str]) -> None:
+    """Raise `WeightsError` if there are any `names`; at most four of each are listed."""
+    parts = []
+    for label, found in names.items():
+        ordered = sorted(found)
+        if ordered:
+            more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+            parts.append(f"{label} {', '.join(ordered[:4])}{more}")
+    if parts:
+        raise WeightsError(f"{what}: {'; '.join(parts)}")
