@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.architectures.layers import INPUT, Layer
+from common.architectures.layers import INPUT, Layer, Shape
 from common.backend import COLUMNS
 from common.errors import RecordError
 from common.levels import (
@@ -179,7 +179,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         )
     spec = reference.spec
     modes = tuple(mode for mode in first.modes if all(mode in r.manifest.modes for r in records))
-    names = expected_arrays(spec, modes)
+    expected = expected_arrays(spec, modes, first.shape)
     problems = [
         Problem(backend=label, tensor=name, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()
@@ -188,10 +188,10 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
     differences: list[Difference] = []
     precision: list[Precision] = []
     norms: dict[str, float] = {}
-    for name in in_order(names):
+    for name in in_order(expected):
         arrays: dict[str, np.ndarray] = {}
         for label, record in labels.items():
-            what, array = _examine(record, name)
+            what, array = _examine(record, name, expected[name])
             if what:
                 problems.append(Problem(backend=label, tensor=name, what=what))
             elif array is not None:
@@ -201,10 +201,6 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         base = reference.get(name)
         norms[name] = norm(base) if base is not None else 0.0
         for a, b in combinations(arrays, 2):
-            if arrays[a].shape != arrays[b].shape:
-                what = f"has shape {arrays[b].shape}, and {arrays[a].shape} in {a}"
-                problems.append(Problem(backend=b, tensor=name, what=what))
-                continue
             differences.append(
                 Difference(
                     tensor=name,
@@ -306,11 +302,13 @@ class _Gate:
         return replace(difference, response=response, verdict=verdict)
 
 
-def _examine(record: Record, name: str) -> tuple[str | None, np.ndarray | None]:
+def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.ndarray | None]:
     """What makes an array unfit for comparison, or the array."""
     array = record.get(name)
     if array is None:
         return "is missing", None
+    if array.shape != shape:
+        return f"has shape {array.shape}; the walk gives {shape}", None
     if array.dtype != record.manifest.dtype:
         return f"is {array.dtype}; {record.manifest.dtype} was asked for", None
     if not np.isfinite(array).all():
@@ -323,8 +321,8 @@ def _examine(record: Record, name: str) -> tuple[str | None, np.ndarray | None]:
 
 def _precision(name: str, arrays: Mapping[str, np.ndarray], truth: np.ndarray) -> list[Precision]:
     size = norm(truth)
-    errors = {label: norm(array - truth) / size for label, array in arrays.items() if array.shape == truth.shape}
-    middle = median_low(errors.values()) if errors else 0.0
+    errors = {label: norm(array - truth) / size for label, array in arrays.items()}
+    middle = median_low(errors.values())
     return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from common import architectures
 from common.architectures import Spec
+from common.architectures.layers import INPUT, Shape, output_shapes
 from common.errors import RecordError, SpecError
 from common.files import reason, written
 
@@ -88,20 +89,27 @@ def write(path: Path | str, arrays: Mapping[str, np.ndarray], manifest: Manifest
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, metadata)
 
 
-def expected_arrays(spec: Spec, modes: tuple[Mode, ...]) -> list[str]:
-    """The names of all arrays that a record of these modes holds, in the order of the walk."""
-    names: list[str] = []
+def expected_arrays(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> dict[str, Shape]:
+    """Name and shape of every array that a record of these modes holds, in the order of the walk.
+
+    `batch` is the shape of the images, (N, H, W, C).
+    """
+    count, *image = batch
+    outputs = output_shapes(spec.layers, tuple(image))
+    expected: dict[str, Shape] = {}
     for run in passes(modes):
         if run == "exact" or run in modes:
-            names += [f"{run}/tap/{layer.path}" for layer in spec.layers]
+            expected |= {f"{run}/tap/{layer.path}": (count, *outputs[layer.path]) for layer in spec.layers}
         if run != "exact" and run in modes:
-            names.append(f"{run}/loss")
+            expected[f"{run}/loss"] = ()
         if run == "train" and run in modes:
-            names += [f"{run}/stat/{name}" for layer in spec.layers for name in layer.statistics]
+            for layer in spec.layers:
+                expected |= {f"{run}/stat/{name}": shape for name, shape in layer.statistics.items()}
         if run != "exact" and "grad" in modes:
-            names += [f"{run}/grad/{name}" for layer in spec.layers for name in layer.parameters]
-            names.append(f"{run}/grad/input")
-    return names
+            for layer in spec.layers:
+                expected |= {f"{run}/grad/{name}": shape for name, shape in layer.parameters.items()}
+            expected[f"{run}/grad/{INPUT}"] = batch
+    return expected
 
 
 def passes(modes: tuple[Mode, ...]) -> tuple[str, ...]:

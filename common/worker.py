@@ -88,7 +88,7 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
                         change = record.norm(array - arrays[name])
                         response[name] = max(response.get(name, 0.0), change)
         described = backend.describe()
-    wanted = set(record.expected_arrays(spec, modes))
+    wanted = set(record.expected_arrays(spec, modes, images.shape))
     device = described.pop("device")
     manifest = Manifest(
         **given,

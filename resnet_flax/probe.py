@@ -5,7 +5,10 @@ JAX reads its environment when it first uses a device, so this module imports ne
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Model:
-    """A module and its variables, which linen keeps apart."""
+    """A module, its variables, which linen keeps apart, and its compiled pass: see `_pass`."""
 
     spec: Spec
     dtype: str
-    module: "nn.Module"
     variables: dict[str, Any]
+    run: Callable[..., dict[str, Any]]
 
 
 class FlaxBackend:
@@ -44,14 +47,18 @@ class FlaxBackend:
     def build(self, spec: Spec, dtype: str) -> Model:
         import jax
 
-        import resnet_flax
+        from resnet_flax import from_spec
 
-        module = resnet_flax.from_spec(spec, dtype=dtype, param_dtype=dtype)
+        module = from_spec(spec, dtype=dtype, param_dtype=dtype)
+        # The smallest images that any padding leaves a pixel of, four for every output pixel.
         size = spec.input_size or (4 * spec.output_stride,) * 2
         images = jax.ShapeDtypeStruct((1, *size, spec.in_channels), dtype)
-        # Shapes only: `load` sets every value, and initialising in vain would cost as much as the rest.
+        # Shapes only: `load` sets every value.
         variables = jax.eval_shape(module.init, jax.random.key(0), images)
-        return Model(spec=spec, dtype=dtype, module=module, variables=variables)
+        # Compiled once for each combination of flags, and anew for every model. Operation by operation, ResNet-50
+        # takes twice as long in all and most of it to compile, for every operation is compiled at every shape.
+        run = jax.jit(partial(_pass, spec, module), static_argnames=("training", "gradients"))
+        return Model(spec=spec, dtype=dtype, variables=variables, run=run)
 
     def load(self, model: Model, weights: Weights) -> None:
         import jax
@@ -60,11 +67,9 @@ class FlaxBackend:
 
         variables = to_variables(model.spec, weights, model.dtype)
         # `apply` ignores variables that no layer reads; the module itself says which it has.
-        native, loaded = (
-            _described(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.variables, variables)
-        )
+        native, loaded = (_described(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.variables, variables))
         if native != loaded:
-            wrong = ", ".join(sorted(name for name, _, _ in native ^ loaded)[:4])
+            wrong = ", ".join(sorted({name for name, _, _ in native ^ loaded})[:4])
             raise WeightsError(f"the module's variables are not those of its name table: {wrong}")
         model.variables = variables
 
@@ -76,41 +81,17 @@ class FlaxBackend:
     def run(
         self, model: Model, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
     ) -> dict[str, np.ndarray]:
-        import jax
-        import jax.numpy as jnp
-        from flax import linen as nn
-
         from resnet_flax.weights import from_collection
 
-        def is_layer(module: nn.Module, method: str) -> bool:
-            return method == "__call__" and isinstance(module, nn.Conv | nn.BatchNorm | nn.Dense)
-
-        def forward(params: Any, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-            output, state = model.module.apply(
-                model.variables | {"params": params},
-                x,
-                train=training,
-                mutable=["intermediates", "taps"] + ["batch_stats"] * training,
-                capture_intermediates=is_layer,
-            )
-            return _loss(model.spec, output, jnp.asarray(labels)), state
-
-        # Not compiled as a whole: a layer's operations are compiled once for each shape, which blocks, depths and
-        # repeated runs share, where the whole program is compiled anew for every depth and mode.
-        params, x = model.variables["params"], jnp.asarray(images, model.dtype)
-        if gradients:
-            (loss, state), (grads, grad_input) = jax.value_and_grad(forward, (0, 1), has_aux=True)(params, x)
-        else:
-            loss, state = forward(params, x)
-
-        arrays = {"loss": np.asarray(loss)} | _taps(model.spec, state)
-        if training and "batch_stats" in state:
-            statistics = from_collection(model.spec, "batch_stats", state["batch_stats"])
-            arrays |= {f"stat/{name}": array for name, array in statistics.items()}
-        if gradients:
-            arrays |= {f"grad/{name}": array for name, array in from_collection(model.spec, "params", grads).items()}
-            arrays["grad/input"] = np.asarray(grad_input)
-        return arrays
+        # Variables are arguments, not constants of the compiled program, and nothing it returns is kept.
+        images = images.astype(model.dtype, copy=False)
+        results = model.run(model.variables, images, labels, training=training, gradients=gradients)
+        trees = {"statistics": ("stat", "batch_stats"), "gradients": ("grad", "params")}
+        for result, (prefix, collection) in trees.items():
+            if (tree := results.pop(result, None)) is not None:
+                named = from_collection(model.spec, collection, tree)
+                results |= {f"{prefix}/{name}": array for name, array in named.items()}
+        return {name: np.asarray(array) for name, array in results.items()}
 
 
 def start(threads: int) -> FlaxBackend:
@@ -140,6 +121,37 @@ def start(threads: int) -> FlaxBackend:
     return FlaxBackend()
 
 
+def _pass(
+    spec: Spec, module: "nn.Module", variables: dict[str, Any], images: Any, labels: Any, *, training: bool, gradients: bool
+) -> dict[str, Any]:
+    """``loss``, ``tap/<path>``, ``grad/input``, and the trees ``statistics`` and ``gradients``; traced by JAX."""
+    import jax
+    from flax import linen as nn
+
+    def is_layer(layer: nn.Module, method: str) -> bool:
+        return method == "__call__" and isinstance(layer, nn.Conv | nn.BatchNorm | nn.Dense)
+
+    def forward(params: Any, images: Any) -> tuple[Any, dict[str, Any]]:
+        output, state = module.apply(
+            variables | {"params": params},
+            images,
+            train=training,
+            mutable=["intermediates", "taps", *(["batch_stats"] if training else [])],
+            capture_intermediates=is_layer,
+        )
+        results = _taps(spec, state)
+        if training:
+            results["statistics"] = state.get("batch_stats", {})
+        return _loss(spec, output, labels), results
+
+    if not gradients:
+        loss, results = forward(variables["params"], images)
+        return {"loss": loss} | results
+    differentiated = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
+    (loss, results), (params, images) = differentiated(variables["params"], images)
+    return {"loss": loss, "gradients": params, "grad/input": images} | results
+
+
 def _loss(spec: Spec, output: Any, labels: Any) -> Any:
     import jax
     import jax.numpy as jnp
@@ -151,23 +163,18 @@ def _loss(spec: Spec, output: Any, labels: Any) -> Any:
     return -jnp.mean(jnp.take_along_axis(log_likelihood, labels[:, None], axis=1))
 
 
-def _taps(spec: Spec, state: dict[str, Any]) -> dict[str, np.ndarray]:
-    from importlib import import_module
+def _taps(spec: Spec, state: dict[str, Any]) -> dict[str, Any]:
+    """Every layer's output: a module's was captured under ``__call__``, any other was sown under its own name."""
+    from flax.traverse_util import flatten_dict
 
-    arrays = {}
-    for path, native in import_module(f"{__package__}.{spec.family}").native_paths(spec).items():
-        # A module's outputs stand under "__call__"; what is no module was sown under its own name.
-        is_module = native[-1] not in _at(state.get("taps", {}), native[:-1])
-        found = _at(state["intermediates"], native)["__call__"] if is_module else _at(state["taps"], native)
-        # Where a subclass calls its parent's `__call__`, both are captured, its own last.
-        arrays[f"tap/{path}"] = np.asarray(found[-1])
-    return arrays
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree.get(name, {})
-    return tree
+    paths = import_module(f"{__package__}.{spec.family}").native_paths(spec)
+    modules, others = (flatten_dict(state.get(name, {})) for name in ("intermediates", "taps"))
+    taps = {}
+    for path, native in paths.items():
+        outputs = others[native] if native in others else modules[(*native, "__call__")]
+        # Where a subclass calls its parent's `__call__` both are captured, its own last.
+        taps[f"tap/{path}"] = outputs[-1]
+    return taps
 
 
 def _described(leaves: Any) -> set[tuple[str, tuple[int, ...], str]]:

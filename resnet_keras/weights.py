@@ -40,13 +40,14 @@ def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | No
     for name, variable in targets.items():
         array = weights[name]
         _check_shape(name, array, variable)
-        variable.assign(array if array.dtype == variable.dtype else array.astype(variable.dtype))
+        # `ops.array` copies on jax, where assigning a NumPy array would leave the variable sharing its memory.
+        variable.assign(keras.ops.array(array, dtype=variable.dtype))
 
 
 def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.Weights:
-    """Parameters and running statistics of `model` under canonical names, bitwise, each converted when it is read.
+    """Parameters and running statistics of `model` under canonical names, bitwise, each read when it is asked for.
 
-    `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` where the
+    An array may be a view that follows the model on as it trains; copy what is to be kept. `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` where the
     model's layers are not the spec's.
     """
     return canonical.LazyWeights({name: _reader(variable) for name, variable in variables(model, spec).items()})
@@ -132,7 +133,19 @@ def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:
 
 
 def _reader(variable: Any) -> Callable[[], np.ndarray]:
-    return lambda: keras.ops.convert_to_numpy(variable)
+    return lambda: _read(variable)
+
+
+def _read(variable: Any) -> np.ndarray:
+    """The variable as a read-only array: a view where the framework allows one (`convert_to_numpy` always copies)."""
+    # PyTorch gives no array of a tensor that asks for gradients.
+    tensor = keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable))
+    try:
+        array = np.asarray(tensor)
+    except TypeError:  # a PyTorch tensor that lives on another device
+        array = keras.ops.convert_to_numpy(tensor)
+    array.flags.writeable = False
+    return array
 
 
 def _getter(weights: canonical.Weights, name: str) -> Callable[[], np.ndarray]:

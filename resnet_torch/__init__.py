@@ -43,7 +43,7 @@ _PUBLIC = {
     "weights": ("load_weights", "export_weights"),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["from_spec", *_MODULES]  # noqa: PLE0604
+__all__ = ["from_spec", *_MODULES]
 
 
 def from_spec(spec: Spec, **options: Any) -> "nn.Module":
@@ -53,7 +53,8 @@ def from_spec(spec: Spec, **options: Any) -> "nn.Module":
     """
     with framework():
         family = import_module(f"{__package__}.{spec.family}")
-    return family.from_spec(spec, **options)
+    model: nn.Module = family.from_spec(spec, **options)
+    return model
 
 
 @contextmanager

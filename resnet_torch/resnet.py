@@ -4,72 +4,17 @@ He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.0338
 """
 
 from collections.abc import Callable, Sequence
-from decimal import Decimal
-from functools import partial
 from os import PathLike
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.architectures.layers import Dense, Padding
+from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
+from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_file
-
-NormLayer = Callable[[int], nn.Module]
-
-
-def pad_same(x: Tensor, kernel: int, stride: int, dilation: int, value: float) -> Tensor:
-    """Pad (N, C, H, W) so that a window then yields ceil(size / stride) values, the odd one out below and right."""
-    height, width = x.size(2), x.size(3)
-    rows = max(((height + stride - 1) // stride - 1) * stride + dilation * (kernel - 1) + 1 - height, 0)
-    columns = max(((width + stride - 1) // stride - 1) * stride + dilation * (kernel - 1) + 1 - width, 0)
-    return F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2], value=value)
-
-
-class SameConv2d(nn.Conv2d):
-    """`nn.Conv2d` with TensorFlow's SAME padding, which depends on the input size where the stride is not 1."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        padded = pad_same(input, self.kernel_size[0], self.stride[0], self.dilation[0], 0.0)
-        return self._conv_forward(padded, self.weight, self.bias)
-
-
-class SameMaxPool2d(nn.Module):
-    """Max-pooling with TensorFlow's SAME padding; the padding never wins."""
-
-    def __init__(self, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.kernel_size, self.stride = kernel_size, stride
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.max_pool2d(
-            pad_same(input, self.kernel_size, self.stride, 1, -torch.inf), self.kernel_size, self.stride
-        )
-
-
-class BiasedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that averages the variance it normalises with (divided by N), as Keras and Flax do.
-
-    PyTorch itself normalises with that one and averages the unbiased one, divided by N - 1.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        running_mean, running_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.training or running_mean is None or running_var is None or counter is None:
-            return F.batch_norm(
-                input, running_mean, running_var, self.weight, self.bias, running_var is None, 0.0, self.eps
-            )
-        counter.add_(1)
-        momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
-        count = input.numel() // input.size(1)
-        unbiasing = count / max(count - 1, 1)
-        # Let PyTorch average in unbiased units, in a tensor of its own: autograd keeps the one it is given.
-        unbiased = running_var * unbiasing
-        output = F.batch_norm(input, running_mean, unbiased, self.weight, self.bias, True, momentum, self.eps)
-        running_var.copy_(unbiased / unbiasing)
-        return output
 
 
 class ZeroPadShortcut(nn.Module):
@@ -91,36 +36,23 @@ def _conv(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
-    padding: Padding | None = None,
 ) -> nn.Conv2d:
-    padding = padding or spec.block_padding
-    # SAME is symmetric at stride 1, and nothing for a 1x1 kernel; only elsewhere does it depend on the size.
-    same = padding == "same" and kernel > 1 and (stride > 1 or kernel % 2 == 0)
-    return (SameConv2d if same else nn.Conv2d)(
+    return conv2d(
         in_channels,
         out_channels,
         kernel,
         stride,
-        padding=0 if same or padding == "valid" else dilation * (kernel - 1) // 2,
+        padding=spec.block_padding,
         dilation=dilation,
         groups=groups,
         bias=spec.conv_bias,
     )
 
 
-def _max_pool(padding: Padding) -> nn.Module:
-    if padding == "same":
-        return SameMaxPool2d(kernel_size=3, stride=2)
-    return nn.MaxPool2d(kernel_size=3, stride=2, padding=int(padding == "symmetric"), ceil_mode=padding == "ceil")
-
-
 def _norm_layer(spec: ResNetSpec) -> NormLayer:
     if not spec.norm:
         return lambda channels: nn.Identity()
-    # PyTorch's momentum is the share of the new value. Taken in decimals, 0.9 gives 0.1; in binary 0.09999999999999998.
-    momentum = float(1 - Decimal(repr(spec.bn_momentum)))
-    batch_norm = BiasedBatchNorm2d if spec.running_variance == "biased" else nn.BatchNorm2d
-    return partial(batch_norm, eps=spec.bn_eps, momentum=momentum)
+    return batch_norm2d(eps=spec.bn_eps, momentum=spec.bn_momentum, running_variance=spec.running_variance)
 
 
 def _downsample(
@@ -167,17 +99,17 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(spec, in_channels, width, place.stride, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up: the block of ResNet-50 and deeper. torchvision strides the 3x3 ("v1.5"), the paper the 1x1."""
+    """1x1 down, 3x3, 1x1 up: the block of ResNet-50 and deeper.
+
+    torchvision strides the 3x3 ("v1.5"), the paper the first 1x1.
+    """
 
     def __init__(self, spec: ResNetSpec, in_channels: int, width: int, place: Place, norm_layer: NormLayer) -> None:
         super().__init__()
@@ -192,13 +124,10 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(spec, in_channels, out_channels, place.stride, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
@@ -214,12 +143,17 @@ class ResNet(nn.Module):
         super().__init__()
         self.spec = spec
         norm_layer = norm_layer or _norm_layer(spec)
-        self.conv1 = _conv(
-            spec, spec.in_channels, spec.stem_width, spec.stem_kernel, spec.stem_stride, padding=spec.stem_padding
+        self.conv1 = conv2d(
+            spec.in_channels,
+            spec.stem_width,
+            spec.stem_kernel,
+            spec.stem_stride,
+            padding=spec.stem_padding,
+            bias=spec.conv_bias,
         )
         self.bn1 = norm_layer(spec.stem_width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = _max_pool(spec.pool_padding) if spec.stem_pool else nn.Identity()
+        self.maxpool = max_pool2d(3, 2, padding=spec.pool_padding) if spec.stem_pool else nn.Identity()
 
         block = Bottleneck if spec.block == "bottleneck" else BasicBlock
         channels, dilation = spec.stem_width, 1
@@ -247,7 +181,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+            elif self.spec.norm and zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
                 last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
                 if isinstance(last.weight, Tensor):
                     nn.init.zeros_(last.weight)
@@ -269,19 +203,6 @@ class ResNet(nn.Module):
                 x = module(x)
                 outputs.append(x)
         return outputs
-
-
-class Node(NamedTuple):
-    """Where the output of a layer of the walk is found: `name` is torchvision's node name for it.
-
-    It is the `value` of the `call`-th call of `module` in one forward pass: a block calls its one `relu` several times,
-    and an addition, which is no module, is what the last of these calls reads.
-    """
-
-    name: str
-    module: str
-    call: int = 0
-    value: Literal["output", "input"] = "output"
 
 
 _STEM = {"conv": "conv1", "norm": "bn1", "relu": "relu", "pool": "maxpool"}

@@ -62,9 +62,8 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     Wrong names leave the model untouched; of wrong arrays only those are left out.
     """
     table, state = _bijection(model)
-    _refuse(
-        "the weights are not this model's", missing=table.keys() - weights.keys(), unexpected=weights.keys() - table
-    )
+    missing, unexpected = table.keys() - weights.keys(), weights.keys() - table.keys()
+    _refuse("the weights are not this model's", missing=missing, unexpected=unexpected)
     wrong: list[str] = []
     with torch.no_grad(), warnings.catch_warnings():
         # PyTorch cannot mark a tensor read-only, and warns of arrays that are. These are only read.
@@ -88,11 +87,9 @@ def load_file(model: nn.Module, path: str | PathLike[str]) -> None:
     what a convention changes often has none.
     """
     if not Path(path).is_file():
-        raise WeightsError(
-            f"weights={str(path)!r} is no file; expected None or the path of a canonical safetensors file"
-        )
-    spec, weights = common.weights.load(path)
-    ours, theirs = architectures.to_dict(model.spec), architectures.to_dict(spec)  # type: ignore[arg-type]
+        raise WeightsError(f"weights={str(path)!r} is no file; expected None or the path of canonical weights")
+    spec, weights = common.weights.load(Path(path))
+    ours, theirs = architectures.to_dict(_spec(model)), architectures.to_dict(spec)
     if different := [field for field in ours | theirs if ours.get(field) != theirs.get(field)]:
         found = ", ".join(f"{field}={theirs.get(field)!r} (model: {ours.get(field)!r})" for field in different)
         raise WeightsError(f"{path} holds the weights of another spec: {found}; build the model from that spec")

@@ -1,0 +1,128 @@
+"""What every family of this backend is made of: padding by name, batch norm, and where a layer's output is found."""
+
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.architectures.layers import Padding, RunningVariance
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def pad_same(x: Tensor, kernel: int, stride: int, dilation: int, value: float) -> Tensor:
+    """Pad (N, C, H, W) so that a window then yields ceil(size / stride) values, the odd one out below and right."""
+    height, width = x.size(2), x.size(3)
+    rows = max(((height + stride - 1) // stride - 1) * stride + dilation * (kernel - 1) + 1 - height, 0)
+    columns = max(((width + stride - 1) // stride - 1) * stride + dilation * (kernel - 1) + 1 - width, 0)
+    padded: Tensor = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2], value=value)
+    return padded
+
+
+# One node of a traced graph: arithmetic on sizes cannot be traced.
+torch.fx.wrap("pad_same")
+
+
+class SameConv2d(nn.Conv2d):
+    """`nn.Conv2d` with TensorFlow's SAME padding, which depends on the input size where the stride is not 1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padded = pad_same(input, self.kernel_size[0], self.stride[0], self.dilation[0], 0.0)
+        return self._conv_forward(padded, self.weight, self.bias)
+
+
+class SameMaxPool2d(nn.Module):
+    """Max-pooling with TensorFlow's SAME padding; the padding never wins."""
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.max_pool2d(
+            pad_same(input, self.kernel_size, self.stride, 1, -torch.inf), self.kernel_size, self.stride
+        )
+
+
+class BiasedBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that averages the variance it normalises with (divided by N), as Keras and Flax do.
+
+    PyTorch itself normalises with that one and averages the unbiased one, divided by N - 1.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        running_mean, running_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.training or running_mean is None or running_var is None or counter is None:
+            return F.batch_norm(
+                input, running_mean, running_var, self.weight, self.bias, running_var is None, 0.0, self.eps
+            )
+        counter.add_(1)
+        momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
+        count = input.numel() // input.size(1)
+        unbiasing = count / max(count - 1, 1)
+        # Let PyTorch average in unbiased units, in a tensor of its own: autograd keeps the one it is given.
+        unbiased = running_var * unbiasing
+        output = F.batch_norm(input, running_mean, unbiased, self.weight, self.bias, True, momentum, self.eps)
+        running_var.copy_(unbiased / unbiasing)
+        return output
+
+
+def conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    *,
+    padding: Padding,
+    dilation: int = 1,
+    groups: int = 1,
+    bias: bool,
+) -> nn.Conv2d:
+    """A convolution padded by name; a plain `nn.Conv2d` wherever that can express it."""
+    # SAME is symmetric at stride 1, and nothing for a 1x1 kernel; only elsewhere does it depend on the size.
+    same = padding == "same" and kernel > 1 and (stride > 1 or kernel % 2 == 0)
+    return (SameConv2d if same else nn.Conv2d)(
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        padding=0 if same or padding == "valid" else dilation * (kernel - 1) // 2,
+        dilation=dilation,
+        groups=groups,
+        bias=bias,
+    )
+
+
+def max_pool2d(kernel: int, stride: int, *, padding: Padding) -> nn.Module:
+    """A max-pool padded by name; a plain `nn.MaxPool2d` wherever that can express it."""
+    if padding == "same":
+        return SameMaxPool2d(kernel, stride)
+    return nn.MaxPool2d(
+        kernel, stride, padding=(kernel - 1) // 2 if padding == "symmetric" else 0, ceil_mode=padding == "ceil"
+    )
+
+
+def batch_norm2d(*, eps: float, momentum: float, running_variance: RunningVariance) -> NormLayer:
+    """Makes batch norms; `momentum` is the share of the old value, as in a spec."""
+    # PyTorch's is the share of the new value. Taken in decimals, 0.9 gives 0.1; in binary 0.09999999999999998.
+    share = float(1 - Decimal(repr(momentum)))
+    layer = BiasedBatchNorm2d if running_variance == "biased" else nn.BatchNorm2d
+    return partial(layer, eps=eps, momentum=share)
+
+
+class Node(NamedTuple):
+    """Where the output of a layer of the walk is found: `name` is torchvision's node name for it.
+
+    It is the `value` of the `call`-th call of `module` in one forward pass: a block calls its one `relu` several times,
+    and an addition, which is no module, is what the last of these calls reads.
+    """
+
+    name: str
+    module: str
+    call: int = 0
+    value: Literal["output", "input"] = "output"

@@ -1,0 +1,200 @@
+"""Defects planted in the PyTorch backend. What each must be caught by stands in catalogue.py."""
+
+from typing import Any
+
+import torch
+from resnet_torch import probe, resnet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
+
+
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@after_build
+def eps(model: Any) -> None:
+    for norm in _norms(model):
+        norm.eps = 1.1e-5
+
+
+@after_build
+def momentum_as_decay(model: Any) -> None:
+    for norm in _norms(model):
+        norm.momentum = 1 - norm.momentum
+
+
+@after_build
+def stride_on_the_other_convolution(model: Any) -> None:
+    block = model.layer2[0]
+    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+@after_build
+def stem_without_relu(model: Any) -> None:
+    model.relu = nn.Identity()
+
+
+@after_build
+def same_padding_in_the_stem(model: Any) -> None:
+    model.conv1.padding = (0, 0)
+    model.conv1.register_forward_pre_hook(lambda module, inputs: F.pad(inputs[0], (2, 3, 2, 3)))
+
+
+@after_build
+def pool_with_ceil_mode(model: Any) -> None:
+    model.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+
+
+@after_build
+def bgr(model: Any) -> None:
+    model.conv1.register_forward_pre_hook(lambda module, inputs: inputs[0].flip(1))
+
+
+@after_build
+def bfloat16_in_one_layer(model: Any) -> None:
+    conv = model.layer2[0].conv2
+    if conv.weight.dtype == torch.float32:
+        narrow = conv._conv_forward
+        conv._conv_forward = lambda x, weight, bias: narrow(x.bfloat16(), weight.bfloat16(), bias).float()
+
+
+@after_build
+def tf32_in_one_layer(model: Any) -> None:
+    """What a GPU does to float32 where TF32 is allowed: 10 bits of mantissa in each factor."""
+    conv = model.layer2[0].conv3
+    if conv.weight.dtype == torch.float32:
+        exact = conv._conv_forward
+        conv._conv_forward = lambda x, weight, bias: exact(_tf32(x), _tf32(weight), bias)
+
+
+def _tf32(x: Tensor) -> Tensor:
+    scale = 2.0**13 + 1
+    return x * scale - (x * scale - x)
+
+
+@after_build
+def shortcut_detached(model: Any) -> None:
+    block = model.layer2[1]
+
+    def forward(x: Tensor) -> Tensor:
+        out = block.relu(block.bn1(block.conv1(x)))
+        out = block.relu(block.bn2(block.conv2(out)))
+        return block.relu(block.bn3(block.conv3(out)) + x.detach())
+
+    block.forward = forward
+
+
+@after_build
+def norms_stay_in_eval_mode(model: Any) -> None:
+    for norm in _norms(model):
+        norm.register_forward_pre_hook(lambda module, inputs: module.eval() and None)
+
+
+@after_build
+def maximum_for_the_average(model: Any) -> None:
+    if isinstance(model.avgpool, nn.AdaptiveAvgPool2d):
+        model.avgpool = nn.AdaptiveMaxPool2d((1, 1))
+
+
+@after_build
+def zeros_on_both_sides(model: Any) -> None:
+    shortcut = model.layer2[0].downsample
+    half = shortcut.extra // 2
+    shortcut.forward = lambda x: F.pad(x[:, :, ::2, ::2], [0, 0, 0, 0, half, half])
+
+
+@after_build
+def odd_pixels_in_the_shortcut(model: Any) -> None:
+    shortcut = model.layer2[0].downsample
+    shortcut.forward = lambda x: F.pad(x[:, :, 1::2, 1::2], [0, 0, 0, 0, 0, shortcut.extra])
+
+
+@after_build
+def dilation_forgotten(model: Any) -> None:
+    conv = model.layer2[1].conv2
+    conv.dilation = conv.padding = (1, 1)
+
+
+loss_is_the_sum = replaced(probe.F, "cross_entropy", lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, reduction="sum"))
+
+
+def _biased(spec: Any) -> Any:
+    momentum = 1 - spec.bn_momentum
+    return lambda channels: resnet.BiasedBatchNorm2d(channels, eps=spec.bn_eps, momentum=momentum)
+
+
+biased_variance = replaced(resnet, "_norm_layer", lambda spec: _biased(spec) if spec.norm else lambda n: nn.Identity())
+
+
+@in_loading
+def kernel_transposed(weights: dict[str, Any]) -> dict[str, Any]:
+    name = "stages.1.blocks.0.conv2.kernel"
+    return weights | {name: weights[name].transpose(1, 0, 2, 3)}
+
+
+@in_loading
+def kernel_reshaped(weights: dict[str, Any]) -> dict[str, Any]:
+    """An equal-size reshape from HWIO to OIHW, where a transpose is due."""
+    kernel = weights["stem.conv.kernel"]
+    return weights | {"stem.conv.kernel": kernel.reshape(kernel.transpose(3, 2, 0, 1).shape).transpose(2, 3, 1, 0)}
+
+
+@in_loading
+def gammas_swapped(weights: dict[str, Any]) -> dict[str, Any]:
+    a, b = "stages.0.blocks.0.norm1.scale", "stages.0.blocks.0.norm2.scale"
+    return weights | ({a: weights[b], b: weights[a]} if a in weights else {})
+
+
+@in_loading
+def beta_off_by_a_thousandth(weights: dict[str, Any]) -> dict[str, Any]:
+    name = "stages.1.blocks.0.norm2.bias"
+    return weights | ({name: weights[name] * 1.001} if name in weights else {})
+
+
+@in_loading
+def flattened_channels_first(weights: dict[str, Any]) -> dict[str, Any]:
+    kernel = weights["head.fc.kernel"]
+    channels = 64
+    return weights | {"head.fc.kernel": kernel.reshape(-1, channels, kernel.shape[1]).swapaxes(0, 1).reshape(kernel.shape)}
+
+
+@not_loaded
+def statistics_not_loaded(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {name: weights[name] * 0 + name.endswith(".var") for name in weights if name.endswith((".mean", ".var"))}
+
+
+@not_loaded
+def weights_stored_in_float32(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: array.astype("float32") for name, array in weights.items()}
+
+
+# Equivalents.
+
+
+@after_build
+def channels_last_memory(model: Any) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+@after_build
+def zeros_around_the_pool(model: Any) -> None:
+    model.maxpool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, 2))
+
+
+@after_build
+def addition_the_other_way_round(model: Any) -> None:
+    for stage in (model.layer1, model.layer2):
+        for block in stage:
+            block.forward = _shortcut_first(block)
+
+
+def _shortcut_first(block: Any) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        out = block.relu(block.bn1(block.conv1(x)))
+        out = block.bn3(block.conv3(block.relu(block.bn2(block.conv2(out)))))
+        return block.relu((x if block.downsample is None else block.downsample(x)) + out)
+
+    return forward
