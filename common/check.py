@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from common import architectures, images
@@ -19,7 +20,7 @@ from common.architectures import Spec
 from common.architectures.layers import output_shapes
 from common.backend import COLUMNS, Worker, cores, resolve
 from common.compare import Comparison, compare
-from common.errors import InputError, ParityError, RecordError
+from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.files import written
 from common.levels import DRAWS
 from common.record import MODES, Mode, Record, passes
@@ -99,53 +100,53 @@ def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
 
 
 class Inputs:
-    """Weights and images of a case, written once to `folder` for every backend to read."""
+    """Weights and images of a case, written once to `folder` for every backend to read. Raises `ParityError`."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
-        self._case = case
-        self._folder = folder
+    def __init__(self, case: Case, folder: Path, wanted: Sequence[Task]) -> None:
+        self.case = case
+        self.folder = folder
         spec = case.spec
         classes = output_shapes(spec.layers, (*case.size, spec.in_channels))[spec.layers[-1].path][-1]
-        self._batch = images.batch(case.photos, case.batch, case.size, spec.in_channels, classes, case.seed)
-        self._weights = case.weights if case.weights is not None else canonical.randomize(spec, case.seed)
+        batch = images.batch(case.photos, case.batch, case.size, spec.in_channels, classes, case.seed)
+        self.source = batch.source
         self._digests: dict[str, tuple[str, str]] = {}
-
-    @property
-    def source(self) -> str:
-        return self._batch.source
+        weights = case.weights if case.weights is not None else canonical.randomize(spec, case.seed)
+        for values in {task.values: None for task in wanted}:
+            if values == "integers":
+                pixels = images.integers(case.batch, case.size, spec.in_channels, case.seed)
+                self._write(values, canonical.integers(spec.exact_twin, case.seed), pixels, batch.labels)
+            else:
+                self._write(values, weights, batch.images, batch.labels)
 
     def request(self, task: Task) -> dict[str, Any]:
         """The part of a request to a backend that the case fixes."""
-        case, values = self._case, task.values
-        spec = case.spec.exact_twin if values == "integers" else case.spec
-        weights, inputs = (self._folder / f"{what}-{values}.safetensors" for what in ("weights", "inputs"))
-        if values not in self._digests:
-            pixels = self._batch.images
-            arrays = self._weights
-            if values == "integers":
-                pixels = images.integers(case.batch, case.size, spec.in_channels, case.seed)
-                arrays = canonical.integers(spec, case.seed)
-            dtype = "float64" if values == "float64" else "float32"
-            arrays = {name: arrays[name].astype(dtype) for name in arrays}
-            batch = {"images": pixels.astype(dtype), "labels": self._batch.labels}
-            with written(weights, RecordError) as beside:
-                save_file(arrays, beside)
-            with written(inputs, RecordError) as beside:
-                save_file(batch, beside)
-            self._digests[values] = canonical.digest(arrays), canonical.digest(batch)
-        weights_digest, inputs_digest = self._digests[values]
+        case, exact = self.case, task.values == "integers"
+        weights, inputs = self._digests[task.values]
         manifest = {
             "variant": case.variant,
-            "spec": architectures.to_dict(spec),
+            "spec": architectures.to_dict(case.spec.exact_twin if exact else case.spec),
             "dtype": task.dtype,
             "modes": task.modes,
             "seed": case.seed,
-            "inputs": inputs_digest,
-            "weights": weights_digest,
-            "source": "random integers" if values == "integers" else self.source,
-            "shape": (case.batch, *case.size, spec.in_channels),
+            "inputs": inputs,
+            "weights": weights,
+            "source": "random integers" if exact else self.source,
+            "shape": (case.batch, *case.size, case.spec.in_channels),
         }
-        return {"manifest": manifest, "weights": str(weights), "inputs": str(inputs), "draws": task.draws}
+        paths = {what: str(self._path(what, task.values)) for what in ("weights", "inputs")}
+        return {"manifest": manifest, "draws": task.draws} | paths
+
+    def _path(self, what: str, values: str) -> Path:
+        return self.folder / f"{what}-{values}.safetensors"
+
+    def _write(self, values: str, weights: canonical.Weights, pixels: np.ndarray, labels: np.ndarray) -> None:
+        dtype = "float64" if values == "float64" else "float32"
+        arrays = {name: weights[name].astype(dtype) for name in weights}
+        batch = {"images": pixels.astype(dtype), "labels": labels}
+        for what, content in (("weights", arrays), ("inputs", batch)):
+            with written(self._path(what, values), RecordError) as beside:
+                save_file(content, beside)
+        self._digests[values] = canonical.digest(arrays), canonical.digest(batch)
 
 
 class Session:
@@ -162,7 +163,7 @@ class Session:
             if self.columns.count(column) > 1:
                 raise InputError(f"backend {column} is named {self.columns.count(column)} times; name each once")
         # The response must come from a column that honours float64, if there is one.
-        self._references = sorted(self.columns, key=lambda c: not COLUMNS[c].float64)
+        self.references = sorted(self.columns, key=lambda c: not COLUMNS[c].float64)
         self._soft = any(not COLUMNS[c].float64 for c in self.columns)
         self.jobs = min(jobs or cores(), len(self.columns))
         self.workers: dict[str, Worker] = {}
@@ -186,45 +187,29 @@ class Session:
     def check(
         self, case: Case, *, progress: Progress = lambda backend, step: None, plant: Mapping[str, str] | None = None
     ) -> Result:
-        """Run and compare. `progress` hears of every step of every backend; `plant` names, by backend, a defect that a
-        test plants there (``module:function``)."""
+        """Run `case` in every backend and compare. `progress` hears of every step; `plant` names, by backend, a defect
+        that a test plants there (``module:function``)."""
         started = time.perf_counter()
-        soft = self._soft
-        with tempfile.TemporaryDirectory(dir=self._folder) as name:
-            folder = Path(name)
-            with self._timed("prepare"):
-                inputs = Inputs(case, folder)
-                for task in tasks(case, reference=True, soft=soft):
-                    inputs.request(task)
-            records: dict[str, dict[str, Record]] = {}
-            failures: dict[str, ParityError] = {}
+        records: dict[str, dict[str, Record]] = {}
+        failures: dict[str, ParityError] = {}
+        with self.prepared(case) as inputs:
 
             def run(column: str) -> None:
-                made: dict[str, Record] = {}
                 try:
-                    for task in tasks(case, reference=column == reference, soft=soft):
-                        output = folder / f"{column}-{task.name}.safetensors"
-                        request = inputs.request(task) | {"output": str(output), "plant": (plant or {}).get(column)}
-
-                        def tell(step: str, what: str = task.name) -> None:
-                            progress(column, f"{what}: {step}")
-
-                        self._worker(column).ask("record", request, tell)
-                        made[task.name] = Record(output)
-                    records[column] = made
+                    records[column] = self.run(column, inputs, reference == column, progress, (plant or {}).get(column))
                 except ParityError as error:
                     failures[column] = error
-                    self.workers.pop(column).close()
 
-            reference = self._references[0]
+            reference = self.references[0]
             with ThreadPoolExecutor(self.jobs) as pool:
                 list(pool.map(run, self.columns))
             if reference in failures:
-                reference = next((c for c in self._references if c in records), "")
-                if reference:
+                # Without it there is no response: the next one measures it.
+                reference = next((c for c in self.references if c in records), "")
+                if len(records) > 1:
                     run(reference)
             with self._timed("compare"):
-                comparisons = list(_compare(case, [records[c] for c in self.columns if c in records], reference))
+                comparisons = compare_case(case, {c: records[c] for c in self.columns if c in records}, reference)
         return Result(
             case=case,
             source=inputs.source,
@@ -234,13 +219,42 @@ class Session:
             seconds=time.perf_counter() - started,
         )
 
+    @contextmanager
+    def prepared(self, case: Case) -> Iterator[Inputs]:
+        """The weights and images of `case` on disk, in a folder that goes away at the end, the records with it."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            with self._timed("prepare"):
+                inputs = Inputs(case, Path(folder), tasks(case, reference=True, soft=self._soft))
+            yield inputs
+
+    def run(
+        self,
+        column: str,
+        inputs: Inputs,
+        reference: bool,
+        progress: Progress = lambda backend, step: None,
+        plant: str | None = None,
+    ) -> dict[str, Record]:
+        """The records one backend makes of a case, by the task's name. Raises what happens in its process."""
+        made: dict[str, Record] = {}
+        try:
+            for task in tasks(inputs.case, reference=reference, soft=self._soft):
+                output = inputs.folder / f"{column}-{task.name}-{plant or ''}.safetensors"
+                request = inputs.request(task) | {"output": str(output), "plant": plant}
+                self._worker(column).ask("record", request, lambda step, t=task: progress(column, f"{t.name}: {step}"))  # type: ignore[misc]
+                made[task.name] = Record(output)
+        except BackendCrashed:
+            self.workers.pop(column).close()
+            raise
+        return made
+
     def steps(self, case: Case) -> int:
         """How many steps `progress` will hear of, if all goes well."""
         return sum(
             # build, load and write, beside the passes and draws; the import comes once.
             3 + len(passes(task.modes)) + task.draws
             for column in self.columns
-            for task in tasks(case, reference=column == self._references[0], soft=self._soft)
+            for task in tasks(case, reference=column == self.references[0], soft=self._soft)
         ) + sum(not self.workers[column].seconds for column in self.columns if column in self.workers)
 
     def _worker(self, column: str) -> Worker:
@@ -264,7 +278,7 @@ def make_record(case: Case, column: str, output: Path, *, response: bool = True,
     dtype = case.dtypes[0]
     task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=DRAWS if response else 0)
     with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder, Worker(column, threads=cores()) as worker:
-        request = Inputs(case, Path(folder)).request(task) | {"output": str(output.absolute())}
+        request = Inputs(case, Path(folder), [task]).request(task) | {"output": str(output.absolute())}
         worker.ask("record", request, lambda step: progress(column, step))
     return Record(output)
 
@@ -291,15 +305,21 @@ def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> C
     return compare(group, float32=float32, truth=next(iter(exact), None))
 
 
-def _compare(case: Case, records: list[dict[str, Record]], reference: str) -> Iterator[Comparison]:
+def compare_case(case: Case, records: Mapping[str, Mapping[str, Record]], reference: str) -> list[Comparison]:
+    """Compare the records that the backends made of a case, level by level; none where fewer than two did."""
     if len(records) < 2:
-        return
-    of_reference = next(made for made in records if made["exact"].manifest.backend == reference)
-    yield compare([made["exact"] for made in records])
+        return []
+
+    def all_of(task: str) -> list[Record]:
+        return [made[task] for made in records.values()]
+
+    of_reference = records[reference]
+    compared = [compare(all_of("exact"))]
     if "float64" in case.dtypes:
-        yield compare([made["float64"] for made in records], float32=of_reference.get("float32"))
+        compared.append(compare(all_of("float64"), float32=of_reference.get("float32")))
     if "float32" in case.dtypes:
-        yield compare([made["float32"] for made in records], truth=of_reference.get("truth"))
+        compared.append(compare(all_of("float32"), truth=of_reference.get("truth")))
+    return compared
 
 
 def _versions(record: Record) -> dict[str, str]:

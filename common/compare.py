@@ -7,6 +7,7 @@ to theirs. All pairs are compared, not a star. Nothing here runs a network or im
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import inf
 from statistics import median_low
 from typing import Literal
 
@@ -50,23 +51,33 @@ class Difference:
     @property
     def ratio(self) -> float:
         """The distance in one-ulp responses."""
-        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else float("inf"))
+        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else inf)
 
     @property
     def mode(self) -> str:
         """The mode of the check it belongs to: eval, train, grad or exact."""
-        run, *rest = self.tensor.split("/")
-        return "grad" if rest[0] == "grad" else run
+        return self.section.split(",")[0]
 
     @property
     def section(self) -> str:
         """The mode, and for gradients the pass they were taken in."""
-        return self.mode if self.mode != "grad" else f"grad, {self.tensor.split('/')[0]}"
+        return section(self.tensor)
 
     @property
     def place(self) -> str:
         """The canonical name alone."""
-        return self.tensor.split("/", 2)[-1]
+        return place(self.tensor)
+
+
+def section(tensor: str) -> str:
+    """The part of a check that an array belongs to: a mode, for gradients with the pass; ``weights`` for a weight."""
+    run, _, rest = tensor.partition("/")
+    return "weights" if not rest else f"grad, {run}" if rest.startswith("grad/") else run
+
+
+def place(tensor: str) -> str:
+    """The canonical name in the name of an array."""
+    return tensor.split("/", 2)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +155,13 @@ class Comparison:
         worst: dict[tuple[str, tuple[str, str]], Difference] = {}
         for d in self.differences:
             key = (d.section, d.pair)
-            if key not in worst or _rank(d) > _rank(worst[key]):
+            if key not in worst or rank(d) > rank(worst[key]):
                 worst[key] = d
         return list(worst.values())
 
 
-def _rank(difference: Difference) -> tuple[bool, bool, float]:
+def rank(difference: Difference) -> tuple[bool, bool, float]:
+    """How much a difference matters in a report: what differs before what is gated before what is reported."""
     return difference.verdict == "different", difference.verdict != "reported", difference.ratio
 
 
@@ -163,6 +175,10 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
     """
     _check_comparable(records)
     first = records[0].manifest
+    if float32 is not None:
+        _check_same(records[0], float32, {})
+    if truth is not None:
+        _check_same(records[0], truth, {"weights": "weights", "inputs": "inputs"})
     reference = next((r for r in records if r.manifest.response), records[0])
     level: Level = "L0" if "exact" in first.modes else "L1" if first.dtype == "float64" else "L2"
     if level != "L0" and not reference.manifest.response:
@@ -212,8 +228,12 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
                     verdict="same",
                 )
             )
-        if truth is not None and level == "L2" and name.startswith("eval/tap/") and name in truth:
-            precision += _precision(name, arrays, truth[name])
+        if truth is not None and level == "L2" and name.startswith("eval/tap/") and "eval" in truth.manifest.modes:
+            what, exact = _examine(truth, name, expected[name])
+            if what:
+                problems.append(Problem(backend=f"{truth.manifest.backend} in float64", tensor=name, what=what))
+            elif exact is not None:
+                precision += _precision(name, arrays, exact)
     gate = _Gate(reference, float32, norms, _layer_of(spec.layers))
     judged = tuple(gate.judge(difference) for difference in differences)
     if not judged and not problems:
@@ -295,10 +315,11 @@ class _Gate:
         measured = responses.get(name, 0.0)
         response = max(measured, FLOOR * UNIT[dtype] * self._norms[name])
         verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
-        if level == "L1" and verdict == "same" and measured > DECIDABLE[dtype] * self._largest[self._group(name)]:
-            verdict = "undecided"
-        elif level == "L2" and not name.startswith("eval/tap/") and measured > DECIDABLE[dtype] * self._norms[name]:
+        too_large = DECIDABLE[dtype] * (self._largest[self._group(name)] if level == "L1" else self._norms[name])
+        if level == "L2" and not name.startswith("eval/tap/") and measured > too_large:
             verdict = "reported"
+        elif verdict == "same" and (response == inf or (level == "L1" and measured > too_large)):
+            verdict = "undecided"
         return replace(difference, response=response, verdict=verdict)
 
 
@@ -332,25 +353,37 @@ def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
 
 
 def _labels(records: Sequence[Record]) -> dict[str, Record]:
-    """Names for the columns: the backend, with the file's name where one backend comes twice."""
-    backends = [record.manifest.backend for record in records]
-    return {
-        backend if backends.count(backend) == 1 else f"{backend} ({record.path.stem})": record
-        for backend, record in zip(backends, records, strict=True)
-    }
+    """Names for the columns: the backend, with the file's name or path where one backend comes twice."""
+    labels = [record.manifest.backend for record in records]
+    for name in (lambda record: record.path.stem, lambda record: record.path):
+        labels = [
+            label if labels.count(label) == 1 else f"{record.manifest.backend} ({name(record)})"
+            for label, record in zip(labels, records, strict=True)
+        ]
+    return dict(zip(labels, records, strict=True))
 
 
 def _check_comparable(records: Sequence[Record]) -> None:
     if len(records) < 2:
         raise RecordError(f"{len(records)} record given; a comparison needs at least two")
-    first = records[0]
+    paths = [record.path.resolve() for record in records]
+    for record in records:
+        if paths.count(record.path.resolve()) > 1:
+            raise RecordError(f"{record.path} is given twice; a record compared with itself shows nothing")
+        if record.manifest.backend not in COLUMNS:
+            known = ", ".join(COLUMNS)
+            raise RecordError(f"{record.path}: backend {record.manifest.backend!r} is unknown; expected one of {known}")
     for other in records[1:]:
-        a, b = first.manifest, other.manifest
-        differing = [key for key in a.spec if a.spec[key] != b.spec.get(key)]
-        if differing:
-            found = ", ".join(f"{key} is {a.spec[key]!r} and {b.spec.get(key)!r}" for key in differing)
-            raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
-        for key, what in (("dtype", "dtypes"), ("weights", "weights"), ("inputs", "inputs")):
-            if getattr(a, key) != getattr(b, key):
-                found = f"{getattr(a, key)} and {getattr(b, key)}"
-                raise RecordError(f"{first.path} and {other.path} are records of different {what}: {found}")
+        _check_same(records[0], other, {"dtype": "dtypes", "weights": "weights", "inputs": "inputs"})
+
+
+def _check_same(first: Record, other: Record, keys: Mapping[str, str]) -> None:
+    a, b = first.manifest, other.manifest
+    differing = [key for key in a.spec if a.spec[key] != b.spec.get(key)]
+    if differing:
+        found = ", ".join(f"{key} is {a.spec[key]!r} and {b.spec.get(key)!r}" for key in differing)
+        raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
+    for key, what in keys.items():
+        if getattr(a, key) != getattr(b, key):
+            found = f"{getattr(a, key)} and {getattr(b, key)}"
+            raise RecordError(f"{first.path} and {other.path} are records of different {what}: {found}")

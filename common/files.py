@@ -1,10 +1,14 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Writing a file so that it is there whole or not at all, and opening safetensors so that a bad one is one line."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from common.errors import ParityError
 
@@ -26,13 +30,31 @@ def written(path: Path, error_type: type[ParityError]) -> Iterator[Path]:
         beside.chmod(0o666 & ~_umask())
         beside.replace(path)
     # safetensors has an exception of its own for what the system refuses, not derived from OSError.
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
+    except (OSError, SafetensorError) as error:
         raise error_type(f"{path}: cannot be written: {reason(error)}; nothing was left there") from None
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def opened(path: Path, error_type: type[ParityError]) -> Any:
+    """The safetensors file at `path`, memory-mapped. Raises `error_type` where it is missing or damaged."""
+    try:
+        # The system's own words for what is missing, a folder or not permitted; safetensors has odd ones.
+        with path.open("rb"):
+            return safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise error_type(f"{path}: cannot be read as safetensors: {reason(error)}") from None
+
+
+def tensor(file: Any, name: str, error_type: type[ParityError]) -> np.ndarray:
+    """One array of an `opened` file. Raises `error_type` for a type that NumPy does not have, as bfloat16."""
+    try:
+        array: np.ndarray = file.get_tensor(name)
+    except (TypeError, AttributeError):
+        dtype = file.get_slice(name).get_dtype()
+        raise error_type(f"{name} is stored as {dtype}, which NumPy does not have; store it as F32 or F64") from None
+    return array
 
 
 def reason(error: Exception) -> str:

@@ -15,6 +15,8 @@ from common.files import reason
 IMAGENET_MEAN = np.array((0.485, 0.456, 0.406))
 IMAGENET_STD = np.array((0.229, 0.224, 0.225))
 
+_LONGEST = 8  # side of a resized photograph, in sides of the crop
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -37,10 +39,17 @@ def read(path: Path) -> Image.Image:
     """A photograph upright and in RGB. Raises `InputError` for a file that is no image, or damaged."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # Pillow's own conversion of 16-bit values clips them to 255.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {upright.mode}, without a known white; save it with 8 bits")
+            return upright.convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Of a damaged file Pillow's decoders raise whatever they stumble over.
+    except Exception as error:
         raise InputError(f"{path}: the image cannot be read: {reason(error)}") from None
 
 
@@ -79,9 +88,13 @@ def integers(count: int, size: tuple[int, int], channels: int, seed: int = 0) ->
 def _cover(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resized so that a crop of `size` takes 7/8 of the tighter side, as 224 of 256."""
     scale = max(size[0] / photo.height, size[1] / photo.width) * 8 / 7
+    # Only the middle of a very long photograph: the whole could take gigabytes.
+    width, height = (min(side, _LONGEST * max(size) / scale) for side in photo.size)
+    left, top = (photo.width - width) / 2, (photo.height - height) / 2
     return photo.resize(
-        (max(round(photo.width * scale), size[1]), max(round(photo.height * scale), size[0])),
+        (max(round(width * scale), size[1]), max(round(height * scale), size[0])),
         Image.Resampling.BILINEAR,
+        box=(left, top, left + width, top + height),
     )
 
 

@@ -6,25 +6,31 @@ A record is a safetensors file. Its arrays are named ``<pass>/<kind>/<name>``: p
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common import architectures
 from common.architectures import Spec
 from common.architectures.layers import INPUT, Shape, output_shapes
-from common.errors import RecordError, SpecError
-from common.files import reason, written
+from common.errors import RecordError
+from common.files import opened, reason, tensor, written
+from common.levels import UNIT
 
 Mode = Literal["eval", "train", "grad", "exact"]
 MODES: tuple[Mode, ...] = ("eval", "train", "grad")
 
 _FORMAT = "resnet-parity record 1"
+# What a field of the manifest is in JSON, where it is no string.
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("spec", "versions", "response"), dict),
+    **dict.fromkeys(("modes", "shape", "not_restored"), list),
+    **dict.fromkeys(("threads", "seed", "draws"), int),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +61,25 @@ class Record(Mapping[str, np.ndarray]):
     def __init__(self, path: Path | str) -> None:
         """Open the record at `path`. Raises `RecordError` for a file that is no record or damaged."""
         self.path = Path(path)
-        try:
-            self._file = safe_open(self.path, framework="numpy")
-            metadata = self._file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise RecordError(f"{path}: cannot be read as safetensors: {reason(error)}") from None
+        self._file = opened(self.path, RecordError)
+        metadata = self._file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             found = metadata.get("format")
             raise RecordError(f"{path}: not a record: format is {found!r}, expected {_FORMAT!r}")
         try:
-            self.manifest = Manifest(**json.loads(metadata["manifest"]))
+            self.manifest = _manifest(json.loads(metadata.get("manifest", "")))
             self.spec: Spec = architectures.from_dict(self.manifest.spec)
-        except (KeyError, TypeError, json.JSONDecodeError, SpecError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
         self._names = set(self._file.keys())
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        try:
+            return tensor(self._file, name, RecordError)
+        except RecordError as error:
+            raise RecordError(f"{self.path}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
@@ -82,11 +88,36 @@ class Record(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
+def _manifest(data: Any) -> Manifest:
+    """The manifest that `write` wrote as JSON. Raises `TypeError` or `ValueError` for one it cannot have written."""
+    manifest = Manifest(**data)
+    for part in fields(Manifest):
+        value = getattr(manifest, part.name)
+        kind = _KINDS.get(part.name, str)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{part.name} is {value!r}; expected a {kind.__name__}")
+    if manifest.dtype not in UNIT:
+        raise ValueError(f"dtype is {manifest.dtype!r}; expected one of {', '.join(UNIT)}")
+    if not manifest.modes or not set(manifest.modes) <= set(get_args(Mode)):
+        raise ValueError(f"modes are {manifest.modes}; expected some of {', '.join(get_args(Mode))}")
+    if len(manifest.shape) != 4 or not all(isinstance(n, int) and n > 0 for n in manifest.shape):
+        raise ValueError(f"shape is {manifest.shape}; expected that of a batch, (N, H, W, C)")
+    for name, change in manifest.response.items():
+        if not isinstance(change, float) or change < 0:
+            raise ValueError(f"the response of {name} is {change!r}; expected a norm")
+    return replace(
+        manifest,
+        modes=tuple(manifest.modes),
+        shape=tuple(manifest.shape),
+        not_restored=tuple(manifest.not_restored),
+    )
+
+
 def write(path: Path | str, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> None:
     """Write a record; beside the target first, then renamed. Raises `RecordError`."""
     metadata = {"format": _FORMAT, "manifest": json.dumps(asdict(manifest))}
     with written(Path(path), RecordError) as beside:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, metadata)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, beside, metadata)
 
 
 def expected_arrays(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> dict[str, Shape]:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from common import architectures
 from common.architectures import Spec
 from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
 from common.errors import SpecError, WeightsError
-from common.files import reason, written
+from common.files import opened, reason, tensor, written
 from common.levels import EXACT_INTEGER
 
 Weights = Mapping[str, np.ndarray]
@@ -189,7 +189,7 @@ def digest(arrays: Weights) -> str:
     """A digest of names, shapes, dtypes and values, the same for the same arrays in any order."""
     total = blake2b(digest_size=16)
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         total.update(f"{name} {array.dtype.str} {array.shape};".encode())
         total.update(array.reshape(-1).view(np.uint8))
     return total.hexdigest()
@@ -211,11 +211,8 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
     exactly those of the spec inside.
     """
     path = Path(path)
-    try:
-        file = safe_open(path, framework="numpy")
-        metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors: {reason(error)}") from None
+    file = opened(path, WeightsError)
+    metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
         found = metadata.get("format")
         raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {_FORMAT!r}")
@@ -231,7 +228,7 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
 
 
 def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:
-    return lambda: file.get_tensor(name)
+    return lambda: tensor(file, name, WeightsError)
 
 
 def _perturbed(weights: Weights, name: str, seed: int) -> Callable[[], np.ndarray]:
@@ -283,11 +280,13 @@ def _norms_before_addition(spec: Spec) -> set[str]:
 def _integer_kernel(
     generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
 ) -> np.ndarray:
-    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, each anywhere in the window
+    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels (one at least), each anywhere in the window
     and on one of the input channels with the smaller half of the bounds."""
     kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.int64)
     groups = bound.size // shape[-2]
     outputs = np.flatnonzero(generator.random(shape[-1]) < share)
+    if not outputs.size:
+        outputs = generator.integers(0, shape[-1], 1)
     small = np.argsort(bound.reshape(groups, -1), axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
     for _ in range(count):
         picks = generator.integers(0, small.shape[1], outputs.size)

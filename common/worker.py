@@ -56,11 +56,10 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
     spec = architectures.from_dict(given["spec"])
     modes = tuple(given["modes"])
     dtype = given["dtype"]
-    weights = load_file(request["weights"])
-    images, labels = (load_file(request["inputs"])[name] for name in ("images", "labels"))
-    images = images.astype(dtype)
-
     with _planted(request.get("plant"), backend):
+        weights = load_file(request["weights"])
+        images, labels = (load_file(request["inputs"])[name] for name in ("images", "labels"))
+        images = images.astype(dtype)
         with clock.step("build"):
             model = backend.build(spec, dtype)
         with clock.step("load"):

@@ -1,9 +1,11 @@
-"""ResNet in Flax linen: ``resnet_flax.ResNet50(num_classes=10)`` and its siblings, or `from_spec` for any spec.
+"""ResNets in Flax linen, laid out as in the Flax imagenet example: ``from resnet_flax import ResNet50``.
 
-JAX and Flax are imported when the first of these names is used, so that the process that runs a check can set JAX's
-environment before.
+Importing this package loads nothing; JAX and Flax come with the first name that is asked for, so that the process
+that runs a check can set JAX's environment before.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,77 +13,71 @@ from common.architectures import Spec
 from common.errors import BackendMissing
 
 if TYPE_CHECKING:
-    from resnet_flax.resnet import (
-        ResNet,
-        ResNet18,
-        ResNet20,
-        ResNet32,
-        ResNet34,
-        ResNet44,
-        ResNet50,
-        ResNet56,
-        ResNet101,
-        ResNet110,
-        ResNet152,
-        ResNeXt50_32x4d,
-        ResNeXt101_32x8d,
-        ResNeXt101_64x4d,
-        WideResNet50_2,
-        WideResNet101_2,
-    )
-    from resnet_flax.weights import from_variables, read_variables, to_variables
+    from flax import linen as nn
 
-_MODULES = {
+    from resnet_flax.resnet import ResNet as ResNet
+    from resnet_flax.resnet import ResNet18 as ResNet18
+    from resnet_flax.resnet import ResNet20 as ResNet20
+    from resnet_flax.resnet import ResNet32 as ResNet32
+    from resnet_flax.resnet import ResNet34 as ResNet34
+    from resnet_flax.resnet import ResNet44 as ResNet44
+    from resnet_flax.resnet import ResNet50 as ResNet50
+    from resnet_flax.resnet import ResNet56 as ResNet56
+    from resnet_flax.resnet import ResNet101 as ResNet101
+    from resnet_flax.resnet import ResNet110 as ResNet110
+    from resnet_flax.resnet import ResNet152 as ResNet152
+    from resnet_flax.resnet import ResNeXt50_32x4d as ResNeXt50_32x4d
+    from resnet_flax.resnet import ResNeXt101_32x8d as ResNeXt101_32x8d
+    from resnet_flax.resnet import ResNeXt101_64x4d as ResNeXt101_64x4d
+    from resnet_flax.resnet import WideResNet50_2 as WideResNet50_2
+    from resnet_flax.resnet import WideResNet101_2 as WideResNet101_2
+    from resnet_flax.weights import from_variables as from_variables
+    from resnet_flax.weights import read_variables as read_variables
+    from resnet_flax.weights import to_variables as to_variables
+
+_PUBLIC = {
     "resnet": (
         "ResNet",
-        "ResNet18",
-        "ResNet20",
-        "ResNet32",
-        "ResNet34",
-        "ResNet44",
-        "ResNet50",
-        "ResNet56",
-        "ResNet101",
-        "ResNet110",
-        "ResNet152",
-        "ResNeXt50_32x4d",
-        "ResNeXt101_32x8d",
-        "ResNeXt101_64x4d",
-        "WideResNet50_2",
-        "WideResNet101_2",
+        *(f"ResNet{depth}" for depth in (18, 20, 32, 34, 44, 50, 56, 101, 110, 152)),
+        *("WideResNet50_2", "WideResNet101_2"),
+        *("ResNeXt50_32x4d", "ResNeXt101_32x8d", "ResNeXt101_64x4d"),
     ),
-    "weights": ("from_variables", "read_variables", "to_variables"),
+    "weights": ("to_variables", "from_variables", "read_variables"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["from_spec", *_MODULES]
 
-__all__ = ["from_spec", *_HOME]  # noqa: PLE0604
 
+def from_spec(spec: Spec, **options: Any) -> "nn.Module":
+    """The module of any valid spec; `options` are those of the family's own `from_spec`.
 
-def from_spec(spec: Spec, **options: Any) -> Any:
-    """The module of any specification; `options` as in the `from_spec` of its family (`dtype`, `weights`, …).
-
-    Raises `BackendMissing` where JAX or Flax is not installed.
+    Raises `BackendMissing` if JAX or Flax is not installed.
     """
-    return _load(spec.family).from_spec(spec, **options)
+    with framework():
+        family = import_module(f"{__package__}.{spec.family}")
+    module: nn.Module = family.from_spec(spec, **options)
+    return module
+
+
+@contextmanager
+def framework() -> Iterator[None]:
+    """Around an import of JAX and Flax: raises `BackendMissing` if one is not installed."""
+    names = {"jax": "JAX", "jaxlib": "JAX", "flax": "Flax"}
+    try:
+        yield
+    except ImportError as error:
+        missing = names.get((error.name or "").partition(".")[0])
+        if missing is None:
+            raise
+        raise BackendMissing(f"{missing} is not installed; run: pip install 'resnet-parity[flax]'") from None
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_load(_HOME[name]), name)
+    with framework():
+        return getattr(import_module(f"{__package__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
-
-
-def _load(module: str) -> Any:
-    try:
-        import flax  # noqa: F401
-        import jax  # noqa: F401
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("jax", "jaxlib", "flax"):
-            raise
-        missing = {"flax": "Flax"}.get(str(error.name).partition(".")[0], "JAX")
-        raise BackendMissing(f"{missing} is not installed; run: pip install 'resnet-parity[flax]'") from None
-    return import_module(f"{__package__}.{module}")
+    return sorted({*globals(), *__all__})

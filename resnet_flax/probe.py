@@ -50,10 +50,9 @@ class FlaxBackend:
         from resnet_flax import from_spec
 
         module = from_spec(spec, dtype=dtype, param_dtype=dtype)
-        # The smallest images that any padding leaves a pixel of, four for every output pixel.
-        size = spec.input_size or (4 * spec.output_stride,) * 2
+        # Shapes only: `load` sets every value. Large enough for every stride and window, with any padding.
+        size = spec.input_size or (16 * spec.output_stride,) * 2
         images = jax.ShapeDtypeStruct((1, *size, spec.in_channels), dtype)
-        # Shapes only: `load` sets every value.
         variables = jax.eval_shape(module.init, jax.random.key(0), images)
         # Compiled once for each combination of flags, and anew for every model. Operation by operation, ResNet-50
         # takes twice as long in all and most of it to compile, for every operation is compiled at every shape.
@@ -67,7 +66,8 @@ class FlaxBackend:
 
         variables = to_variables(model.spec, weights, model.dtype)
         # `apply` ignores variables that no layer reads; the module itself says which it has.
-        native, loaded = (_described(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.variables, variables))
+        trees = (model.variables, variables)
+        native, loaded = (_described(jax.tree_util.tree_leaves_with_path(tree)) for tree in trees)
         if native != loaded:
             wrong = ", ".join(sorted({name for name, _, _ in native ^ loaded})[:4])
             raise WeightsError(f"the module's variables are not those of its name table: {wrong}")
@@ -104,10 +104,11 @@ def start(threads: int) -> FlaxBackend:
     os.environ["NPROC"] = str(threads)
     if threads == 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    from resnet_flax import _load
+    from resnet_flax import framework
 
-    _load("weights")
-    import jax
+    with framework():
+        import flax  # noqa: F401
+        import jax
 
     device = os.environ.get("RESNET_PARITY_DEVICE", "cpu")
     jax.config.update("jax_platforms", device)
@@ -122,7 +123,14 @@ def start(threads: int) -> FlaxBackend:
 
 
 def _pass(
-    spec: Spec, module: "nn.Module", variables: dict[str, Any], images: Any, labels: Any, *, training: bool, gradients: bool
+    spec: Spec,
+    module: "nn.Module",
+    variables: dict[str, Any],
+    images: Any,
+    labels: Any,
+    *,
+    training: bool,
+    gradients: bool,
 ) -> dict[str, Any]:
     """``loss``, ``tap/<path>``, ``grad/input``, and the trees ``statistics`` and ``gradients``; traced by JAX."""
     import jax

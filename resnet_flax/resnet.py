@@ -39,10 +39,10 @@ class BatchNorm(nn.BatchNorm):
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
         before = self.get_variable("batch_stats", "var")
-        y = super().__call__(x, use_running_average)
+        y: jax.Array = super().__call__(x, use_running_average)
         training = not nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         if training and not self.is_initializing():
-            count = x.size // x.shape[-1] * (lax.axis_size(self.axis_name) if self.axis_name else 1)
+            count = x.size // x.shape[-1] * (lax.psum(1, self.axis_name) if self.axis_name else 1)
             if count < 2:
                 raise InputError("one value per channel has no unbiased variance; use more images or a larger size")
             after = self.get_variable("batch_stats", "var")
@@ -76,6 +76,7 @@ def conv_layer(
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:
+    """In the place of a norm, where a spec has none."""
     return lambda x: x
 
 
@@ -152,8 +153,9 @@ class ResNet(nn.Module):
     """Images (N, height, width, channels) to logits (N, classes), or to what the head of `spec` gives.
 
     Computes in `dtype` and keeps parameters in `param_dtype`; float64 needs ``jax_enable_x64``. In bfloat16 Flax
-    computes batch statistics in float32, and keeps the running ones so. `axis_name` averages batch statistics over that axis of a
-    `pmap` or `shard_map`. Every stage's output is sown as ``stages`` in the collection ``intermediates``.
+    computes batch statistics in float32, and keeps the running ones so. `axis_name` averages batch statistics over
+    that axis of a `pmap` or `shard_map`. The stages' outputs are sown as ``stages`` in the collection
+    ``intermediates``.
     Raises `InputError` for images whose shape the network cannot take.
     """
 
@@ -171,7 +173,7 @@ class ResNet(nn.Module):
 
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(conv_layer, padding=spec.block_padding, use_bias=spec.conv_bias, **dtypes)
-        norm = partial(
+        norm: ModuleDef = partial(
             nn.BatchNorm if spec.running_variance == "biased" else BatchNorm,
             use_running_average=not train,
             momentum=spec.bn_momentum,
@@ -227,7 +229,7 @@ def native_paths(spec: ResNetSpec) -> dict[str, tuple[str, ...]]:
     block |= {name: name for name in ("relu1", "relu2", "add", "relu")}
     block |= {"shortcut.conv": "conv_proj", "shortcut.norm": "norm_proj", "shortcut.pad": "pad"}
 
-    paths = {f"stem.{role}": (name,) for role, name in stem.items()}
+    paths: dict[str, tuple[str, ...]] = {f"stem.{role}": (name,) for role, name in stem.items()}
     number = 0  # blocks are numbered through all stages
     for s, count in enumerate(spec.blocks):
         for b in range(count):

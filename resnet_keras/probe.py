@@ -1,8 +1,9 @@
 """The Backend protocol for Keras: the columns `keras:tensorflow`, `keras:jax` and `keras:torch` are this one file.
 
 Taps come from a functional model of every layer's output. A pass is a stateless call, so that no running statistic of
-one run is left for the next; the gradients are the framework's own, by the three adapters at the end. Everything runs
-eagerly: a process makes a pass a few times only, and tracing or compiling the model costs more than that.
+one run is left for the next; the gradients are the framework's own, by the three adapters at the end. TensorFlow and
+PyTorch run eagerly, since a process makes a pass a few times only and tracing costs more than that; JAX compiles the
+whole pass, since eagerly it compiles every operation for every shape, which takes longer.
 """
 
 import importlib.metadata
@@ -11,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,8 +20,10 @@ import resnet_keras
 from common import weights as canonical
 from common.architectures import Spec
 
-# A function of (trainable values, images) that returns the loss and whatever else the pass computed.
-Forward = Callable[[list[Any], Any], tuple[Any, Any]]
+# A function of (trainable values, images, running statistics, labels) that returns the loss and (taps, statistics).
+Forward = Callable[[list[Any], Any, list[Any], Any], tuple[Any, Any]]
+# The same with the slopes of the loss in the first two arguments added to what it returns, or None.
+Pass = Callable[[list[Any], Any, list[Any], Any], tuple[Any, Any, Any]]
 
 
 def start(threads: int) -> "KerasBackend":
@@ -32,57 +36,66 @@ def start(threads: int) -> "KerasBackend":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if framework == "jax":
+        # Without the last, XLA may leave out a rounding to float32 that Keras asked for.
         flags = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()} intra_op_parallelism_threads={threads}"
+        flags += " --xla_allow_excess_precision=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         os.environ["NPROC"] = str(threads)
     resnet_keras.stage_outputs  # noqa: B018  imports Keras, or says what is missing
-    _configure[framework](threads)
-    return KerasBackend(framework, threads)
+    device = _CONFIGURE[framework](threads)
+    return KerasBackend(framework, threads, device)
 
 
-def _configure_tensorflow(threads: int) -> None:
+def _configure_tensorflow(threads: int) -> str:
     import tensorflow as tf
 
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
+    return (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices())[0].device_type.lower()
 
 
-def _configure_jax(threads: int) -> None:
+def _configure_jax(threads: int) -> str:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    return str(jax.devices()[0].platform)
 
 
-def _configure_torch(threads: int) -> None:
+def _configure_torch(threads: int) -> str:
     import torch
 
     torch.set_num_threads(threads)
+    return str(torch.empty(0, device=torch.get_default_device()).device.type)
 
 
-_configure = {"tensorflow": _configure_tensorflow, "jax": _configure_jax, "torch": _configure_torch}
+_CONFIGURE = {"tensorflow": _configure_tensorflow, "jax": _configure_jax, "torch": _configure_torch}
 
 
 class KerasBackend:
     """Keras on one of its backends; models are Keras models with a `spec`."""
 
-    def __init__(self, framework: str, threads: int) -> None:
+    def __init__(self, framework: str, threads: int, device: str) -> None:
         self._framework = framework
         self._threads = threads
-        self._with_gradients = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[framework]
+        self._device = device
+        self._adapter = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[framework]
+        # What was compiled for a model goes with the model.
+        self._passes: WeakKeyDictionary[Any, dict[tuple[bool, bool], tuple[Any, Pass]]] = WeakKeyDictionary()
 
     def describe(self) -> dict[str, str]:
         packages = ["keras", self._framework, *(["jaxlib"] if self._framework == "jax" else []), "numpy"]
         return {name: importlib.metadata.version(name) for name in packages} | {
             "python": platform.python_version(),
             "keras backend": self._framework,
-            "device": _device(),
+            "device": self._device,
             "threads": str(self._threads),
         }
 
     def build(self, spec: Spec, dtype: str) -> Any:
         _set_dtype(dtype)
-        return resnet_keras.from_spec(spec)
+        # Weights are always loaded; on jax, random ones cost a compilation for every shape.
+        return resnet_keras.from_spec(spec, kernel_initializer="zeros")
 
     def load(self, model: Any, weights: canonical.Weights) -> None:
         resnet_keras.load_weights(model, weights)
@@ -95,39 +108,49 @@ class KerasBackend:
     ) -> dict[str, np.ndarray]:
         import keras
 
-        from resnet_keras.weights import layer_names, variables
+        from resnet_keras.weights import variables
 
-        spec: Spec = model.spec
         dtype = model.dtype_policy.compute_dtype
         _set_dtype(dtype)
+        passes = self._passes.setdefault(model, {})
+        if (training, gradients) not in passes:
+            passes[training, gradients] = self._pass(model, training, gradients)
+        taps_model, run = passes[training, gradients]
+        loss, (taps, after), slopes = run(
+            # Copies or detached views of the variables' values, which nothing in the pass assigns to.
+            [keras.ops.stop_gradient(variable) for variable in taps_model.trainable_variables],
+            keras.ops.convert_to_tensor(images, dtype=dtype),
+            [keras.ops.stop_gradient(variable) for variable in taps_model.non_trainable_variables],
+            keras.ops.convert_to_tensor(labels, dtype="int32"),
+        )
+        result = {f"tap/{path}": _array(tap) for path, tap in taps.items()} | {"loss": _array(loss)}
+        names = {id(variable): name for name, variable in variables(model).items()}
+        if training:
+            for variable, value in zip(taps_model.non_trainable_variables, after, strict=True):
+                result[f"stat/{names[id(variable)]}"] = _array(value)
+        if gradients:
+            of_parameters, of_images = slopes
+            for variable, value in zip(taps_model.trainable_variables, of_parameters, strict=True):
+                result[f"grad/{names[id(variable)]}"] = _array(value)
+            result["grad/input"] = _array(of_images)
+        return result
+
+    def _pass(self, model: Any, training: bool, gradients: bool) -> tuple[Any, Pass]:
+        import keras
+
+        from resnet_keras.weights import layer_names
+
+        spec: Spec = model.spec
         names = layer_names(spec)
         outputs = {layer.path: model.get_layer(names[layer.path]).output for layer in spec.layers}
         taps_model = keras.Model(model.inputs, outputs)
         last = spec.layers[-1]
-        targets = keras.ops.convert_to_tensor(labels, dtype="int32")
-        statistics = [keras.ops.convert_to_tensor(v) for v in taps_model.non_trainable_variables]
 
-        def forward(trainable: list[Any], batch: Any) -> tuple[Any, Any]:
-            taps, after = taps_model.stateless_call(trainable, statistics, batch, training=training)
-            return _loss(last.kind, taps[last.path], targets), (taps, after)
+        def forward(trainable: list[Any], images: Any, statistics: list[Any], labels: Any) -> tuple[Any, Any]:
+            taps, after = taps_model.stateless_call(trainable, statistics, images, training=training)
+            return _loss(last.kind, taps[last.path], labels), (taps, after)
 
-        trainable = [keras.ops.convert_to_tensor(v) for v in taps_model.trainable_variables]
-        batch = keras.ops.convert_to_tensor(images, dtype=dtype)
-        run = self._with_gradients if gradients else _WITHOUT_GRADIENTS.get(self._framework, _forward_only)
-        loss, (taps, after), slopes = run(forward, trainable, batch)
-
-        result = {f"tap/{layer.path}": _array(taps[layer.path]) for layer in spec.layers}
-        result["loss"] = _array(loss)
-        native = {id(variable): name for name, variable in variables(model).items()}
-        if training:
-            for variable, value in zip(taps_model.non_trainable_variables, after, strict=True):
-                result[f"stat/{native[id(variable)]}"] = _array(value)
-        if gradients:
-            of_parameters, of_images = slopes
-            for variable, value in zip(taps_model.trainable_variables, of_parameters, strict=True):
-                result[f"grad/{native[id(variable)]}"] = _array(value)
-            result["grad/input"] = _array(of_images)
-        return result
+        return taps_model, self._adapter(forward, gradients)
 
 
 def _set_dtype(dtype: str) -> None:
@@ -135,12 +158,6 @@ def _set_dtype(dtype: str) -> None:
 
     keras.config.set_floatx(dtype)  # of losses and of constants
     keras.config.set_dtype_policy(dtype)  # of layers
-
-
-def _device() -> str:
-    import keras
-
-    return ", ".join(keras.distribution.list_devices()) or "cpu"
 
 
 def _loss(kind: str, outputs: Any, labels: Any) -> Any:
@@ -162,40 +179,44 @@ def _array(tensor: Any) -> np.ndarray:
     return keras.ops.convert_to_numpy(tensor)
 
 
-def _forward_only(forward: Forward, trainable: list[Any], images: Any) -> tuple[Any, Any, None]:
-    return *forward(trainable, images), None
-
-
-def _tensorflow(forward: Forward, trainable: list[Any], images: Any) -> tuple[Any, Any, Any]:
+def _tensorflow(forward: Forward, gradients: bool) -> Pass:
     import tensorflow as tf
 
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch((trainable, images))
-        loss, aux = forward(trainable, images)
-    return loss, aux, tape.gradient(loss, (trainable, images))
+    def run(trainable: list[Any], images: Any, *rest: Any) -> tuple[Any, Any, Any]:
+        if not gradients:
+            return *forward(trainable, images, *rest), None
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch((trainable, images))
+            loss, aux = forward(trainable, images, *rest)
+        return loss, aux, tape.gradient(loss, (trainable, images))
+
+    return run
 
 
-def _jax(forward: Forward, trainable: list[Any], images: Any) -> tuple[Any, Any, Any]:
+def _jax(forward: Forward, gradients: bool) -> Pass:
     import jax
 
-    (loss, aux), slopes = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)(trainable, images)
-    return loss, aux, slopes
+    if not gradients:
+        return jax.jit(lambda *arguments: (*forward(*arguments), None))
+    compiled = jax.jit(jax.value_and_grad(forward, argnums=(0, 1), has_aux=True))
+
+    def run(*arguments: Any) -> tuple[Any, Any, Any]:
+        (loss, aux), slopes = compiled(*arguments)
+        return loss, aux, slopes
+
+    return run
 
 
-def _torch(forward: Forward, trainable: list[Any], images: Any) -> tuple[Any, Any, Any]:
+def _torch(forward: Forward, gradients: bool) -> Pass:
     import torch
 
-    leaves = [value.detach().requires_grad_() for value in (*trainable, images)]
-    loss, aux = forward(leaves[:-1], leaves[-1])
-    *of_parameters, of_images = torch.autograd.grad(loss, leaves)
-    return loss, aux, (of_parameters, of_images)
+    def run(trainable: list[Any], images: Any, *rest: Any) -> tuple[Any, Any, Any]:
+        if not gradients:
+            with torch.no_grad():
+                return *forward(trainable, images, *rest), None
+        leaves = [value.detach().requires_grad_() for value in (*trainable, images)]
+        loss, aux = forward(leaves[:-1], leaves[-1], *rest)
+        *of_parameters, of_images = torch.autograd.grad(loss, leaves)
+        return loss, aux, (of_parameters, of_images)
 
-
-def _torch_forward_only(forward: Forward, trainable: list[Any], images: Any) -> tuple[Any, Any, None]:
-    import torch
-
-    with torch.no_grad():
-        return _forward_only(forward, trainable, images)
-
-
-_WITHOUT_GRADIENTS = {"torch": _torch_forward_only}
+    return run

@@ -94,6 +94,7 @@ def _conv(
     strides: int = 1,
     dilation_rate: int = 1,
     groups: int = 1,
+    kernel_initializer: Any = "glorot_uniform",
 ) -> Any:
     reach = dilation_rate * (kernel_size - 1) // 2
     if kernel_size == 1:
@@ -117,6 +118,7 @@ def _conv(
         dilation_rate=dilation_rate,
         groups=groups,
         use_bias=spec.conv_bias,
+        kernel_initializer=kernel_initializer,
         **_CHANNELS_LAST,
         name=name,
     )(x)
@@ -142,6 +144,7 @@ def _residual(
     strides: int,
     spec: ResNetSpec,
     dilation_rates: tuple[int, int],
+    kernel_initializer: Any,
 ) -> Any:
     """Branch 2 of a block, its addition to the shortcut, and the ReLU after it."""
     bottleneck = len(filters) == 3
@@ -159,6 +162,7 @@ def _residual(
             # The convolution whose stride was taken away keeps the old dilation; what follows reads its denser output.
             dilation_rate=1 if kernels[i] == 1 else dilation_rates[i > strided],
             groups=spec.groups if bottleneck and i == 1 else 1,
+            kernel_initializer=kernel_initializer,
         )
         if spec.norm:
             x = _norm(x, f"bn{where}_branch2{letter}", spec)
@@ -177,13 +181,14 @@ def identity_block(
     *,
     spec: ResNetSpec = _DEFAULT,
     dilation_rates: tuple[int, int] = (1, 1),
+    kernel_initializer: Any = "glorot_uniform",
 ) -> Any:
     """A block whose shortcut is its input.
 
     `filters` are two for a basic block and three for a bottleneck; `spec` gives the conventions (padding, bias,
     norm, groups); `dilation_rates` apply up to and after the convolution that may be strided.
     """
-    return _residual(x, x, kernel_size, filters, f"{stage}{block}", 1, spec, dilation_rates)
+    return _residual(x, x, kernel_size, filters, f"{stage}{block}", 1, spec, dilation_rates, kernel_initializer)
 
 
 def conv_block(
@@ -196,6 +201,7 @@ def conv_block(
     *,
     spec: ResNetSpec = _DEFAULT,
     dilation_rates: tuple[int, int] = (1, 1),
+    kernel_initializer: Any = "glorot_uniform",
 ) -> Any:
     """A block whose shortcut changes the shape: a 1x1 projection, or zero padding if `spec` says so.
 
@@ -205,10 +211,11 @@ def conv_block(
     if spec.shortcut == "zero_pad":
         shortcut = ZeroPadShortcut(filters[-1], strides, name=f"res{where}_branch1")(x)
     else:
-        shortcut = _conv(x, filters[-1], 1, f"res{where}_branch1", spec, padding="valid", strides=strides)
+        options = {"padding": "valid", "strides": strides, "kernel_initializer": kernel_initializer}
+        shortcut = _conv(x, filters[-1], 1, f"res{where}_branch1", spec, **options)
         if spec.shortcut_norm:
             shortcut = _norm(shortcut, f"bn{where}_branch1", spec)
-    return _residual(x, shortcut, kernel_size, filters, where, strides, spec, dilation_rates)
+    return _residual(x, shortcut, kernel_size, filters, where, strides, spec, dilation_rates, kernel_initializer)
 
 
 def _pool(x: Any, padding: str) -> Any:
@@ -220,9 +227,10 @@ def _pool(x: Any, padding: str) -> Any:
     return layers.MaxPooling2D(3, strides=2, padding=padding, **_CHANNELS_LAST, name="pool1")(x)
 
 
-def _resnet(x: Any, spec: ResNetSpec) -> Any:
+def _resnet(x: Any, spec: ResNetSpec, kernel_initializer: Any) -> Any:
     """Everything between the input and the output of the network."""
-    stem = {"padding": spec.stem_padding, "strides": spec.stem_stride}
+    initial = {"kernel_initializer": kernel_initializer}
+    stem = {"padding": spec.stem_padding, "strides": spec.stem_stride} | initial
     x = _conv(x, spec.stem_width, spec.stem_kernel, "conv1", spec, **stem)
     if spec.norm:
         x = _norm(x, "bn_conv1", spec)
@@ -239,7 +247,7 @@ def _resnet(x: Any, spec: ResNetSpec) -> Any:
             before = dilation
             if b == 0 and s > 0 and spec.replace_stride_with_dilation[s - 1]:
                 dilation *= 2
-            options = {"spec": spec, "dilation_rates": (before, dilation)}
+            options = {"spec": spec, "dilation_rates": (before, dilation)} | initial
             if strides != 1 or x.shape[-1] != outer:
                 x = conv_block(x, 3, filters, s + 2, block, strides, **options)
             else:
@@ -251,7 +259,7 @@ def _resnet(x: Any, spec: ResNetSpec) -> Any:
         pool = {"average": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[spec.head_pool]
         x = pool(**_CHANNELS_LAST, name="pool5")(x)
     if spec.head != "none":
-        x = layers.Dense(spec.classes, name=f"fc{spec.classes}")(x)
+        x = layers.Dense(spec.classes, **initial, name=f"fc{spec.classes}")(x)
     if spec.head == "softmax":
         x = layers.Activation("softmax", name="prob")(x)
     return x
@@ -296,6 +304,7 @@ def from_spec(
     input_tensor: Any = None,
     input_shape: tuple[int | None, ...] | None = None,
     weights: str | PathLike[str] | None = None,
+    kernel_initializer: Any = "glorot_uniform",
     name: str = "resnet",
 ) -> keras.Model:
     """The functional model of `spec`, for images (batch, height, width, channels); its `spec` attribute is `spec`.
@@ -316,7 +325,7 @@ def from_spec(
         )
     if spec.input_size and tuple(images.shape[1:3]) != spec.input_size:
         raise ValueError(f"the input has shape {tuple(images.shape)}; the flattened head takes {spec.input_size} only")
-    model = keras.Model(inputs, _resnet(images, spec), name=name)
+    model = keras.Model(inputs, _resnet(images, spec, kernel_initializer), name=name)
     model.spec = spec
     if weights is not None:
         load_file(model, weights, free_fields=_FREE_FIELDS)

@@ -24,10 +24,6 @@ def pad_same(x: Tensor, kernel: int, stride: int, dilation: int, value: float) -
     return padded
 
 
-# One node of a traced graph: arithmetic on sizes cannot be traced.
-torch.fx.wrap("pad_same")
-
-
 class SameConv2d(nn.Conv2d):
     """`nn.Conv2d` with TensorFlow's SAME padding, which depends on the input size where the stride is not 1."""
 
@@ -49,6 +45,31 @@ class SameMaxPool2d(nn.Module):
         )
 
 
+def biased_batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """`F.batch_norm` in training mode, but that the running variance is the biased one.
+
+    As in PyTorch, `momentum` is the share of the new value, or None for the plain average of all batches.
+    """
+    num_batches_tracked.add_(1)
+    share = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+    count = input.numel() // input.size(1)
+    biasing = (count - 1) / count
+    # Let PyTorch average in unbiased units, in a tensor of its own: autograd keeps the one it is given.
+    unbiased = running_var / biasing
+    output = F.batch_norm(input, running_mean, unbiased, weight, bias, True, share, eps)
+    running_var.copy_(unbiased * biasing)
+    return output
+
+
 class BiasedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that averages the variance it normalises with (divided by N), as Keras and Flax do.
 
@@ -56,20 +77,15 @@ class BiasedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        running_mean, running_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.training or running_mean is None or running_var is None or counter is None:
-            return F.batch_norm(
-                input, running_mean, running_var, self.weight, self.bias, running_var is None, 0.0, self.eps
-            )
-        counter.add_(1)
-        momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
-        count = input.numel() // input.size(1)
-        unbiasing = count / max(count - 1, 1)
-        # Let PyTorch average in unbiased units, in a tensor of its own: autograd keeps the one it is given.
-        unbiased = running_var * unbiasing
-        output = F.batch_norm(input, running_mean, unbiased, self.weight, self.bias, True, momentum, self.eps)
-        running_var.copy_(unbiased / unbiasing)
-        return output
+        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.training or mean is None or var is None or counter is None:
+            return F.batch_norm(input, mean, var, self.weight, self.bias, mean is None, 0.0, self.eps)
+        return biased_batch_norm(input, mean, var, counter, self.weight, self.bias, self.momentum, self.eps)
+
+
+# Each is one node of a graph traced by torch.fx, which cannot follow arithmetic on sizes.
+torch.fx.wrap("pad_same")
+torch.fx.wrap("biased_batch_norm")
 
 
 def conv2d(

@@ -181,10 +181,10 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif self.spec.norm and zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
                 last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                if isinstance(last.weight, Tensor):
-                    nn.init.zeros_(last.weight)
+                if isinstance(scale := getattr(last, "weight", None), Tensor):
+                    nn.init.zeros_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.avgpool(self.stages(x)[-1])

@@ -42,7 +42,9 @@ def find(name: str) -> Spec:
     known = variants()
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    asked = name.lower()
+    near = [other for other in known if asked and asked in other][:3]
+    near = near or get_close_matches(asked, known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "`resnet-parity list` shows all"
     raise SpecError(f"unknown variant {name!r}; {hint}")
 
@@ -88,9 +90,10 @@ def to_json(spec: Spec) -> str:
 
 def from_json(text: str) -> Spec:
     try:
-        return from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"a spec is JSON, and this is not: {error}") from None
+    return from_dict(data)
 
 
 def read(path: Path) -> Spec:

@@ -7,7 +7,7 @@ He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.0338
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from math import isfinite
+from sys import float_info
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from common.architectures.layers import (
@@ -145,13 +145,11 @@ class ResNetSpec:
                 raise _invalid("input_size", self.input_size, "a list of height and width, or an empty one")
             object.__setattr__(self, "input_size", size)
         for name, low, high, range_ in (
-            ("bn_eps", 0.0, float("inf"), "a number above 0"),
+            ("bn_eps", 0.0, float_info.max, "a number above 0"),
             ("bn_momentum", 0.0, 1.0, "a number above 0 and below 1"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-                raise _invalid(name, value, range_)
-            if not isfinite(value):
                 raise _invalid(name, value, range_)
             object.__setattr__(self, name, float(value))
 

@@ -1,6 +1,7 @@
 """Reports for machines: JSON for scripts, JUnit XML for continuous integration."""
 
 import json
+import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -9,10 +10,12 @@ from xml.etree import ElementTree
 
 from common import architectures
 from common.check import Result
-from common.compare import Comparison, Difference
+from common.compare import Comparison, Difference, rank
 from common.errors import RecordError
 from common.files import written
 from common.levels import RESPONSE_FACTOR
+
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_json(path: Path, results: Sequence[Result]) -> None:
@@ -24,7 +27,8 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
     """The results as JSON data: `passed`, and one entry in `checks` for every variant and dtype.
 
     An entry's `modes` hold, by mode and pair (``"torch | flax"``), the difference that is largest when measured in
-    one-ulp responses: its relative error, the response (relative too) that it is held against, and where it is.
+    one-ulp responses, one that fails before one that does not: its relative error, the response (relative too) that it
+    is held against, and where it is.
     """
     return {
         "passed": bool(results) and all(result.passed for result in results),
@@ -56,7 +60,11 @@ def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
         "first_difference": _difference(compared.first) if compared.first else None,
         "odd_one_out": compared.odd_one_out if not compared.passed else None,
         "problems": [vars(problem) for problem in compared.problems],
-        "imprecise": [vars(p) for p in compared.precision if not p.passed],
+        "imprecise": [
+            vars(p) | {"error": _finite(p.error), "median": _finite(p.median)}
+            for p in compared.precision
+            if not p.passed
+        ],
         "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
         "spec": architectures.to_dict(case.spec),
     }
@@ -64,7 +72,7 @@ def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
 
 def _modes(compared: Comparison) -> dict[str, dict[str, Any]]:
     modes: dict[str, dict[str, Any]] = {}
-    for difference in sorted(compared.worst(), key=lambda d: d.ratio):
+    for difference in sorted(compared.worst(), key=rank):
         modes.setdefault(difference.mode, {})[" | ".join(difference.pair)] = _difference(difference)
     return modes
 
@@ -102,7 +110,9 @@ def write_junit(path: Path, results: Sequence[Result]) -> None:
         suite.set("errors", str(len(suite.findall("./testcase/error"))))
         suite.set("time", f"{result.seconds:.3f}")
     ElementTree.indent(suites)
-    _write(path, ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n")
+    text = ElementTree.tostring(suites, encoding="unicode", xml_declaration=True)
+    # The last output of a crashed process may hold characters, colours for one, that XML cannot.
+    _write(path, _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text) + "\n")
 
 
 def _add_cases(suite: ElementTree.Element, compared: Comparison) -> None:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
-from resnet_torch import probe, resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_torch import layers, probe
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
 
@@ -58,7 +59,7 @@ def bfloat16_in_one_layer(model: Any) -> None:
     conv = model.layer2[0].conv2
     if conv.weight.dtype == torch.float32:
         narrow = conv._conv_forward
-        conv._conv_forward = lambda x, weight, bias: narrow(x.bfloat16(), weight.bfloat16(), bias).float()
+        conv._conv_forward = lambda x, weight, bias: narrow(x.bfloat16().float(), weight, bias)
 
 
 @after_build
@@ -121,12 +122,7 @@ def dilation_forgotten(model: Any) -> None:
 loss_is_the_sum = replaced(probe.F, "cross_entropy", lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, reduction="sum"))
 
 
-def _biased(spec: Any) -> Any:
-    momentum = 1 - spec.bn_momentum
-    return lambda channels: resnet.BiasedBatchNorm2d(channels, eps=spec.bn_eps, momentum=momentum)
-
-
-biased_variance = replaced(resnet, "_norm_layer", lambda spec: _biased(spec) if spec.norm else lambda n: nn.Identity())
+biased_variance = replaced(layers.nn, "BatchNorm2d", layers.BiasedBatchNorm2d)
 
 
 @in_loading
@@ -157,18 +153,24 @@ def beta_off_by_a_thousandth(weights: dict[str, Any]) -> dict[str, Any]:
 @in_loading
 def flattened_channels_first(weights: dict[str, Any]) -> dict[str, Any]:
     kernel = weights["head.fc.kernel"]
-    channels = 64
-    return weights | {"head.fc.kernel": kernel.reshape(-1, channels, kernel.shape[1]).swapaxes(0, 1).reshape(kernel.shape)}
+    swapped = kernel.reshape(-1, 64, kernel.shape[1]).swapaxes(0, 1)
+    return weights | {"head.fc.kernel": swapped.reshape(kernel.shape)}
 
 
 @not_loaded
 def statistics_not_loaded(weights: dict[str, Any]) -> dict[str, Any]:
-    return weights | {name: weights[name] * 0 + name.endswith(".var") for name in weights if name.endswith((".mean", ".var"))}
+    initial = {".mean": 0.0, ".var": 1.0}
+    return {n: a * 0 + initial[n[n.rindex(".") :]] if n.endswith((".mean", ".var")) else a for n, a in weights.items()}
 
 
 @not_loaded
 def weights_stored_in_float32(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: array.astype("float32") for name, array in weights.items()}
+
+
+@in_loading
+def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
 
 
 # Equivalents.

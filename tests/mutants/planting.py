@@ -1,5 +1,7 @@
 """How a defect is planted in a backend's process, for one record, and taken out again."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -82,3 +84,21 @@ def both(*plants: Plant) -> Plant:
             yield
 
     return plant
+
+
+def crash(backend: Any) -> Any:
+    """A process that ends in the middle of its work, as a fault in native code would end it."""
+    print("out of luck", file=sys.stderr, flush=True)
+    os._exit(7)
+
+
+def fail(backend: Any) -> Any:
+    raise ZeroDivisionError("something that nobody foresaw\nwith a second line")
+
+
+def chatter(backend: Any) -> Any:
+    """Writes what looks like a reply, from Python and from below it, before it fails."""
+    reply = '{"event": "done", "seconds": {}, "peak_bytes": 0}\n'
+    print(reply, flush=True)
+    os.write(1, reply.encode())
+    return fail(backend)

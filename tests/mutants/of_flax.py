@@ -1,0 +1,80 @@
+"""Defects planted in the Flax backend. What each must be caught by stands in catalogue.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from resnet_flax import resnet
+from tests.mutants.planting import in_loading, not_loaded, replaced
+
+
+def _with(module: Any, **changes: Any) -> Any:
+    """A layer that is made with some arguments changed."""
+    return lambda *arguments, **options: module(*arguments, **(options | changes))
+
+
+_max_pool = nn.max_pool
+
+# The model makes `nn.BatchNorm` where the variance is biased, and its own subclass where it is not.
+default_momentum = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, momentum=0.99))
+eps = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, epsilon=1.1e-5))
+momentum_as_decay = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, momentum=0.1))
+biased_variance = replaced(resnet, "BatchNorm", nn.BatchNorm)
+always_running_average = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, use_running_average=True))
+gelu = replaced(resnet.nn, "relu", nn.gelu)
+leaky_relu = replaced(resnet.nn, "relu", partial(nn.leaky_relu, negative_slope=1e-9))
+average_pool = replaced(resnet.nn, "max_pool", nn.avg_pool)
+same_padding = replaced(resnet, "window_padding", lambda padding, kernel, dilation=1: "SAME")
+
+
+def _stopped(x: Any, *arguments: Any, **options: Any) -> Any:
+    return lax.stop_gradient(_max_pool(x, *arguments, **options))
+
+
+gradient_stopped_at_the_pool = replaced(resnet.nn, "max_pool", _stopped)
+
+
+@contextmanager
+def bfloat16_in_one_layer(backend: Any) -> Iterator[None]:
+    def narrowed(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        y = call(*arguments, **options)
+        narrow = context.module.name == "conv_init" and y.dtype == jnp.float32
+        return y.astype(jnp.bfloat16).astype(y.dtype) if narrow else y
+
+    with nn.intercept_methods(narrowed):
+        yield
+
+
+fast_variance = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, use_fast_variance=True))
+
+
+temperature = replaced(resnet.nn, "softmax", lambda x: jax.nn.softmax(x * (1 + 1e-9)))
+
+
+@not_loaded
+def last_gammas_stay_zero(weights: dict[str, Any]) -> dict[str, Any]:
+    """The zero-initialised scale of a block's last norm is not loaded: the branch is gone."""
+    name = "stages.0.blocks.0.norm3.scale"
+    return weights | ({name: weights[name] * 0} if name in weights else {})
+
+
+@in_loading
+def variance_taken_for_deviation(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: array**0.5 if name.endswith(".var") else array for name, array in weights.items()}
+
+
+@in_loading
+def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
+
+
+# Equivalents.
+
+relu_as_maximum = replaced(resnet.nn, "relu", lambda x: jnp.where(x > 0, x, jnp.zeros_like(x)))

@@ -1,0 +1,127 @@
+"""Defects planted in the Keras backend. What each must be caught by stands in catalogue.py."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from resnet_keras import resnet
+from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
+
+
+def _all(model: Any, kind: type) -> list[Any]:
+    return [layer for layer in model.layers if isinstance(layer, kind)]
+
+
+@after_build
+def default_eps(model: Any) -> None:
+    for norm in _all(model, layers.BatchNormalization):
+        norm.epsilon = 1e-3
+
+
+@after_build
+def default_momentum(model: Any) -> None:
+    for norm in _all(model, layers.BatchNormalization):
+        norm.momentum = 0.99
+
+
+@after_build
+def frozen_norms(model: Any) -> None:
+    """`trainable = False` makes a Keras batch norm use its running statistics, in training too."""
+    for norm in _all(model, layers.BatchNormalization):
+        norm.trainable = False
+
+
+@after_build
+def relu6(model: Any) -> None:
+    model.get_layer("res3a_branch2a_relu").activation = keras.activations.relu6
+
+
+@after_build
+def bfloat16_in_one_layer(model: Any) -> None:
+    conv = model.get_layer("res3a_branch2b")
+    if conv.compute_dtype == "float32":
+        exact = conv.call
+        conv.call = lambda x: exact(ops.cast(ops.cast(x, "bfloat16"), "float32"))
+
+
+@after_build
+def sigmoid_for_softmax(model: Any) -> None:
+    if (prob := _named(model, "prob")) is not None:
+        prob.activation = keras.activations.sigmoid
+
+
+def _named(model: Any, name: str) -> Any:
+    return next((layer for layer in model.layers if layer.name == name), None)
+
+
+def _same_padded(conv: Any) -> Any:
+    def padded(x: Any, filters: int, kernel_size: int, name: str, spec: Any, **options: Any) -> Any:
+        return conv(x, filters, kernel_size, name, spec, **(options | {"padding": "same"}))
+
+    return padded
+
+
+same_padding_everywhere = replaced(resnet, "_conv", _same_padded(resnet._conv))
+
+biased_variance = replaced(resnet, "UnbiasedBatchNormalization", layers.BatchNormalization)
+
+unbiased_variance = replaced(resnet.layers, "BatchNormalization", resnet.UnbiasedBatchNormalization)
+
+
+def _unrectified_stem(relu: Any) -> Any:
+    return lambda x, name: layers.Activation("linear", name=name)(x) if name == "conv1_relu" else relu(x, name)
+
+
+stem_without_relu = replaced(resnet, "_relu", _unrectified_stem(resnet._relu))
+
+
+def _smoothed(from_logits: bool) -> Any:
+    exact = keras.losses.CategoricalCrossentropy(from_logits=from_logits, label_smoothing=0.1)
+    return lambda labels, outputs: exact(ops.one_hot(labels, outputs.shape[-1]), outputs)
+
+
+label_smoothing = replaced(keras.losses, "SparseCategoricalCrossentropy", _smoothed)
+
+
+@in_loading
+def kernel_rotated(weights: dict[str, Any]) -> dict[str, Any]:
+    """A true convolution instead of a cross-correlation: the kernel turned by half a turn."""
+    name = "stages.0.blocks.0.conv2.kernel"
+    return weights | {name: weights[name][::-1, ::-1]}
+
+
+@in_loading
+def means_swapped(weights: dict[str, Any]) -> dict[str, Any]:
+    a, b = "stages.1.blocks.0.norm1.mean", "stages.1.blocks.0.norm1.var"
+    return weights | ({a: weights[b], b: abs(weights[a])} if a in weights else {})
+
+
+@in_loading
+def groups_interleaved(weights: dict[str, Any]) -> dict[str, Any]:
+    """Grouped kernels taken as if groups were innermost in the output channels."""
+    name = "stages.0.blocks.0.conv2.kernel"
+    kernel = weights[name]
+    channels = kernel.shape[-1]
+    return weights | {name: kernel[..., [i * 4 % channels + i * 4 // channels for i in range(channels)]]}
+
+
+@not_loaded
+def bias_not_loaded(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {"head.fc.bias": weights["head.fc.bias"] * 0}
+
+
+@in_loading
+def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
+
+
+# Equivalents.
+
+
+@after_build
+def addition_the_other_way_round(model: Any) -> None:
+    for add in _all(model, layers.Add):
+        exact = add.call
+        add.call = lambda inputs, exact=exact: exact(inputs[::-1])

@@ -1,0 +1,293 @@
+"""The command line as a user meets it: what it prints, what it writes, how it ends."""
+
+import json
+import os
+import pty
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from common import architectures, weights
+from common.architectures.resnet import ResNetSpec
+
+ROOT = Path(__file__).parent.parent
+TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
+
+
+def run(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `resnet-parity` with these arguments."""
+    return subprocess.run(
+        [sys.executable, "-m", "common.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(architectures.to_json(TINY))
+    return path
+
+
+@pytest.fixture
+def weights_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    weights.save(path, TINY, weights.randomize(TINY, dtype="float32"))
+    return path
+
+
+def test_list_shows_the_variants_that_match() -> None:
+    shown = run("list", "resnext*")
+    assert shown.returncode == 0
+    assert [line.split()[0] for line in shown.stdout.splitlines()[1:]] == [
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+    ]
+    assert len(run("list").stdout.splitlines()) == 1 + len(architectures.variants())
+
+
+def test_show_gives_layers_shapes_parameters_and_multiply_adds() -> None:
+    shown = run("show", "resnet50", "--size", "224").stdout
+    assert "stages.0.blocks.0.shortcut.conv" in shown
+    assert "7x7, stride 2" in shown
+    last = shown.splitlines()[-1].split()
+    assert last == ["total", "25,557,032", "4,089,184,256"]
+    assert "97x65x64" in run("show", "resnet18", "--size", "193x129").stdout
+
+
+def test_check_passes_and_writes_json_and_junit(spec_file: Path, tmp_path: Path) -> None:
+    out, junit = tmp_path / "out.json", tmp_path / "junit.xml"
+    done = run(
+        "check", "--spec", spec_file, "--size", 32, "--backends", "torch,keras", "--json", out, "--junit", junit, "--timings"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "SAME FUNCTION" in done.stdout
+    assert "peak memory" in done.stdout
+    found = json.loads(out.read_text())
+    assert found["passed"] is True
+    levels = {entry["dtype"]: entry for entry in found["checks"] if entry["level"] != "L0"}
+    assert set(levels) == {"float64", "float32"}
+    assert levels["float64"]["variant"] == "tiny"
+    for mode in ("eval", "train", "grad"):
+        worst = levels["float64"]["modes"][mode]["torch | keras:tensorflow"]
+        assert 0 < worst["error"] < 1e-11
+        assert worst["ratio"] <= found["limit"]
+        assert worst["response"] > 0
+        assert worst["tensor"]
+    suite = ElementTree.parse(junit).getroot()
+    assert len(suite.findall(".//testcase")) >= 8
+    assert not suite.findall(".//failure")
+
+
+def test_records_made_one_by_one_compare_as_the_check_does(spec_file: Path, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    for path, *arguments in (
+        (a, "torch"),
+        (b, "keras", "--no-response"),
+        (c, "torch", "--seed", 1, "--no-response"),
+    ):
+        made = run("record", arguments[0], "--spec", spec_file, "--size", 32, "-o", path, *arguments[1:])
+        assert made.returncode == 0, made.stderr
+        assert str(path) in made.stdout
+    same = run("compare", a, b)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "torch | keras:tensorflow" in same.stdout
+    other = run("compare", a, c)
+    assert other.returncode == 2
+    assert "different weights" in other.stderr
+    unheld = run("compare", b, b)
+    assert unheld.returncode == 2
+
+
+def test_compare_ends_with_1_where_records_differ(spec_file: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    path, changed = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert run("record", "torch", "--spec", spec_file, "--size", 32, "-o", path).returncode == 0
+    arrays = load_file(path)
+    arrays["eval/tap/stages.1.blocks.0.conv1"] *= 1 + 1e-12
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(arrays, changed, metadata | {"manifest": metadata["manifest"].replace('"torch"', '"flax"', 1)})
+    done = run("compare", path, changed)
+    assert done.returncode == 1
+    assert "first difference: stages.1.blocks.0.conv1 (eval)" in done.stdout
+
+
+def _broken(path: Path, how: str) -> Path:
+    """The canonical file at `path`, damaged."""
+    good = load_file(path)
+    target = path.with_name(f"{how}.safetensors")
+    metadata = {"format": "resnet-parity weights 1", "spec": architectures.to_json(TINY)}
+    name = "stages.1.blocks.0.conv1.kernel"
+    if how == "truncated":
+        target.write_bytes(path.read_bytes()[:-1000])
+        return target
+    if how == "empty":
+        target.write_bytes(b"")
+        return target
+    if how == "missing":
+        del good[name]
+    elif how == "extra":
+        good["stem.extra"] = np.ones(3, np.float32)
+    elif how == "misshapen":
+        good[name] = np.ascontiguousarray(good[name].transpose(3, 2, 0, 1))
+    elif how == "nan":
+        good[name][0, 0, 0, 0] = np.nan
+    elif how == "foreign":
+        other = TINY.replace(bn_eps=1e-3)
+        weights.save(target, other, good)
+        return target
+    elif how == "untagged":
+        metadata = {}
+    save_file(good, target, metadata)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("truncated", "cannot be read as safetensors"),
+        ("empty", "cannot be read as safetensors"),
+        ("missing", "missing stages.1.blocks.0.conv1.kernel"),
+        ("extra", "unexpected stem.extra"),
+        ("misshapen", "stages.1.blocks.0.conv1.kernel has shape (16, 8, 3, 3); the spec expects (3, 3, 8, 16)"),
+        ("nan", "stages.1.blocks.0.conv1.kernel has 1 values that are NaN or infinite"),
+        ("foreign", "another network than tiny: bn_eps is 0.001 there and 1e-05 here"),
+        ("untagged", "not a canonical weights file"),
+    ],
+)
+def test_a_bad_weights_file_is_one_line_and_exit_2(spec_file: Path, weights_file: Path, how: str, says: str) -> None:
+    path = _broken(weights_file, how)
+    _refused(run("check", "--spec", spec_file, "--weights", path, "--size", 32), says, str(path))
+
+
+def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
+    done = run(
+        "check", "--spec", spec_file, "--weights", weights_file, "--size", 32, "--backends", "torch,keras", "--dtype", "float32"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["check", "resnet51"], "unknown variant 'resnet51'; did you mean"),
+        (["check", "ResNet50"], "did you mean resnet50"),
+        (["show", "x" * 50], "`resnet-parity list` shows all"),
+        (["list", "nothing*"], "no variant matches 'nothing*'"),
+        (["check"], "no network is named"),
+        (["check", "resnet18", "--size", "16"], "size 16x16 is too small for resnet18"),
+        (["check", "resnet18", "--size", "0"], "--size 0 is not a size"),
+        (["check", "resnet18", "--size", "64x"], "--size 64x is not a size"),
+        (["show", "resnet50.keras_classic", "--size", "1"], "input size 1x1 is too small"),
+        (["check", "resnet18", "--dtype", "float16"], "'float16' is unknown; expected some of float64, float32"),
+        (["check", "resnet18", "--mode", "eval,eval"], "'eval' is named twice"),
+        (["check", "resnet18", "--mode", ""], "is unknown"),
+        (["check", "resnet18", "--backends", "torch"], "a comparison needs at least two"),
+        (["check", "resnet18", "--backends", "torch,mxnet"], "unknown backend 'mxnet'"),
+        (["check", "resnet18", "--image", "no.jpg"], "no.jpg"),
+        (["check", "resnet18", "--image", "pyproject.toml"], "pyproject.toml: not an image"),
+        (["check", "resnet18", "--spec", "no.json"], "no.json: cannot read the spec"),
+        (["check", "resnet18", "--weights", "no.safetensors"], "no.safetensors: cannot be read"),
+        (["check", "resnet18", "--json", "no/such/folder.json"], "is not a folder"),
+        (["check", "resnet18", "--junit", "tests"], "it is a folder"),
+        (["record", "torch", "resnet18", "-o", "no/such/a.safetensors"], "is not a folder"),
+        (["record", "torhc", "resnet18", "-o", "a.safetensors"], "did you mean 'torch'"),
+        (["compare", "pyproject.toml", "README.md"], "pyproject.toml: cannot be read as safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
+    _refused(run(*arguments), says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"family": "resnet", "block": "basic", "blocks": [1], "width": [8]}', "unknown field 'width'"),
+        ('{"family": "resnet", "block": "basic", "blocks": [1]}', "widths="),
+        ('{"family": "vgg"}', "family='vgg' is unknown"),
+        ('{"family": "resnet", "block": "basic"', "this is not"),
+        ("[]", "a spec is a JSON object"),
+        ("", "this is not"),
+    ],
+)
+def test_a_bad_spec_file_is_one_line_and_exit_2(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    _refused(run("show", "--spec", path), says, str(path))
+
+
+def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, tmp_path: Path) -> None:
+    """A real limit of the system on the size of files, as a full disk answers."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    target = folder / "record.safetensors"
+    target.write_text("what was there before")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = run("record", "torch", "--spec", spec_file, "--size", 64, "-o", target, preexec_fn=limited)
+    _refused(done, "cannot be written")
+    assert [path.name for path in folder.iterdir()] == ["record.safetensors"]
+    assert target.read_text() == "what was there before"
+
+
+def test_wrong_usage_ends_with_2() -> None:
+    assert run("chekc").returncode == 2
+    assert run("check", "resnet18", "--no-such-option").returncode == 2
+    assert run("--help").returncode == 0
+
+
+def test_a_terminal_sees_a_progress_bar_and_none_of_the_frameworks_chatter(spec_file: Path) -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "common.cli", "check", "--spec", str(spec_file), "--size", "32", "--backends", "torch,keras"],
+        cwd=ROOT,
+        stdout=slave,
+        stderr=slave,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "150"},
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    except OSError:
+        pass  # the other side of a terminal that is closed answers with an error
+    assert process.wait() == 0
+    text = shown.decode(errors="replace")
+    assert "keras:tensorflow import" in text
+    assert "SAME FUNCTION" in text
+    for word in ("oneDNN", "cuda", "CUDA", "WARNING", "AVX"):
+        assert word not in text
+
+
+@pytest.mark.skipif(shutil.which("resnet-parity") is None, reason="only where the distribution is installed")
+def test_the_installed_command_is_this_command() -> None:
+    shown = subprocess.run(["resnet-parity", "list", "resnet50"], capture_output=True, text=True, check=True)
+    assert shown.stdout == run("list", "resnet50").stdout
+
+
+def _refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("resnet-parity: ")
+    for text in says:
+        assert text in lines[0]

@@ -1,0 +1,70 @@
+"""Any valid specification is one function in three frameworks, not only the named ones."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_parity import explain
+
+from common.architectures.resnet import ResNetSpec
+from common.check import Case, Session
+from common.images import sample_photos
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ResNetSpec:
+    """Small specs over every field that changes the function."""
+    bottleneck = draw(st.booleans())
+    stages = draw(st.integers(1, 3))
+    norm = draw(st.booleans()) or draw(st.booleans())
+    head_pool, head = draw(
+        st.sampled_from(
+            [("average", "logits"), ("average", "softmax"), ("max", "logits"), ("average", "none"), ("none", "none")]
+        )
+    )
+    groups = draw(st.sampled_from([1, 2, 4])) if bottleneck else 1
+    widths = sorted(draw(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=stages, max_size=stages)))
+    return ResNetSpec(
+        block="bottleneck" if bottleneck else "basic",
+        blocks=tuple(draw(st.lists(st.integers(1, 2), min_size=stages, max_size=stages))),
+        widths=tuple(widths),
+        expansion=draw(st.sampled_from([2, 4])) if bottleneck else 1,
+        groups=groups,
+        in_channels=draw(st.sampled_from([1, 3, 4])),
+        classes=draw(st.sampled_from([2, 7])),
+        stem_kernel=draw(st.sampled_from([1, 3, 5, 7])),
+        stem_stride=draw(st.sampled_from([1, 2])),
+        stem_width=4,
+        stem_padding=draw(st.sampled_from(["symmetric", "same", "valid"])),
+        stem_pool=draw(st.booleans()),
+        pool_padding=draw(st.sampled_from(["symmetric", "same", "valid", "ceil"])),
+        block_padding=draw(st.sampled_from(["symmetric", "same"])),
+        stride_in=draw(st.sampled_from(["conv1", "conv2"])),
+        shortcut=draw(st.sampled_from(["projection", "zero_pad"])),
+        replace_stride_with_dilation=tuple(draw(st.booleans()) for _ in range(stages - 1)),
+        conv_bias=draw(st.booleans()),
+        norm=norm,
+        shortcut_norm=norm and draw(st.booleans()),
+        bn_eps=draw(st.sampled_from([1e-5, 1.001e-5, 1e-3])),
+        bn_momentum=draw(st.sampled_from([0.9, 0.99])),
+        running_variance=draw(st.sampled_from(["unbiased", "biased"])),
+        head_pool=head_pool,  # type: ignore[arg-type]
+        head=head,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=16,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(spec=specs(), height=st.integers(33, 50), width=st.integers(33, 50), batch=st.integers(2, 5))
+def test_random_specs_sizes_and_batches_agree(
+    session: Session, spec: ResNetSpec, height: int, width: int, batch: int
+) -> None:
+    case = Case(
+        variant="random", spec=spec, size=(height, width), batch=batch, photos=tuple(sample_photos()), dtypes=("float64",)
+    )
+    result = session.check(case)
+    assert result.passed, explain(result)
