@@ -299,9 +299,12 @@ def compare_files(paths: Sequence[Path]) -> list[Comparison]:
 
 
 def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> Comparison:
-    dtype, weights = group[0].manifest.dtype, group[0].manifest.weights
-    float32 = next((r for r in groups.get("float32", []) if r.manifest.response), None) if dtype == "float64" else None
-    exact = [r for r in groups.get("float64", []) if r.manifest.weights == weights] if dtype == "float32" else []
+    first = group[0].manifest
+    given = first.weights, first.inputs
+    float32 = next((r for r in groups.get("float32", []) if r.manifest.response), None)
+    float32 = float32 if first.dtype == "float64" else None
+    doubles = groups.get("float64", []) if first.dtype == "float32" else []
+    exact = [r for r in doubles if (r.manifest.weights, r.manifest.inputs) == given]
     return compare(group, float32=float32, truth=next(iter(exact), None))
 
 

@@ -151,7 +151,7 @@ class Comparison:
         return suspects.pop() if len(suspects) == 1 and agree else None
 
     def worst(self) -> list[Difference]:
-        """For every section and pair the difference with the largest ratio, gated ones before reported ones."""
+        """For every section and pair the difference that matters most: by its verdict, then by its ratio."""
         worst: dict[tuple[str, tuple[str, str]], Difference] = {}
         for d in self.differences:
             key = (d.section, d.pair)
@@ -160,9 +160,12 @@ class Comparison:
         return list(worst.values())
 
 
-def rank(difference: Difference) -> tuple[bool, bool, float]:
-    """How much a difference matters in a report: what differs before what is gated before what is reported."""
-    return difference.verdict == "different", difference.verdict != "reported", difference.ratio
+_SEVERITY: tuple[Verdict, ...] = ("reported", "same", "undecided", "different")
+
+
+def rank(difference: Difference) -> tuple[int, float]:
+    """How much a difference matters in a report: first by its verdict, then by its size."""
+    return _SEVERITY.index(difference.verdict), difference.ratio
 
 
 def compare(records: Sequence[Record], *, float32: Record | None = None, truth: Record | None = None) -> Comparison:

@@ -1,5 +1,6 @@
 """Real input: photographs, decoded, cropped and normalised into a batch, the same bytes for every backend."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,7 +39,8 @@ def sample_photos() -> list[Path]:
 def read(path: Path) -> Image.Image:
     """A photograph upright and in RGB. Raises `InputError` for a file that is no image, or damaged."""
     try:
-        with Image.open(path) as image:
+        # A damaged file also warns, on standard error, of what the exception says.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):
                 # Pillow's own conversion of 16-bit values clips them to 255.

@@ -67,8 +67,8 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
             exported = backend.export(model)
             not_restored = [
                 name
-                for name, array in weights.items()
-                if name not in exported or not np.array_equal(exported[name], array.astype(dtype))
+                for name in canonical.shapes(spec)
+                if name not in exported or not np.array_equal(exported[name], weights[name].astype(dtype))
             ]
             not_restored += [name for name in exported if name not in weights]
         arrays: dict[str, np.ndarray] = {}

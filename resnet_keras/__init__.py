@@ -34,12 +34,9 @@ if TYPE_CHECKING:
     from resnet_keras.weights import export_weights, load_weights
 
 __all__ = [
+    "ResNeXt50_32x4d",
     "ResNeXt101_32x8d",
     "ResNeXt101_64x4d",
-    "ResNeXt50_32x4d",
-    "ResNet101",
-    "ResNet110",
-    "ResNet152",
     "ResNet18",
     "ResNet20",
     "ResNet32",
@@ -47,8 +44,11 @@ __all__ = [
     "ResNet44",
     "ResNet50",
     "ResNet56",
-    "WideResNet101_2",
+    "ResNet101",
+    "ResNet110",
+    "ResNet152",
     "WideResNet50_2",
+    "WideResNet101_2",
     "export_weights",
     "from_spec",
     "load_weights",

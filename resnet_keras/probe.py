@@ -20,10 +20,11 @@ import resnet_keras
 from common import weights as canonical
 from common.architectures import Spec
 
-# A function of (trainable values, images, running statistics, labels) that returns the loss and (taps, statistics).
-Forward = Callable[[list[Any], Any, list[Any], Any], tuple[Any, Any]]
+Tensors = dict[str, Any]
+# A function of (parameters, images, running statistics, labels) that returns the loss and (taps, new statistics).
+Forward = Callable[[Tensors, Any, Tensors, Any], tuple[Any, Any]]
 # The same with the slopes of the loss in the first two arguments added to what it returns, or None.
-Pass = Callable[[list[Any], Any, list[Any], Any], tuple[Any, Any, Any]]
+Pass = Callable[[Tensors, Any, Tensors, Any], tuple[Any, Any, Any]]
 
 
 def start(threads: int) -> "KerasBackend":
@@ -81,7 +82,7 @@ class KerasBackend:
         self._device = device
         self._adapter = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[framework]
         # What was compiled for a model goes with the model.
-        self._passes: WeakKeyDictionary[Any, dict[tuple[bool, bool], tuple[Any, Pass]]] = WeakKeyDictionary()
+        self._passes: WeakKeyDictionary[Any, dict[tuple[bool, bool], Pass]] = WeakKeyDictionary()
 
     def describe(self) -> dict[str, str]:
         packages = ["keras", self._framework, *(["jaxlib"] if self._framework == "jax" else []), "numpy"]
@@ -115,42 +116,48 @@ class KerasBackend:
         passes = self._passes.setdefault(model, {})
         if (training, gradients) not in passes:
             passes[training, gradients] = self._pass(model, training, gradients)
-        taps_model, run = passes[training, gradients]
-        loss, (taps, after), slopes = run(
-            # Copies or detached views of the variables' values, which nothing in the pass assigns to.
-            [keras.ops.stop_gradient(variable) for variable in taps_model.trainable_variables],
+        forward = passes[training, gradients]
+        native = variables(model)
+        kept = {name for layer in model.spec.layers for name in layer.statistics}
+        # Copies or detached views of the values, which nothing in the pass assigns to.
+        values = {name: keras.ops.stop_gradient(variable) for name, variable in native.items()}
+        loss, (taps, after), slopes = forward(
+            {name: value for name, value in values.items() if name not in kept},
             keras.ops.convert_to_tensor(images, dtype=dtype),
-            [keras.ops.stop_gradient(variable) for variable in taps_model.non_trainable_variables],
+            {name: value for name, value in values.items() if name in kept},
             keras.ops.convert_to_tensor(labels, dtype="int32"),
         )
         result = {f"tap/{path}": _array(tap) for path, tap in taps.items()} | {"loss": _array(loss)}
-        names = {id(variable): name for name, variable in variables(model).items()}
         if training:
-            for variable, value in zip(taps_model.non_trainable_variables, after, strict=True):
-                result[f"stat/{names[id(variable)]}"] = _array(value)
+            result |= {f"stat/{name}": _array(after[name]) for name in values if name in kept}
         if gradients:
             of_parameters, of_images = slopes
-            for variable, value in zip(taps_model.trainable_variables, of_parameters, strict=True):
-                result[f"grad/{names[id(variable)]}"] = _array(value)
+            result |= {f"grad/{name}": _array(of_parameters[name]) for name in values if name not in kept}
             result["grad/input"] = _array(of_images)
         return result
 
-    def _pass(self, model: Any, training: bool, gradients: bool) -> tuple[Any, Pass]:
+    def _pass(self, model: Any, training: bool, gradients: bool) -> Pass:
         import keras
 
-        from resnet_keras.weights import layer_names
+        from resnet_keras.weights import layer_names, variables
 
         spec: Spec = model.spec
         names = layer_names(spec)
         outputs = {layer.path: model.get_layer(names[layer.path]).output for layer in spec.layers}
         taps_model = keras.Model(model.inputs, outputs)
+        canonical_names = {id(variable): name for name, variable in variables(model).items()}
+        trained = [canonical_names[id(variable)] for variable in taps_model.trainable_variables]
+        frozen = [canonical_names[id(variable)] for variable in taps_model.non_trainable_variables]
         last = spec.layers[-1]
 
-        def forward(trainable: list[Any], images: Any, statistics: list[Any], labels: Any) -> tuple[Any, Any]:
-            taps, after = taps_model.stateless_call(trainable, statistics, images, training=training)
-            return _loss(last.kind, taps[last.path], labels), (taps, after)
+        def forward(parameters: Tensors, images: Any, statistics: Tensors, labels: Any) -> tuple[Any, Any]:
+            values = parameters | statistics
+            taps, after = taps_model.stateless_call(
+                [values[name] for name in trained], [values[name] for name in frozen], images, training=training
+            )
+            return _loss(last.kind, taps[last.path], labels), (taps, dict(zip(frozen, after, strict=True)))
 
-        return taps_model, self._adapter(forward, gradients)
+        return self._adapter(forward, gradients)
 
 
 def _set_dtype(dtype: str) -> None:
@@ -182,13 +189,13 @@ def _array(tensor: Any) -> np.ndarray:
 def _tensorflow(forward: Forward, gradients: bool) -> Pass:
     import tensorflow as tf
 
-    def run(trainable: list[Any], images: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    def run(parameters: Tensors, images: Any, *rest: Any) -> tuple[Any, Any, Any]:
         if not gradients:
-            return *forward(trainable, images, *rest), None
+            return *forward(parameters, images, *rest), None
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch((trainable, images))
-            loss, aux = forward(trainable, images, *rest)
-        return loss, aux, tape.gradient(loss, (trainable, images))
+            tape.watch((parameters, images))
+            loss, aux = forward(parameters, images, *rest)
+        return loss, aux, tape.gradient(loss, (parameters, images))
 
     return run
 
@@ -210,13 +217,14 @@ def _jax(forward: Forward, gradients: bool) -> Pass:
 def _torch(forward: Forward, gradients: bool) -> Pass:
     import torch
 
-    def run(trainable: list[Any], images: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    def run(parameters: Tensors, images: Any, *rest: Any) -> tuple[Any, Any, Any]:
         if not gradients:
             with torch.no_grad():
-                return *forward(trainable, images, *rest), None
-        leaves = [value.detach().requires_grad_() for value in (*trainable, images)]
-        loss, aux = forward(leaves[:-1], leaves[-1], *rest)
-        *of_parameters, of_images = torch.autograd.grad(loss, leaves)
-        return loss, aux, (of_parameters, of_images)
+                return *forward(parameters, images, *rest), None
+        parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        images = images.detach().requires_grad_()
+        loss, aux = forward(parameters, images, *rest)
+        *of_parameters, of_images = torch.autograd.grad(loss, [*parameters.values(), images])
+        return loss, aux, (dict(zip(parameters, of_parameters, strict=True)), of_images)
 
     return run

@@ -4,83 +4,21 @@ Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model
 Layers are named as in Caffe's ResNet and the Keras ResNet-50 after it: stages count from 2, blocks are a, b, c, …
 """
 
-import math
 from collections.abc import Callable
 from os import PathLike
 from string import ascii_lowercase
 from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
+from resnet_keras.applications import builder
+from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut
 from resnet_keras.weights import load_file, spec_of
 
 _DEFAULT = VARIANTS["resnet50.keras_applications"]
 _CHANNELS_LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
-
-
-@keras.saving.register_keras_serializable(package="resnet_keras")
-class UnbiasedBatchNormalization(layers.BatchNormalization):
-    """Batch normalisation whose running variance is the unbiased one, N / (N - 1), as in PyTorch and Caffe."""
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        # Computed before the native update: on the torch backend that one writes in place.
-        kept = ops.multiply(self.moving_variance, self.momentum)
-        outputs = super().call(inputs, training=training)
-        if training and self.trainable:
-            count = ops.cast(math.prod(ops.shape(inputs)[:-1]), kept.dtype)
-            correction = ops.divide(count, ops.maximum(count - 1, 1))
-            self.moving_variance.assign(kept + (self.moving_variance - kept) * correction)
-        return outputs
-
-
-@keras.saving.register_keras_serializable(package="resnet_keras")
-class ZeroPadShortcut(layers.Layer):
-    """Option A of He et al. 2015, section 4.2: every `strides`-th pixel, new channels filled with zeros at the end."""
-
-    def __init__(self, filters: int, strides: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.filters = filters
-        self.strides = strides
-
-    def call(self, inputs: Any) -> Any:
-        pixels = inputs[:, :: self.strides, :: self.strides, :]
-        return ops.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, self.filters - inputs.shape[-1])))
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        batch, height, width, _ = input_shape
-        return (batch, *(n and -(-n // self.strides) for n in (height, width)), self.filters)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"filters": self.filters, "strides": self.strides}
-
-
-@keras.saving.register_keras_serializable(package="resnet_keras")
-class Subsample(layers.Layer):
-    """The pixels on which a convolution of stride `strides` centres its windows.
-
-    With symmetric padding the first of them is the first pixel; with `same` padding it lies half the remainder in.
-    """
-
-    def __init__(self, strides: int, same: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.strides = strides
-        self.same = same
-
-    def _first(self, size: Any) -> Any:
-        return ((size - 1) % self.strides + 1) // 2 if self.same else 0
-
-    def call(self, inputs: Any) -> Any:
-        _, height, width, _ = ops.shape(inputs)
-        return inputs[:, self._first(height) :: self.strides, self._first(width) :: self.strides, :]
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        batch, height, width, channels = input_shape
-        return (batch, *(n and -(-(n - self._first(n)) // self.strides) for n in (height, width)), channels)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"strides": self.strides, "same": self.same}
 
 
 def _conv(
@@ -247,7 +185,7 @@ def _resnet(x: Any, spec: ResNetSpec, kernel_initializer: Any) -> Any:
             before = dilation
             if b == 0 and s > 0 and spec.replace_stride_with_dilation[s - 1]:
                 dilation *= 2
-            options = {"spec": spec, "dilation_rates": (before, dilation)} | initial
+            options: dict[str, Any] = {"spec": spec, "dilation_rates": (before, dilation)} | initial
             if strides != 1 or x.shape[-1] != outer:
                 x = conv_block(x, 3, filters, s + 2, block, strides, **options)
             else:
@@ -337,9 +275,9 @@ def stage_outputs(model: keras.Model, spec: ResNetSpec | None = None) -> keras.M
 
     `spec` is needed only for a model that was not made here but read from a file.
     """
-    spec = spec_of(model, spec)
-    names = layer_names(spec)
-    outputs = [model.get_layer(names[path]).output for path in spec.stage_outputs]
+    known: Any = spec_of(model, spec)
+    names = layer_names(known)
+    outputs = [model.get_layer(names[path]).output for path in known.stage_outputs]
     return keras.Model(model.inputs, outputs, name=f"{model.name}_stages")
 
 
@@ -348,80 +286,8 @@ def stage_outputs(model: keras.Model, spec: ResNetSpec | None = None) -> keras.M
 _FREE_FIELDS = {"head", "head_pool", "replace_stride_with_dilation", "bn_momentum", "running_variance"}
 
 
-def _builder(variant: str, name: str, default_size: int = 224, default_classes: int = 1000) -> Callable[..., keras.Model]:
-    """The public constructor of a variant, in the convention of keras.applications."""
-    conventional = VARIANTS[variant].replace(**CONVENTIONS["keras_applications"])
-
-    def build(
-        include_top: bool = True,
-        weights: str | PathLike[str] | None = None,
-        input_tensor: Any = None,
-        input_shape: tuple[int | None, ...] | None = None,
-        pooling: str | None = None,
-        classes: int = default_classes,
-        classifier_activation: Any = "softmax",
-        name: str = variant,
-    ) -> keras.Model:
-        smallest = conventional.output_stride
-        shape = _input_shape(input_shape, default_size, smallest, include_top and input_tensor is None)
-        if input_tensor is not None and not keras.utils.is_keras_tensor(input_tensor):
-            input_tensor = keras.Input(tensor=input_tensor, shape=shape)
-        elif input_tensor is not None and input_shape and not _agree(input_tensor.shape[1:], shape):
-            found = tuple(input_tensor.shape[1:])
-            raise ValueError(f"input_shape={shape} contradicts input_tensor, whose shape is {found}; give one of them")
-        if pooling not in _POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is unknown; expected None, 'avg' or 'max'")
-        channels = shape[-1] if input_tensor is None else input_tensor.shape[-1]
-        softmax = keras.activations.get(classifier_activation) is keras.activations.softmax
-        linear = keras.activations.get(classifier_activation) is keras.activations.linear
-        top = {"head": "softmax" if softmax else "logits", "classes": classes}
-        spec = conventional.replace(
-            in_channels=channels, **top if include_top else {"head": "none", "head_pool": _POOLINGS[pooling]}
-        )
-        model = from_spec(spec, input_tensor=input_tensor, input_shape=shape, name=name)
-        if include_top and not softmax and not linear:
-            prob = layers.Activation(classifier_activation, name="prob")(model.output)
-            model = keras.Model(model.inputs, prob, name=name)
-            model.spec = spec
-        if weights is not None:
-            load_file(model, weights, free_fields=_FREE_FIELDS)
-        return model
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = _BUILDER_DOC.format(variant=variant, size=default_size, smallest=conventional.output_stride)
-    return build
-
-
-_POOLINGS = {None: "none", "avg": "average", "max": "max"}
-_BUILDER_DOC = """{variant} in the convention of keras.applications: stride on conv1, biases, eps 1.001e-5, softmax.
-
-    `input_shape` is (height, width, channels), at least {smallest} pixels a side; with `include_top` it defaults to
-    ({size}, {size}, 3) and must be static, without it to any size. `input_tensor` is a Keras tensor to build upon.
-    Without `include_top` the model returns the last feature map, or with `pooling` "avg" or "max" a vector for each
-    image. `classifier_activation` is any Keras activation, None for logits. `weights` is None or the path of a
-    canonical safetensors file; its head is left out where the model has none.
-    Raises `ValueError` for arguments that contradict each other, and its child `WeightsError` for unfit weights.
-    """
-
-
-def _agree(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(other) and all(
-        None in pair or pair[0] == pair[1] for pair in zip(shape, other, strict=True)
-    )
-
-
-def _input_shape(
-    shape: tuple[int | None, ...] | None, default_size: int, smallest: int, static: bool
-) -> tuple[int | None, ...]:
-    if not shape:
-        return (default_size, default_size, 3) if static else (None, None, 3)
-    if len(shape) != 3:
-        raise ValueError(f"input_shape={shape!r} is not allowed; expected (height, width, channels)")
-    if any(size is not None and size < smallest for size in shape[:2]):
-        raise ValueError(f"input_shape={shape!r} is too small; expected at least {smallest}x{smallest} pixels")
-    if static and None in shape:
-        raise ValueError(f"input_shape={shape!r} leaves a size open; with include_top it must be static")
-    return tuple(shape)
+def _builder(variant: str, name: str, default_size: int = 224) -> Callable[..., keras.Model]:
+    return builder(name, variant, VARIANTS[variant].replace(**CONVENTIONS["keras_applications"]), default_size)
 
 
 ResNet18 = _builder("resnet18", "ResNet18")
@@ -435,8 +301,8 @@ ResNeXt50_32x4d = _builder("resnext50_32x4d", "ResNeXt50_32x4d")
 ResNeXt101_32x8d = _builder("resnext101_32x8d", "ResNeXt101_32x8d")
 ResNeXt101_64x4d = _builder("resnext101_64x4d", "ResNeXt101_64x4d")
 # The CIFAR networks of section 4.2 of the paper.
-ResNet20 = _builder("resnet20", "ResNet20", 32, 10)
-ResNet32 = _builder("resnet32", "ResNet32", 32, 10)
-ResNet44 = _builder("resnet44", "ResNet44", 32, 10)
-ResNet56 = _builder("resnet56", "ResNet56", 32, 10)
-ResNet110 = _builder("resnet110", "ResNet110", 32, 10)
+ResNet20 = _builder("resnet20", "ResNet20", 32)
+ResNet32 = _builder("resnet32", "ResNet32", 32)
+ResNet44 = _builder("resnet44", "ResNet44", 32)
+ResNet56 = _builder("resnet56", "ResNet56", 32)
+ResNet110 = _builder("resnet110", "ResNet110", 32)

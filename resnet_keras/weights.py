@@ -5,7 +5,8 @@ arrays from the table below.
 """
 
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -29,11 +30,17 @@ def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | No
     """Set every variable of `model` from canonical weights, cast to the variable's dtype; each exactly once.
 
     `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` naming the
-    tensors that are missing, unexpected or misshapen, before anything is changed.
+    tensors that are missing, unexpected or misshapen; nothing is changed then, unless a shape is that of weights which
+    are converted one at a time.
     """
     targets = variables(model, spec)
-    _same("weights", "model", list(weights), list(targets))
-    # Shapes are all checked before the first assignment only where that costs no read of the tensors.
+    faults = {
+        "missing": [name for name in targets if name not in weights],
+        "unexpected": [name for name in weights if name not in targets],
+    }
+    if any(faults.values()):
+        parts = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
+        raise WeightsError(f"the weights are not this model's: {'; '.join(parts)}")
     if isinstance(weights, dict):
         for name, variable in targets.items():
             _check_shape(name, weights[name], variable)
@@ -47,10 +54,11 @@ def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | No
 def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.Weights:
     """Parameters and running statistics of `model` under canonical names, bitwise, each read when it is asked for.
 
-    An array may be a view that follows the model on as it trains; copy what is to be kept. `spec` is needed only for a model that was not made here but read from a file. Raises `WeightsError` where the
-    model's layers are not the spec's.
+    An array may be a view that follows the model on as it trains; copy what is to be kept. `spec` is needed only for
+    a model that was not made here but read from a file. Raises `WeightsError` where the model's layers are not the
+    spec's.
     """
-    return canonical.LazyWeights({name: _reader(variable) for name, variable in variables(model, spec).items()})
+    return canonical.LazyWeights({name: partial(_read, variable) for name, variable in variables(model, spec).items()})
 
 
 def load_file(model: keras.Model, path: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
@@ -62,11 +70,10 @@ def load_file(model: keras.Model, path: str | PathLike[str], *, free_fields: Col
         raise WeightsError("weights='imagenet': downloads are not there yet; expected a canonical safetensors file")
     found, weights = canonical.load(path)
     spec = spec_of(model)
-    used = canonical.shapes(spec)
     ours, theirs = to_dict(spec), to_dict(found)
-    if used.keys() < weights.keys() and not any(layer.kind == "dense" for layer in spec.layers):
+    if not any(layer.kind == "dense" for layer in spec.layers):
         dense = {name for layer in found.layers if layer.kind == "dense" for name in layer.arrays}
-        weights = canonical.LazyWeights({name: _getter(weights, name) for name in weights if name not in dense})
+        weights = canonical.LazyWeights({name: partial(weights.__getitem__, name) for name in weights.keys() - dense})
         free_fields = {*free_fields, "classes", "input_size"}
     for field, expected in ours.items():
         if field not in free_fields and theirs.get(field) != expected:
@@ -100,14 +107,12 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
     native = {layer.name: layer for layer in model.layers}
     absent = [names[layer.path] for layer in spec.layers if layer.arrays and names[layer.path] not in native]
     if absent:
-        raise WeightsError(f"the model is not its spec's: it has no layer {', '.join(absent[:4])}")
-    found = {
-        name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays
-    }
+        raise WeightsError(f"the model is not its spec's: it has no layer {_some(absent)}")
+    found = {name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays}
     known = {id(variable) for variable in found.values()}
     unnamed = [variable.path for variable in model.variables if id(variable) not in known]
     if unnamed:
-        raise WeightsError(f"the model is not its spec's: it also has {', '.join(unnamed[:4])}")
+        raise WeightsError(f"the model is not its spec's: it also has {_some(unnamed)}")
     return found
 
 
@@ -119,21 +124,14 @@ def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
     return variable
 
 
-def _same(what: str, other: str, names: list[str], expected: list[str]) -> None:
-    missing = [name for name in expected if name not in set(names)]
-    unexpected = [name for name in names if name not in set(expected)]
-    if missing or unexpected:
-        parts = [f"{word} {', '.join(some[:4])}" for word, some in (("missing", missing), ("unexpected", unexpected)) if some]
-        raise WeightsError(f"the {what} are not this {other}'s: {'; '.join(parts)}")
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:
     if array.shape != tuple(variable.shape):
         raise WeightsError(f"{name} has shape {array.shape}; variable {variable.path} has {tuple(variable.shape)}")
-
-
-def _reader(variable: Any) -> Callable[[], np.ndarray]:
-    return lambda: _read(variable)
 
 
 def _read(variable: Any) -> np.ndarray:
@@ -146,7 +144,3 @@ def _read(variable: Any) -> np.ndarray:
         array = keras.ops.convert_to_numpy(tensor)
     array.flags.writeable = False
     return array
-
-
-def _getter(weights: canonical.Weights, name: str) -> Callable[[], np.ndarray]:
-    return lambda: weights[name]

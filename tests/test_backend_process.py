@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.architectures import to_dict
 from common.architectures.resnet import ResNetSpec
 from common.backend import Worker, resolve
 from common.check import Case, Session
@@ -43,7 +44,11 @@ def test_importing_common_imports_no_framework(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "needs"),
-    [("resnet_torch", ("torch",)), ("resnet_keras", ("keras", "tensorflow")), ("resnet_flax", ("jax", "flax", "optax"))],
+    [
+        ("resnet_torch", ("torch",)),
+        ("resnet_keras", ("keras", "tensorflow")),
+        ("resnet_flax", ("jax", "flax", "optax")),
+    ],
 )
 def test_a_backend_works_with_only_its_own_framework_installed(package: str, needs: tuple[str, ...]) -> None:
     others = tuple(name for name in FRAMEWORKS if name not in needs)
@@ -75,7 +80,9 @@ def test_a_column_whose_framework_is_missing_is_refused_before_anything_starts(m
 
     found = backend.find_spec
     monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "jax" else found(name))
-    with pytest.raises(BackendMissing, match=r"backend flax: jax not installed; run: pip install 'resnet-parity\[flax\]'"):
+    with pytest.raises(
+        BackendMissing, match=r"backend flax: jax not installed; run: pip install 'resnet-parity\[flax\]'"
+    ):
         resolve("flax")
 
 
@@ -160,7 +167,11 @@ def _alive(pid: int) -> bool:
 
 def _request(plant: str) -> dict[str, object]:
     return {
-        "manifest": {"spec": {"family": "resnet", "block": "basic", "blocks": [1]}, "modes": ["eval"], "dtype": "float32"},
+        "manifest": {
+            "spec": to_dict(TINY),
+            "modes": ["eval"],
+            "dtype": "float32",
+        },
         "weights": os.devnull,
         "inputs": os.devnull,
         "output": os.devnull,

@@ -44,6 +44,11 @@ def photo(tmp_path):
     return save
 
 
+@pytest.fixture(scope="module")
+def photos():
+    return images.sample_photos()
+
+
 class TestRead:
     # What has to be done to the upright pixels to store them as the orientation says (EXIF 2.3, tag 0x0112): the first
     # row and the first column stored are the visual side named.
@@ -175,10 +180,6 @@ class TestRead:
 
 
 class TestBatch:
-    @pytest.fixture(scope="class")
-    def photos(self):
-        return images.sample_photos()
-
     def test_the_two_sample_photographs_are_found(self, photos):
         assert [path.name for path in photos] == ["china.jpg", "flower.jpg"]
         assert all(isinstance(path, Path) and path.is_file() for path in photos)
@@ -225,8 +226,8 @@ class TestBatch:
         labels = images.batch([], 200, (1, 1), 1, classes).labels
         assert labels.min() >= 0
         assert labels.max() < classes
-        assert len(np.unique(labels)) == min(classes, len(np.unique(labels)))
-        assert set(labels.tolist()) == set(range(classes)) or classes == 1000
+        # 200 draws miss one of seven classes once in 10^12 times.
+        assert len(np.unique(labels)) == classes or classes == 1000
 
     def test_values_are_normalised_with_the_mean_and_deviation_of_imagenet(self, photo):
         path = photo(Image.new("RGB", (50, 40), (255, 0, 51)))
@@ -235,8 +236,7 @@ class TestBatch:
         np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), rtol=1e-14)
 
     def test_the_first_crop_is_the_middle_seven_eighths_of_the_shorter_side(self, photo):
-        # Grey rises from left to right over 256 columns: the crop begins at 16 + 128, of a photograph twice as wide.
-        ramp = np.broadcast_to(np.arange(512, dtype=np.uint8)[None] // 2, (256, 512)).astype(np.uint8)
+        # 224 of 256 rows, and the middle of 512 columns, over which grey rises from left to right.
         ramp = np.broadcast_to((np.arange(512) // 2).astype(np.uint8), (256, 512))
         path = photo(Image.fromarray(np.ascontiguousarray(ramp)))
         image = images.batch([path], 1, (224, 224), 3, 10).images[0]

@@ -64,7 +64,12 @@ def test_random_specs_sizes_and_batches_agree(
     session: Session, spec: ResNetSpec, height: int, width: int, batch: int
 ) -> None:
     case = Case(
-        variant="random", spec=spec, size=(height, width), batch=batch, photos=tuple(sample_photos()), dtypes=("float64",)
+        variant="random",
+        spec=spec,
+        size=(height, width),
+        batch=batch,
+        photos=tuple(sample_photos()),
+        dtypes=("float64",),
     )
     result = session.check(case)
     assert result.passed, explain(result)

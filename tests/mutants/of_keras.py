@@ -28,9 +28,9 @@ def default_momentum(model: Any) -> None:
 
 @after_build
 def frozen_norms(model: Any) -> None:
-    """`trainable = False` makes a Keras batch norm use its running statistics, in training too."""
+    """Running statistics in training too, as a Keras batch norm uses them once `trainable` is False."""
     for norm in _all(model, layers.BatchNormalization):
-        norm.trainable = False
+        norm.call = lambda inputs, training=None, exact=norm.call: exact(inputs, training=False)
 
 
 @after_build

@@ -1,0 +1,960 @@
+"""Records and their comparison, on arrays made up here: what passes, what fails, at which limit, and who is blamed."""
+
+import io
+import json
+import struct
+from math import inf, nan, prod
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from common import architectures, record
+from common.architectures.layers import INPUT
+from common.architectures.resnet import ResNetSpec
+from common.check import Case, Result, compare_files
+from common.compare import Comparison, compare, in_order, rounded_to_float32
+from common.errors import BackendCrashed, ParityError, RecordError
+from common.levels import UNIT
+from common.record import Manifest, Record, expected_arrays
+from common.report import console, files
+
+SPEC = ResNetSpec(
+    block="basic", blocks=(1, 1), widths=(4, 8), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
+    conv_bias=True, classes=5,
+)  # fmt: skip
+SHAPE = (2, 8, 8, 3)
+FIVE = ("torch", "keras:tensorflow", "keras:jax", "keras:torch", "flax")
+THREE = ("torch", "keras:tensorflow", "flax")
+TWO = ("torch", "flax")
+ALL = ("eval", "train", "grad")
+CONV = "eval/tap/stages.0.blocks.0.conv1"
+
+
+def arrays(modes=("eval",), dtype="float64"):
+    """An array of every name and shape that a record holds, of random float32 numbers; the first value is 0, where a
+    single difference of any size can be planted exactly."""
+    made = {}
+    for name, shape in expected_arrays(SPEC, modes, SHAPE).items():
+        value = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32).astype(dtype)
+        if value.size > 1:
+            value.flat[0] = 0
+        made[name] = np.asarray(value)
+    return made
+
+
+def responses(values, relative):
+    return {name: relative * record.norm(value) for name, value in values.items()}
+
+
+@pytest.fixture
+def write(tmp_path):
+    return writer(tmp_path)
+
+
+def writer(folder):
+    """Writes a record and opens it: `change` maps names to functions of the array, or to None for a missing one."""
+
+    def write_record(backend, change=None, *, name=None, modes=("eval",), dtype="float64", response=None, **manifest):
+        values = arrays(modes, dtype)
+        reference = responses(values, 1e-12 if dtype == "float64" else 1e-6) if response is None else response
+        for tensor, function in (change or {}).items():
+            if function is None:
+                del values[tensor]
+            else:
+                values[tensor] = np.asarray(function(values[tensor]))
+        path = folder / f"{name or backend.replace(':', '-')}-{dtype}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        described = {
+            "backend": backend,
+            "variant": "tiny",
+            "spec": architectures.to_dict(SPEC),
+            "dtype": dtype,
+            "modes": modes,
+            "versions": {backend: "1.0"},
+            "device": "cpu",
+            "threads": 1,
+            "seed": 0,
+            "inputs": "1234",
+            "weights": "5678",
+            "source": "random noise",
+            "shape": SHAPE,
+            "draws": 3,
+            "response": reference,
+        }
+        record.write(path, values, Manifest(**(described | manifest)))
+        return Record(path)
+
+    return write_record
+
+
+def put(value, place=0):
+    """Sets one value."""
+
+    def change(array):
+        array = array.copy()
+        array.flat[place] = value
+        return array
+
+    return change
+
+
+def verdicts(compared, tensor):
+    return {d.verdict for d in compared.differences if d.tensor == tensor}
+
+
+class TestRecord:
+    def test_a_record_comes_back_bitwise_with_its_manifest(self, write):
+        made = write("torch", modes=ALL, not_restored=("stem.conv.kernel",))
+        values = arrays(ALL)
+        assert set(made) == set(values)
+        assert len(made) == len(values)
+        for name, value in values.items():
+            assert made[name].shape == value.shape
+            assert made[name].tobytes() == value.tobytes()
+        assert made.spec == SPEC
+        assert (made.manifest.shape, made.manifest.modes, made.manifest.seed) == (SHAPE, ALL, 0)
+        assert made.manifest.not_restored == ("stem.conv.kernel",)
+        assert made.manifest.response == responses(values, 1e-12)
+        assert made.get("eval/tap/none") is None
+        with pytest.raises(KeyError):
+            made["eval/tap/none"]
+
+    @pytest.mark.parametrize(
+        ("modes", "kinds"),
+        [
+            (("eval",), {"eval/tap", "eval/loss"}),
+            (("train",), {"train/tap", "train/loss", "train/stat"}),
+            (("grad",), {"eval/grad", "train/grad"}),
+            (("eval", "grad"), {"eval/tap", "eval/loss", "eval/grad", "train/grad"}),
+            (("exact",), {"exact/tap"}),
+        ],
+    )
+    def test_the_arrays_expected_are_those_of_the_modes(self, modes, kinds):
+        expected = expected_arrays(SPEC, modes, SHAPE)
+        assert {"/".join(name.split("/")[:2]) for name in expected} == kinds
+        taps = [name.split("/", 2)[2] for name in expected if "/tap/" in name]
+        assert taps == ([layer.path for layer in SPEC.layers] if taps else [])
+        for run in ("eval", "train"):
+            gradients = {name.split("/", 2)[2] for name in expected if name.startswith(f"{run}/grad/")}
+            parameters = {name for layer in SPEC.layers for name in layer.parameters}
+            assert gradients in (set(), parameters | {INPUT})
+
+    def test_arrays_are_expected_with_the_shapes_of_the_walk(self):
+        expected = expected_arrays(SPEC, ALL, SHAPE)
+        assert expected["eval/tap/stages.1.blocks.0.relu"] == (2, 4, 4, 8)
+        assert expected["train/tap/head.fc"] == (2, 5)
+        assert expected["eval/loss"] == ()
+        assert expected["eval/grad/stem.conv.kernel"] == (3, 3, 3, 4)
+        assert expected["train/grad/input"] == SHAPE
+        assert expected["train/stat/stem.norm.var"] == (4,)
+
+    def test_a_file_cut_off_anywhere_is_refused(self, write):
+        path = write("torch").path
+        raw = path.read_bytes()
+        for cut in (*range(10), *range(10, len(raw), 1801), len(raw) - 1):
+            path.write_bytes(raw[:cut])
+            with pytest.raises(RecordError) as caught:
+                Record(path)
+            assert str(caught.value).startswith(f"{path}: cannot be read as safetensors: ")
+            assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("make", ["missing", "folder"])
+    def test_a_path_that_is_no_file_is_refused(self, tmp_path, make):
+        path = tmp_path if make == "folder" else tmp_path / "none"
+        with pytest.raises(RecordError, match="Is a directory" if make == "folder" else "No such file or directory"):
+            Record(path)
+
+    @staticmethod
+    def rewrite(path, change):
+        raw = path.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        change(header["__metadata__"])
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda m: m.update(format="resnet-parity weights 1"), "not a record: format is 'resnet-parity weights 1'"),
+            (lambda m: m.pop("format"), "not a record: format is None"),
+            (lambda m: m.pop("manifest"), "the manifest is damaged"),
+            (lambda m: m.update(manifest="{"), "the manifest is damaged"),
+            (lambda m: m.update(manifest="[" * 100_000), "the manifest is damaged"),
+            (lambda m: m.update(manifest="[]"), "the manifest is damaged"),
+            (lambda m: m.update(manifest="null"), "the manifest is damaged"),
+            (lambda m: m.update(manifest="{}"), "the manifest is damaged"),
+        ],
+        ids=range(8),
+    )
+    def test_metadata_that_are_no_records_are_refused(self, write, change, expected):
+        path = write("torch").path
+        self.rewrite(path, change)
+        with pytest.raises(RecordError) as caught:
+            Record(path)
+        assert str(caught.value).startswith(f"{path}: {expected}")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("spec", {"family": "resnet", "block": "basic", "blocks": [0]}),
+            ("spec", None),
+            ("dtype", "float23"),
+            ("dtype", 64),
+            ("modes", "eval"),
+            ("modes", []),
+            ("modes", ["evil"]),
+            ("shape", [2, 8, 8]),
+            ("shape", [2, 8, 8, 0]),
+            ("shape", None),
+            ("response", None),
+            ("response", {"eval/loss": "small"}),
+            ("response", {"eval/loss": -1.0}),
+            ("not_restored", "all"),
+            ("backend", None),
+            ("other", 1),
+        ],
+    )
+    def test_a_manifest_with_a_damaged_field_is_refused(self, write, field, value):
+        path = write("torch").path
+        self.rewrite(path, lambda m: m.update(manifest=json.dumps(json.loads(m["manifest"]) | {field: value})))
+        with pytest.raises(RecordError) as caught:
+            Record(path)
+        assert str(caught.value).startswith(f"{path}: the manifest is damaged: ")
+        assert "\n" not in str(caught.value)
+
+    def test_a_record_that_cannot_be_written_leaves_nothing(self, write, tmp_path):
+        (tmp_path / "torch-float64.safetensors").mkdir()
+        with pytest.raises(RecordError, match="Is a directory; nothing was left there"):
+            write("torch")
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+class TestEqualRecords:
+    @pytest.mark.parametrize("backends", [TWO, THREE])
+    @pytest.mark.parametrize(
+        ("modes", "dtype", "level"),
+        [(ALL, "float64", "L1"), (ALL, "float32", "L2"), (("grad",), "float64", "L1"), (("exact",), "float32", "L0")],
+    )
+    def test_they_pass_at_every_level_and_all_pairs_are_compared(self, write, backends, modes, dtype, level):
+        compared = compare([write(b, modes=modes, dtype=dtype) for b in backends])
+        assert compared.passed
+        assert (compared.level, compared.backends, compared.modes) == (level, backends, modes)
+        assert (compared.variant, compared.dtype) == ("tiny", dtype)
+        pairs = [(a, b) for i, a in enumerate(backends) for b in backends[i + 1 :]]
+        expected = [(name, pair) for name in in_order(expected_arrays(SPEC, modes, SHAPE)) for pair in pairs]
+        assert [(d.tensor, d.pair) for d in compared.differences] == expected
+        assert {(d.verdict, d.distance, d.error, d.ratio) for d in compared.differences} == {("same", 0, 0, 0)}
+        assert compared.first is None
+        assert compared.odd_one_out is None
+
+    def test_modes_that_not_all_records_have_are_left_out(self, write):
+        compared = compare([write("torch", modes=ALL), write("flax", modes=("eval", "grad"))])
+        assert compared.passed
+        assert compared.modes == ("eval", "grad")
+
+    def test_the_response_comes_from_whichever_record_carries_one(self, write):
+        compared = compare([write("torch", response={}), write("flax", {CONV: put(1e-12)})])
+        assert compared.passed
+        with pytest.raises(RecordError, match="no record carries a one-ulp response"):
+            compare([write("torch", response={}), write("flax", response={})])
+
+
+def no_values(array):
+    return np.zeros((0,))
+
+
+# Each of them would pass where only differences of common values are asked for.
+ACCIDENTS = {
+    "NaN": (put(nan, 3), "has values that are NaN or infinite"),
+    "infinite": (put(-inf, 3), "has values that are NaN or infinite"),
+    "zeros": (np.zeros_like, "is 100% zero, too empty to compare"),
+    "half precision": (lambda a: a.astype(np.float16), "is float16; float64 was asked for"),
+    "single precision": (lambda a: a.astype(np.float32), "is float32; float64 was asked for"),
+    "missing": (None, "is missing"),
+    "batch of one": (lambda a: a[:1], "has shape (1, 8, 8, 4); the walk gives (2, 8, 8, 4)"),
+    "channels first": (lambda a: a.transpose(0, 3, 1, 2), "has shape (2, 4, 8, 8); the walk gives (2, 8, 8, 4)"),
+    "no values": (no_values, "has shape (0,); the walk gives (2, 8, 8, 4)"),
+}
+
+
+class TestAccidents:
+    @pytest.mark.parametrize("backend", THREE)
+    @pytest.mark.parametrize(("change", "what"), ACCIDENTS.values(), ids=ACCIDENTS)
+    def test_an_unfit_array_in_any_record_fails_and_names_it(self, write, backend, change, what):
+        compared = compare([write(b, {CONV: change} if b == backend else None) for b in THREE])
+        assert not compared.passed
+        assert [(p.backend, p.tensor, p.what) for p in compared.problems] == [(backend, CONV, what)]
+        assert compared.odd_one_out == backend
+        # The others are still compared there.
+        assert {d.pair for d in compared.differences if d.tensor == CONV} == {
+            tuple(b for b in THREE if b != backend),
+        }
+
+    @pytest.mark.parametrize(("change", "what"), ACCIDENTS.values(), ids=ACCIDENTS)
+    @pytest.mark.parametrize("mode", ["exact", "eval"])
+    def test_an_unfit_array_in_every_record_fails(self, write, mode, change, what):
+        compared = compare([write(b, {CONV.replace("eval", mode): change}, modes=(mode,)) for b in TWO])
+        assert not compared.passed
+        assert [(p.backend, p.what) for p in compared.problems] == [(b, what) for b in TWO]
+        assert compared.odd_one_out is None
+
+    @pytest.mark.parametrize(
+        "tensor", ["eval/loss", "train/stat/stem.norm.mean", "eval/grad/stem.conv.kernel", "train/grad/input"]
+    )
+    @pytest.mark.parametrize("change", [put(nan), None, lambda a: a[None]], ids=["NaN", "missing", "shape"])
+    def test_every_kind_of_array_is_examined(self, write, tensor, change):
+        compared = compare([write("torch", modes=ALL), write("flax", {tensor: change}, modes=ALL)])
+        assert not compared.passed
+        assert [(p.backend, p.tensor) for p in compared.problems] == [("flax", tensor)]
+
+    # 512 values: 486 are 94.9 %, 487 are 95.1 %.
+    @pytest.mark.parametrize(("zeros", "passed"), [(486, True), (487, False)])
+    def test_more_than_95_percent_zeros_are_too_many(self, write, zeros, passed):
+        def thin(array):
+            return np.where(np.arange(array.size).reshape(array.shape) < zeros, 0, 1.0)
+
+        assert prod(expected_arrays(SPEC, ("eval",), SHAPE)[CONV]) == 512
+        assert compare([write(b, {CONV: thin}) for b in TWO]).passed == passed
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_fewer_than_two_records_are_refused(self, write, count):
+        with pytest.raises(RecordError, match=f"{count} record given; a comparison needs at least two"):
+            compare([write(b) for b in TWO[:count]])
+
+    def test_a_record_compared_with_itself_is_refused(self, write):
+        made = write("torch")
+        with pytest.raises(RecordError, match="is given twice"):
+            compare([made, Record(made.path)])
+
+    @pytest.mark.parametrize("modes", [("train",), ("exact",)])
+    def test_records_without_a_mode_in_common_are_refused(self, write, modes):
+        with pytest.raises(RecordError, match="nothing was compared"):
+            compare([write("torch", modes=("eval",)), write("flax", modes=modes)])
+
+    def test_an_empty_comparison_does_not_pass(self):
+        empty = {"level": "L1", "variant": "tiny", "dtype": "float64", "backends": TWO, "modes": ("eval",)}
+        assert not Comparison(**empty, differences=()).passed
+
+    def test_weights_that_did_not_come_back_bitwise_fail(self, write):
+        compared = compare([write("torch"), write("flax", not_restored=("stem.conv.kernel",))])
+        assert not compared.passed
+        assert [(p.backend, p.tensor) for p in compared.problems] == [("flax", "stem.conv.kernel")]
+
+
+class TestIdentity:
+    """Level L1."""
+
+    TENSORS = (
+        CONV,
+        "eval/tap/head.fc",
+        "train/tap/stem.norm",
+        "train/stat/stem.norm.mean",
+        "eval/grad/head.fc.bias",
+        "train/grad/stages.1.blocks.0.shortcut.norm.scale",
+        "train/grad/input",
+    )
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("tensor", TENSORS)
+    def test_the_limit_of_eight_responses_is_sharp(self, write, tensor, sign):
+        response = 1e-12 * record.norm(arrays(ALL)[tensor])
+        limit = 8 * response
+        reference = write("torch", modes=ALL)
+        for distance, verdict in ((limit, "same"), (np.nextafter(limit, 1), "different")):
+            compared = compare([reference, write("flax", {tensor: put(sign * distance)}, modes=ALL)])
+            found = next(d for d in compared.differences if d.tensor == tensor)
+            assert (found.verdict, found.distance, found.response) == (verdict, distance, response)
+            assert compared.passed == (verdict == "same")
+            assert (compared.first is None) == compared.passed
+            assert found.ratio == pytest.approx(8)
+            assert found.error == pytest.approx(8e-12)
+
+    def test_the_loss_is_held_to_its_response_too(self, write):
+        reference = write("torch")
+        relative = {1 + 7.9e-12: True, 1 + 8.1e-12: False}
+        for factor, passed in relative.items():
+            moved = write("flax", {"eval/loss": lambda a, factor=factor: a * factor})
+            assert compare([reference, moved]).passed == passed
+
+    @pytest.mark.parametrize("response", [None, 0.0, 1e-40])
+    def test_below_four_roundings_the_floor_holds(self, write, response):
+        values = arrays()
+        given = responses(values, 1e-12)
+        del given[CONV]
+        if response is not None:
+            given[CONV] = response
+        floor = 4 * 2.0**-53 * record.norm(values[CONV])
+        reference = write("torch", response=given)
+        for distance, passed in ((8 * floor, True), (np.nextafter(8 * floor, 1), False)):
+            compared = compare([reference, write("flax", {CONV: put(distance)})])
+            assert compared.passed == passed
+            assert next(d for d in compared.differences if d.tensor == CONV).response == floor
+
+    @pytest.mark.parametrize("distance", [0.0, 1e-12])
+    def test_a_response_above_1e_9_decides_nothing_and_does_not_pass(self, write, distance):
+        values = arrays()
+        at = 1e-9 * record.norm(values[CONV])
+        for response, verdict in ((at, "same"), (np.nextafter(at, 1), "undecided"), (inf, "undecided")):
+            reference = write("torch", response=responses(values, 1e-12) | {CONV: response})
+            compared = compare([reference, write("flax", {CONV: put(distance)})])
+            assert verdicts(compared, CONV) == {verdict}
+            assert compared.passed == (verdict == "same")
+            assert compared.first is None
+
+    @pytest.mark.parametrize("response", [1e-3, nan])
+    def test_a_large_or_lost_response_does_not_excuse_a_difference(self, write, response):
+        reference = write("torch", response=responses(arrays(), 1e-12) | {CONV: response})
+        compared = compare([reference, write("flax", {CONV: put(1.0)})])
+        assert verdicts(compared, CONV) == {"different"}
+        assert not compared.passed
+
+    def test_values_too_large_for_a_norm_decide_nothing(self, write):
+        huge = {CONV: lambda a: a * 1e200}
+        compared = compare([write("torch", huge), write("flax", {CONV: lambda a: a * 1.01e200})])
+        assert not compared.passed
+
+    # The gradient of a convolution's bias before a batch norm is zero but for rounding: its response is as large as
+    # itself, and what counts is how it compares with the gradient of the kernel beside it.
+    @pytest.mark.parametrize(
+        ("kernel", "distance", "verdict"),
+        [(1.0, 2e-16, "same"), (1.0, 1e-12, "different"), (1e-12, 2e-16, "undecided")],
+    )
+    def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_its_layer(self, write, kernel, distance, verdict):
+        bias, weight = (f"train/grad/stages.0.blocks.0.conv1.{role}" for role in ("bias", "kernel"))
+        values = arrays(ALL)
+        tiny = {bias: lambda a: a * 1e-16, weight: lambda a: a * kernel}
+        given = responses(values, 1e-12) | {bias: 1e-16, weight: 1e-25}
+        reference = write("torch", tiny, modes=ALL, response=given)
+        other = write("flax", tiny | {bias: lambda a: put(distance)(a * 1e-16)}, modes=ALL)
+        compared = compare([reference, other])
+        assert verdicts(compared, bias) == {verdict}
+        assert compared.passed == (verdict == "same")
+
+    def test_all_pairs_are_held_to_the_limit_not_a_star(self, write):
+        # Each differs from the reference by six responses, and they from each other by twelve.
+        step = 6e-12 * record.norm(arrays()[CONV])
+        compared = compare(
+            [write("torch"), write("keras:tensorflow", {CONV: put(step)}), write("flax", {CONV: put(-step)})]
+        )
+        found = {d.pair: d.verdict for d in compared.differences if d.tensor == CONV}
+        assert found == {THREE[:2]: "same", ("torch", "flax"): "same", THREE[1:]: "different"}
+        assert not compared.passed
+        assert compared.odd_one_out is None
+
+
+class TestPrecision:
+    """Level L2."""
+
+    @pytest.mark.parametrize("relative", [1e-6, 1e-3])
+    def test_outputs_in_eval_mode_are_gated_however_large_their_response(self, write, relative):
+        response = responses(arrays(dtype="float32"), relative)
+        limit = 8 * response[CONV]
+        for factor, passed in ((0.999, True), (1.001, False)):
+            records = [
+                write("torch", dtype="float32", response=response),
+                write("flax", {CONV: put(factor * limit)}, dtype="float32"),
+            ]
+            compared = compare(records)
+            assert compared.passed == passed
+            assert verdicts(compared, CONV) == {"same" if passed else "different"}
+
+    def test_the_floor_is_that_of_float32(self, write):
+        floor = 4 * 2.0**-24 * record.norm(arrays(dtype="float32")[CONV])
+        reference = write("torch", dtype="float32", response={"eval/loss": 1e-6})
+        for factor, passed in ((0.999, True), (1.001, False)):
+            moved = write("flax", {CONV: put(8 * floor * factor)}, dtype="float32")
+            assert compare([reference, moved]).passed == passed
+
+    @pytest.mark.parametrize(
+        "tensor", ["train/tap/stem.conv", "train/stat/stem.norm.var", "eval/grad/head.fc.kernel", "train/grad/input"]
+    )
+    @pytest.mark.parametrize(
+        ("relative", "error", "verdict"),
+        [
+            (0.9e-4, 7e-4, "same"),
+            (0.9e-4, 1e-3, "different"),
+            (1.1e-4, 7e-4, "reported"),
+            (1.1e-4, 0.5, "reported"),
+        ],
+    )
+    def test_gradients_and_training_values_are_gated_below_1e_4_and_reported_above(
+        self, write, tensor, relative, error, verdict
+    ):
+        values = arrays(ALL, "float32")
+        response = responses(values, 1e-6) | {tensor: relative * record.norm(values[tensor])}
+        records = [
+            write("torch", modes=ALL, dtype="float32", response=response),
+            write("flax", {tensor: put(error * record.norm(values[tensor]))}, modes=ALL, dtype="float32"),
+        ]
+        compared = compare(records)
+        assert verdicts(compared, tensor) == {verdict}
+        assert compared.passed == (verdict != "different")
+
+    def test_a_comparison_in_which_everything_is_only_reported_does_not_pass(self, write):
+        response = responses(arrays(("grad",), "float32"), 1e-2)
+        compared = compare([write(b, modes=("grad",), dtype="float32", response=response) for b in TWO])
+        assert {d.verdict for d in compared.differences} == {"reported"}
+        assert not compared.passed
+
+    @pytest.mark.parametrize("response", [inf, nan])
+    def test_an_infinite_response_lets_nothing_pass(self, write, response):
+        given = responses(arrays(dtype="float32"), 1e-6) | {CONV: response}
+        records = [
+            write("torch", dtype="float32", response=given),
+            write("flax", {CONV: put(1e-3)}, dtype="float32"),
+        ]
+        assert not compare(records).passed
+
+    # In units of some small error: each backend's own, and which of them are too far above the lower median.
+    @pytest.mark.parametrize(
+        ("errors", "imprecise"),
+        [
+            ((1, 1), []),
+            ((1, 4.9), []),
+            ((1, 5.1), [1]),
+            ((5.1, 1), [0]),
+            ((1, 1, 4.9), []),
+            ((1, 1, 5.1), [2]),
+            ((1, 5.1, 1), [1]),
+            ((1, 3, 14), []),
+            ((1, 100, 100), []),
+            ((0, 0, 1), [2]),
+            ((1, 1, 2, 9.9, 9.9), []),
+            ((1, 1, 2, 9.9, 10.1), [4]),
+            ((1, 1, 1, 6, 7), [3, 4]),
+        ],
+    )
+    def test_own_error_is_held_to_five_times_the_lower_median(self, write, errors, imprecise):
+        backends = FIVE[: len(errors)]
+        norm = record.norm(arrays()[CONV])
+        response = responses(arrays(dtype="float32"), 1.0)
+        records = [
+            write(b, {CONV: put(1e-4 * error * norm)}, dtype="float32", response=response)
+            for b, error in zip(backends, errors, strict=True)
+        ]
+        compared = compare(records, truth=write("torch", name="truth"))
+        assert [p.backend for p in compared.precision if not p.passed] == [backends[i] for i in imprecise]
+        assert compared.passed == (not imprecise)
+        assert compared.odd_one_out == (backends[imprecise[0]] if len(imprecise) == 1 else None)
+        assert compare(records).precision == ()
+        there = [p for p in compared.precision if p.tensor == CONV]
+        assert [p.error for p in there] == pytest.approx([1e-4 * error for error in errors], rel=1e-6)
+        assert len(compared.precision) == len(SPEC.layers) * len(errors)
+
+    def test_errors_below_a_few_roundings_are_no_lack_of_precision(self, write):
+        norm = record.norm(arrays()[CONV])
+        for error, passed in ((4.9, True), (5.1, False)):
+            records = [
+                write("torch", dtype="float32"),
+                write("flax", {CONV: put(error * UNIT["float32"] * norm)}, dtype="float32"),
+            ]
+            assert compare(records, truth=write("torch", name="truth")).passed == passed
+
+    @pytest.mark.parametrize("change", [put(nan), None, np.zeros_like, lambda a: a[:1], lambda a: a.astype("float32")])
+    def test_a_truth_that_is_unfit_fails_and_is_not_skipped(self, write, change):
+        records = [write(b, dtype="float32") for b in TWO]
+        compared = compare(records, truth=write("torch", {CONV: change}, name="truth"))
+        assert not compared.passed
+        assert [(p.backend, p.tensor) for p in compared.problems] == [("torch in float64", CONV)]
+
+    @pytest.mark.parametrize("other", [{"inputs": "0"}, {"weights": "0"}])
+    def test_a_truth_of_another_input_or_other_weights_is_refused(self, write, other):
+        records = [write(b, dtype="float32") for b in TWO]
+        with pytest.raises(RecordError, match=f"different {next(iter(other))}"):
+            compare(records, truth=write("torch", name="truth", **other))
+
+
+class TestColumnsThatRoundInside:
+    """Keras on jax and torch: float32 inside a float64 network."""
+
+    def test_they_are_held_to_the_float32_response_and_the_others_to_their_own(self, write):
+        norm = record.norm(arrays()[CONV])
+        float32 = write("torch", dtype="float32")
+        for error, passed in ((7e-6, True), (9e-6, False)):
+            records = [write("torch"), write("flax"), write("keras:jax", {CONV: put(error * norm)})]
+            compared = compare(records, float32=float32)
+            levels = {d.pair: d.level for d in compared.differences}
+            assert levels == {
+                ("torch", "flax"): "L1",
+                ("torch", "keras:jax"): "L2",
+                ("flax", "keras:jax"): "L2",
+            }
+            assert compared.passed == passed
+            assert compared.odd_one_out == (None if passed else "keras:jax")
+        # Such a column excuses no other, and cannot tell which of two others is wrong.
+        strict = compare([write("torch"), write("keras:jax"), write("flax", {CONV: put(7e-6 * norm)})], float32=float32)
+        assert strict.first.pair == ("torch", "flax")
+        assert strict.odd_one_out is None
+
+    def test_without_a_float32_record_they_cannot_be_judged(self, write):
+        with pytest.raises(RecordError, match=r"keras:jax, keras:torch rounds to float32 .* give a float32 record"):
+            compare([write(b) for b in ("torch", "keras:torch", "keras:jax")])
+
+    def test_a_float32_record_of_another_network_is_refused(self, write):
+        other = write("torch", dtype="float32", spec=architectures.to_dict(SPEC.replace(bn_eps=1e-3)))
+        with pytest.raises(RecordError, match=r"different networks: bn_eps is 1e-05 and 0.001"):
+            compare([write("torch"), write("keras:jax")], float32=other)
+
+    def test_the_layers_where_precision_is_lost_are_named(self, write):
+        def full(array):
+            return array + np.float64(1e-12)
+
+        taps = {name: full for name in arrays(("eval", "train")) if "/tap/" in name}
+        spared = taps | {"eval/tap/stem.norm": None, "train/tap/head.pool": lambda a: a}
+        made = write("keras:jax", spared, modes=("eval", "train"))
+        assert rounded_to_float32(made, SPEC.layers) == ("head.pool",)
+        assert rounded_to_float32(write("torch", taps, modes=("eval", "train")), SPEC.layers) == ()
+        # Of layers that only pick values it says nothing: what they round was rounded before.
+        exact = taps | {"eval/tap/stem.relu": lambda a: a, "eval/tap/stem.norm": lambda a: a}
+        made = write("keras:jax", exact, modes=("eval", "train"))
+        assert rounded_to_float32(made, SPEC.layers) == ("stem.norm",)
+
+    def test_a_comparison_names_them_for_these_columns_only(self, write):
+        compared = compare([write("torch"), write("keras:torch")], float32=write("torch", dtype="float32"))
+        rounding = tuple(layer.path for layer in SPEC.layers if not layer.exact)
+        assert compared.float32_inside == {"keras:torch": rounding}
+
+
+class TestExact:
+    """Level L0."""
+
+    @pytest.mark.parametrize("ulps", [1, -1])
+    def test_one_ulp_is_a_difference(self, write, ulps):
+        tensor = "exact/tap/head.fc"
+        modes = ("exact",)
+
+        def moved(array):
+            return put(np.nextafter(array.flat[3], array.dtype.type(ulps * inf)), 3)(array)
+
+        same = [write(b, modes=modes, dtype="float32", response={}) for b in THREE]
+        assert compare(same).passed
+        compared = compare([*same[:2], write("flax", {tensor: moved}, modes=modes, dtype="float32", response={})])
+        assert not compared.passed
+        assert {d.tensor for d in compared.differences if d.verdict == "different"} == {tensor}
+        assert compared.odd_one_out == "flax"
+        assert compared.first.ratio == inf
+
+    def test_a_negative_zero_is_equal_to_a_positive_one(self, write):
+        made = [
+            write(b, {"exact/tap/head.fc": put(v)}, modes=("exact",)) for b, v in zip(TWO, (0.0, -0.0), strict=True)
+        ]
+        assert compare(made).passed
+
+
+class TestBlame:
+    @pytest.mark.parametrize("odd", FIVE)
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    def test_among_five_the_odd_one_is_named_in_any_position(self, write, odd, dtype):
+        records = [write(b, {CONV: put(1.0)} if b == odd else None, dtype=dtype) for b in FIVE]
+        float32 = write("torch", name="own", dtype="float32") if dtype == "float64" else None
+        compared = compare(records, float32=float32)
+        assert not compared.passed
+        assert compared.odd_one_out == odd
+
+    @pytest.mark.parametrize("odd", THREE)
+    @pytest.mark.parametrize("order", [THREE, THREE[::-1]])
+    def test_among_three_the_odd_one_is_named_in_any_position(self, write, odd, order):
+        # Below the first difference everything else differs too, and that blames nobody else.
+        later = {"eval/tap/head.fc": put(2.0), "eval/tap/stages.1.blocks.0.add": put(3.0)}
+        compared = compare([write(b, {CONV: put(1.0)} | later if b == odd else None) for b in order])
+        assert compared.odd_one_out == odd
+        assert compared.first.tensor == CONV
+
+    @pytest.mark.parametrize("odd", TWO)
+    def test_between_two_nobody_can_tell(self, write, odd):
+        compared = compare([write(b, {CONV: put(1.0)} if b == odd else None) for b in TWO])
+        assert not compared.passed
+        assert compared.odd_one_out is None
+
+    def test_where_all_differ_nobody_is_blamed(self, write):
+        compared = compare([write(b, {CONV: put(float(i))}) for i, b in enumerate(THREE)])
+        assert compared.odd_one_out is None
+
+    def test_two_defects_in_two_backends_blame_the_one_that_shows_first(self, write):
+        compared = compare(
+            [write("torch", {"eval/tap/head.fc": put(1.0)}), write("keras:tensorflow"), write("flax", {CONV: put(1.0)})]
+        )
+        assert compared.odd_one_out == "flax"
+
+
+class TestOrder:
+    FORWARD = ("stem.conv", "stages.0.blocks.0.norm2", "stages.1.blocks.0.shortcut.conv", "head.fc")
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_forward_the_first_difference_is_the_earliest_layer(self, write, index):
+        changes = {f"eval/tap/{path}": put(1.0) for path in self.FORWARD[index:]}
+        compared = compare([write("torch"), write("flax", changes)])
+        assert compared.first.tensor == f"eval/tap/{self.FORWARD[index]}"
+        assert compared.first.place == self.FORWARD[index]
+        assert compared.first.section == "eval"
+
+    BACKWARD = ("head.fc.kernel", "stages.1.blocks.0.conv2.kernel", "stages.0.blocks.0.norm1.scale", "input")
+
+    @pytest.mark.parametrize("run", ["eval", "train"])
+    @pytest.mark.parametrize("index", range(4))
+    def test_backward_the_first_difference_is_the_latest_layer_and_the_input_comes_last(self, write, run, index):
+        changes = {f"{run}/grad/{path}": put(1.0) for path in self.BACKWARD[index:]}
+        compared = compare([write("torch", modes=("grad",)), write("flax", changes, modes=("grad",))])
+        assert compared.first.tensor == f"{run}/grad/{self.BACKWARD[index]}"
+        assert (compared.first.mode, compared.first.section) == ("grad", f"grad, {run}")
+
+    def test_a_difference_in_the_outputs_comes_before_those_in_gradients(self, write):
+        changes = {name: put(1.0) for name in ("eval/grad/head.fc.kernel", "train/tap/head.fc", "eval/tap/head.fc")}
+        compared = compare([write("torch", modes=ALL), write("flax", changes, modes=ALL)])
+        assert compared.first.tensor == "eval/tap/head.fc"
+
+    def test_the_order_holds_every_array_once(self):
+        names = list(expected_arrays(SPEC, ALL, SHAPE))
+        ordered = in_order(names)
+        assert sorted(ordered) == sorted(names)
+        assert ordered != names
+
+
+class TestComparable:
+    @pytest.mark.parametrize(
+        ("other", "expected"),
+        [
+            ({"spec": architectures.to_dict(SPEC.replace(bn_eps=1.1e-5))}, "networks: bn_eps is 1e-05 and 1.1e-05"),
+            ({"spec": architectures.to_dict(SPEC.replace(classes=6))}, "different networks: classes is 5 and 6"),
+            ({"weights": "9"}, "different weights: 5678 and 9"),
+            ({"inputs": "9"}, "different inputs: 1234 and 9"),
+            ({"dtype": "float32"}, "different dtypes: float64 and float32"),
+        ],
+        ids=["eps", "classes", "weights", "inputs", "dtype"],
+    )
+    def test_records_of_different_things_are_refused(self, write, other, expected):
+        records = [write("torch"), write("keras:tensorflow"), write("flax", **other)]
+        for given in (records, records[::2]):
+            with pytest.raises(RecordError) as caught:
+                compare(given)
+            assert expected in str(caught.value)
+            assert all(str(made.path) in str(caught.value) for made in (records[0], records[2]))
+            assert "\n" not in str(caught.value)
+
+    def test_an_unknown_backend_is_refused(self, write):
+        with pytest.raises(RecordError, match="backend 'mxnet' is unknown; expected one of torch, keras:tensorflow"):
+            compare([write("torch"), write("mxnet")])
+
+    @pytest.mark.parametrize(
+        ("names", "files_"),
+        [
+            (("old", "new", None), ("old-float64", "new-float64")),
+            (("a/run", "b/run", None), ("{}/a/run-float64.safetensors", "{}/b/run-float64.safetensors")),
+        ],
+    )
+    def test_records_of_one_backend_are_told_apart_by_their_files(self, write, tmp_path, names, files_):
+        backends = ("torch", "torch", "flax")
+        made = [
+            write(b, {CONV: put(1.0)} if i == 0 else None, name=name)
+            for i, (b, name) in enumerate(zip(backends, names, strict=True))
+        ]
+        compared = compare(made)
+        assert compared.backends == (*(f"torch ({file.format(tmp_path)})" for file in files_), "flax")
+        assert len({d.pair for d in compared.differences}) == 3
+        assert compared.odd_one_out == compared.backends[0]
+
+
+class TestFiles:
+    def test_records_of_each_dtype_are_compared_with_one_another(self, write):
+        made = [write(b, dtype=dtype) for dtype in ("float64", "float32") for b in THREE]
+        compared = compare_files([r.path for r in made])
+        assert [(c.dtype, c.level, c.passed) for c in compared] == [("float64", "L1", True), ("float32", "L2", True)]
+        # The float64 record of the same weights and input is the truth for the float32 ones.
+        assert compared[1].precision
+
+    @pytest.mark.parametrize("other", [{"weights": "0"}, {"inputs": "0"}])
+    def test_a_float64_record_of_other_weights_or_input_is_no_truth(self, write, other):
+        made = [write(b, dtype="float32") for b in TWO]
+        double = [write(b, **other) for b in TWO]
+        compared = compare_files([r.path for r in (*double, *made)])
+        assert [(c.passed, c.precision) for c in compared] == [(True, ()), (True, ())]
+
+    def test_one_record_of_each_dtype_is_nothing_to_compare(self, write):
+        with pytest.raises(RecordError, match="no two of the records have one dtype"):
+            compare_files([write("torch").path, write("flax", dtype="float32").path])
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Results as a check gives them, by name: each of its kind."""
+    write = writer(tmp_path_factory.mktemp("outcomes"))
+    case = Case(variant="tiny", spec=SPEC, size=(8, 8))
+
+    def result(*comparisons, failures=None):
+        return Result(
+            case=case,
+            source="random noise",
+            comparisons=comparisons,
+            failures=failures or {},
+            versions={"torch": {"torch": "2.0"}},
+            seconds=1.25,
+        )
+
+    def moved(changes, dtype="float64", **reference):
+        first = write("torch", modes=ALL, dtype=dtype, name="moved-torch", **reference)
+        others = write("keras:tensorflow", modes=ALL, dtype=dtype, name="moved-keras")
+        return [first, others, write("flax", changes, modes=ALL, dtype=dtype, name="moved-flax")]
+
+    float32 = write("torch", modes=ALL, dtype="float32")
+    undecided = responses(arrays(ALL), 1e-12) | {CONV: 1e-3}
+    loud = responses(arrays(ALL, "float32"), 1e-2)
+    gradients = {
+        "train/grad/head.fc.kernel": put(1.0),
+        "eval/grad/head.fc.kernel": put(np.float32(1e-3)),
+    }
+    mixed = loud | {"eval/grad/head.fc.kernel": 1e-6}
+    return {
+        "same": result(
+            compare([write(b, modes=("exact",), dtype="float32", name=f"exact-{b}") for b in TWO]),
+            compare([write(b, modes=ALL) for b in TWO]),
+        ),
+        "different": result(compare(moved({CONV: put(1.0), "train/grad/input": put(1.0)}))),
+        "not finite": result(compare(moved({CONV: put(nan), "train/tap/head.fc": None}))),
+        "not finite anywhere": result(compare(moved({CONV: lambda a: a * 1e250}))),
+        "undecided": result(compare(moved({}, response=undecided))),
+        "reported": result(compare(moved(gradients, "float32", response=mixed))),
+        "no response": result(compare([write(b, {"exact/tap/head.fc": put(i)}, modes=("exact",), name=f"zero-{b}",
+                                             response={}) for i, b in enumerate(TWO)])),
+        "imprecise": result(
+            compare(
+                [write(b, {CONV: put(0.1 * i)}, dtype="float32", response=responses(arrays(dtype="float32"), 1.0))
+                 for i, b in enumerate(TWO)],
+                truth=write("torch", name="truth"),
+            )
+        ),
+        "soft": result(compare([write("torch", modes=ALL), write("keras:jax", modes=ALL)], float32=float32)),
+        "crashed": result(
+            failures={"flax": BackendCrashed("backend flax: its process was killed; \x1b[31mlast\x00 words <&>\ufffe")}
+        ),
+        "nothing": result(),
+    }  # fmt: skip
+
+
+PASSING = {"same", "soft"}
+OUTCOMES = (
+    "same", "different", "not finite", "not finite anywhere", "undecided", "reported", "no response", "imprecise",
+    "soft", "crashed", "nothing",
+)  # fmt: skip
+
+
+class TestReports:
+    @pytest.mark.parametrize("name", OUTCOMES)
+    def test_json_is_strict_and_says_whether_it_passed(self, outcomes, tmp_path, name):
+        path = tmp_path / "out.json"
+        files.write_json(path, [outcomes[name]])
+
+        def refuse(token):
+            raise AssertionError(f"{token} is no JSON")
+
+        data = json.loads(path.read_text(), parse_constant=refuse)
+        assert data["passed"] == outcomes[name].passed == (name in PASSING)
+        assert len(data["checks"]) == len(outcomes[name].comparisons)
+        for check, compared in zip(data["checks"], outcomes[name].comparisons, strict=True):
+            assert (check["variant"], check["dtype"]) == ("tiny", compared.dtype)
+            assert check["passed"] == compared.passed
+            assert check["modes"].keys() == {d.mode for d in compared.differences}
+            for pairs in check["modes"].values():
+                assert pairs.keys() <= {" | ".join(d.pair) for d in compared.differences}
+                for found in pairs.values():
+                    assert {"error", "response", "tensor"} <= found.keys()
+                    known = {n.split("/", 2)[-1] for n in expected_arrays(SPEC, compared.modes, SHAPE)}
+                    assert found["tensor"] in known
+
+    def test_json_gives_for_each_mode_and_pair_the_worst_error_its_response_and_its_tensor(self, outcomes):
+        (check,) = files.as_json([outcomes["different"]])["checks"]
+        worst = check["modes"]["eval"]["torch | flax"]
+        assert worst["tensor"] == "stages.0.blocks.0.conv1"
+        assert worst["error"] == pytest.approx(1 / record.norm(arrays(ALL)[CONV]))
+        assert worst["response"] == pytest.approx(1e-12)
+        assert worst["verdict"] == "different"
+        assert check["modes"]["eval"]["torch | keras:tensorflow"]["error"] == 0
+        assert check["modes"]["grad"]["torch | flax"]["tensor"] == "input"
+        assert check["modes"]["grad"]["torch | flax"]["pass"] == "train"
+        assert check["first_difference"]["tensor"] == "stages.0.blocks.0.conv1"
+        assert check["odd_one_out"] == "flax"
+
+    def test_json_shows_a_failure_before_a_larger_difference_that_is_only_reported(self, outcomes):
+        (compared,) = outcomes["reported"].comparisons
+        assert {d.verdict for d in compared.differences} == {"same", "reported", "different"}
+        (check,) = files.as_json([outcomes["reported"]])["checks"]
+        assert check["modes"]["grad"]["torch | flax"]["verdict"] == "different"
+
+    def test_json_of_no_results_has_not_passed(self):
+        assert files.as_json([])["passed"] is False
+
+    def test_json_fails_as_a_whole_if_one_result_does(self, outcomes):
+        assert files.as_json([outcomes["same"]])["passed"] is True
+        assert files.as_json([outcomes["same"], outcomes["different"]])["passed"] is False
+
+    @pytest.mark.parametrize("name", OUTCOMES)
+    def test_junit_parses_and_counts_its_failures(self, outcomes, tmp_path, name):
+        path = tmp_path / "out.xml"
+        files.write_junit(path, [outcomes[name], outcomes["same"]])
+        suites = ElementTree.parse(path).getroot().findall("testsuite")
+        assert len(suites) == 2
+        suite, same = suites
+        for found in suites:
+            cases = found.findall("testcase")
+            assert int(found.get("tests")) == len(cases)
+            assert int(found.get("failures")) == len([c for c in cases if c.find("failure") is not None])
+            assert int(found.get("errors")) == len([c for c in cases if c.find("error") is not None])
+        assert (same.get("failures"), same.get("errors")) == ("0", "0")
+        failed = int(suite.get("failures")) + int(suite.get("errors"))
+        assert (failed > 0) == (name not in PASSING and name != "nothing")
+
+    def test_junit_has_a_case_for_every_mode_and_pair(self, outcomes, tmp_path):
+        path = tmp_path / "out.xml"
+        files.write_junit(path, [outcomes["different"]])
+        cases = ElementTree.parse(path).findall("./testsuite/testcase")
+        sections = ("eval", "train", "grad, eval", "grad, train")
+        pairs = ("torch | keras:tensorflow", "torch | flax", "keras:tensorflow | flax")
+        assert sorted(case.get("name") for case in cases) == sorted(f"{s} {p}" for s in sections for p in pairs)
+        failed = {case.get("name") for case in cases if case.find("failure") is not None}
+        assert failed == {f"{s} {p}" for s in ("eval", "grad, train") for p in pairs if "flax" in p}
+        assert "stages.0.blocks.0.conv1" in cases[1].find("failure").get("message")
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("same", ["SAME FUNCTION", "torch | flax", "bit-equal", "L1 identity in float64", "rel. error"]),
+            (
+                "different",
+                [
+                    "NOT SHOWN TO BE THE SAME",
+                    "first difference: stages.0.blocks.0.conv1 (eval), torch | flax",
+                    "the odd one out: flax",
+                ],
+            ),
+            ("not finite", [f"flax: {CONV} has values that are NaN or infinite", "train/tap/head.fc is missing"]),
+            ("not finite anywhere", ["NOT SHOWN TO BE THE SAME"]),
+            ("undecided", ["undecided: 1 arrays, stages.0.blocks.0.conv1 (eval) first", "--batch"]),
+            ("reported", ["(reported)", "head.fc.kernel (grad, eval)"]),
+            ("no response", ["L0 exact", "first difference: head.fc"]),
+            ("imprecise", ["imprecise: flax at stages.0.blocks.0.conv1 (eval)", "the limit is 5"]),
+            ("soft", ["keras:jax rounds to float32 inside this float64 network", "SAME FUNCTION"]),
+            ("crashed", ["its process was killed", "NOT SHOWN TO BE THE SAME"]),
+            ("nothing", ["NOT SHOWN TO BE THE SAME"]),
+        ],
+    )
+    def test_the_console_says_what_a_reader_needs(self, outcomes, name, expected):
+        shown = io.StringIO()
+        Console(file=shown, width=200).print(console.result(outcomes[name]))
+        text = " ".join(shown.getvalue().split())
+        for part in expected:
+            assert part in text
+        assert ("SAME FUNCTION" in text) == (name in PASSING)
+
+    @pytest.mark.parametrize("table", [lambda: console.layers(SPEC, (8, 8)), lambda: console.variants({"tiny": SPEC})])
+    def test_the_tables_of_networks_show_their_parameters(self, table):
+        shown = io.StringIO()
+        Console(file=shown, width=200).print(table())
+        assert f"{sum(layer.parameter_count for layer in SPEC.layers):,}" in shown.getvalue()
+
+    @pytest.mark.parametrize("write_", [files.write_json, files.write_junit])
+    def test_a_report_that_cannot_be_written_is_one_line(self, outcomes, tmp_path, write_):
+        with pytest.raises(ParityError, match="cannot be written: No such file or directory"):
+            write_(tmp_path / "none" / "out", [outcomes["same"]])
