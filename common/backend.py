@@ -141,7 +141,7 @@ class Worker:
         self.seconds: dict[str, float] = {}
         self.peak_bytes = 0
         self._step = "starting"
-        self._log = tempfile.TemporaryFile("w+b")
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "common.worker", self.name, str(threads)],
             stdin=subprocess.PIPE,
@@ -180,7 +180,8 @@ class Worker:
 
         Raises the `ParityError` that was raised in the process, or `BackendCrashed` if the process ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         started = time.perf_counter()
         try:
             self._process.stdin.write(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
@@ -215,7 +216,8 @@ class Worker:
 def _remote_error(name: str, message: Mapping[str, str]) -> ParityError:
     cls = getattr(errors, message["kind"], None)
     if cls is not None:
-        return cls(message["message"])
+        error: ParityError = cls(message["message"])
+        return error
     return BackendError(f"backend {name}: {message['kind']}: {message['message']}")
 
 

@@ -30,6 +30,7 @@ app = typer.Typer(
 
 SAME, DIFFERENT, WRONG = 0, 1, 2
 
+_ALL_DTYPES, _ALL_MODES = ",".join(DTYPES), ",".join(MODES)
 _SPEC = "A specification as a JSON file, instead of a named variant."
 Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
@@ -62,16 +63,17 @@ def show(
     spec: SpecFile = None,
 ) -> None:
     """Show a variant's layers, shapes, parameters and multiply-adds."""
-    ((name, found),) = _specs([variant] if variant else [], spec)
-    _out().print(tables.layers(found, found.input_size or _size(size)))
+    _, found = _one_spec(variant, spec)
+    fixed = found.input_size
+    _out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
 
 
 @app.command()
 def check(
     variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT...", help="Named variants.")] = None,
     backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
-    dtype: Annotated[str, typer.Option(help="Of float64,float32.")] = ",".join(DTYPES),
-    mode: Modes = ",".join(MODES),
+    dtype: Annotated[str, typer.Option(help="Of float64,float32.")] = _ALL_DTYPES,
+    mode: Modes = _ALL_MODES,
     size: Size = "64",
     batch: Batch = 2,
     image: ImageFiles = None,
@@ -117,7 +119,7 @@ def record(
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
-    mode: Modes = ",".join(MODES),
+    mode: Modes = _ALL_MODES,
     size: Size = "64",
     batch: Batch = 2,
     image: ImageFiles = None,
@@ -129,7 +131,7 @@ def record(
     ] = True,
 ) -> None:
     """Record what one backend computes, to be compared later or elsewhere."""
-    ((name, found),) = _specs([variant] if variant else [], spec)
+    name, found = _one_spec(variant, spec)
     dtypes = _choices("dtype", dtype, DTYPES)
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
@@ -211,6 +213,13 @@ def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]
     if not found:
         raise SpecError("no network is named; give a variant (`resnet-parity list` shows all) or --spec FILE")
     return found
+
+
+def _one_spec(variant: str | None, path: Path | None) -> tuple[str, Spec]:
+    if variant and path:
+        raise SpecError(f"both variant {variant} and --spec {path} are given; give one of them")
+    ((name, spec),) = _specs([variant] if variant else [], path)
+    return name, spec
 
 
 def _case(

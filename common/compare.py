@@ -358,9 +358,11 @@ def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
 def _labels(records: Sequence[Record]) -> dict[str, Record]:
     """Names for the columns: the backend, with the file's name or path where one backend comes twice."""
     labels = [record.manifest.backend for record in records]
-    for name in (lambda record: record.path.stem, lambda record: record.path):
+    for part in ("stem", "path"):
         labels = [
-            label if labels.count(label) == 1 else f"{record.manifest.backend} ({name(record)})"
+            label
+            if labels.count(label) == 1
+            else f"{record.manifest.backend} ({record.path.stem if part == 'stem' else record.path})"
             for label, record in zip(labels, records, strict=True)
         ]
     return dict(zip(labels, records, strict=True))

@@ -105,4 +105,5 @@ def _crop(photo: Image.Image, size: tuple[int, int], generator: np.random.Genera
     spare = photo.height - size[0], photo.width - size[1]
     top, left = (n // 2 if generator is None else int(generator.integers(0, n + 1)) for n in spare)
     pixels = np.asarray(photo)[top : top + size[0], left : left + size[1]]
-    return (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    values: np.ndarray = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    return values

@@ -25,8 +25,8 @@ DECIDABLE = {
     "float32": 1e-4,
 }
 
-# L2: a backend's own rounding error, ‖float32 - float64‖, against the lower median of all backends. Correct ones differ by
-# the order of their sums, a factor of 2 or so; TF32 (2^-11) and bfloat16 (2^-9) lie three orders above float32 (2^-24).
+# L2: a backend's own rounding error, ‖float32 - float64‖, against the lower median of all backends. Correct ones differ
+# by the order of their sums, a factor of 2 or so; TF32 (2^-11) and bfloat16 (2^-9) lie far above float32 (2^-24).
 PRECISION_FACTOR = 5.0
 
 # A tensor with a larger share of zeros carries too little to prove anything.

@@ -182,7 +182,8 @@ def perturb(weights: Weights, seed: int) -> Weights:
 def perturb_array(array: np.ndarray, seed: int, name: str) -> np.ndarray:
     """`array` with every value moved by -1, 0 or +1 unit in its last place, at random."""
     steps = _generator(seed, name).integers(-1, 2, array.shape, dtype=np.int8)
-    return array + steps * np.spacing(array)
+    moved: np.ndarray = array + steps * np.spacing(array)
+    return moved
 
 
 def digest(arrays: Weights) -> str:
@@ -191,7 +192,7 @@ def digest(arrays: Weights) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         total.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        total.update(array.reshape(-1).view(np.uint8))
+        total.update(memoryview(array.reshape(-1).view(np.uint8)))
     return total.hexdigest()
 
 
@@ -280,8 +281,8 @@ def _norms_before_addition(spec: Spec) -> set[str]:
 def _integer_kernel(
     generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
 ) -> np.ndarray:
-    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels (one at least), each anywhere in the window
-    and on one of the input channels with the smaller half of the bounds."""
+    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, at least one; each entry
+    anywhere in the window and on one of the input channels with the smaller half of the bounds."""
     kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.int64)
     groups = bound.size // shape[-2]
     outputs = np.flatnonzero(generator.random(shape[-1]) < share)

@@ -142,6 +142,7 @@ def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:
 
 
 def main() -> None:
+    """Answer requests until the asking process is gone."""
     name, threads = sys.argv[1], int(sys.argv[2])
     out = _take_standard_output()
 

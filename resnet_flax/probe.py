@@ -33,7 +33,14 @@ class Model:
 
 
 class FlaxBackend:
-    """One process's JAX. Made by `start`, which sets the global state it relies on."""
+    """One process's JAX. Made by `start`, which sets the global state it relies on.
+
+    With `jit` a pass is compiled whole, anew for every model: the faster way for one network that is run a few times.
+    Without, operation by operation, each compiled once at every shape: the faster way for many similar networks.
+    """
+
+    def __init__(self, *, jit: bool) -> None:
+        self._jit = jit
 
     def describe(self) -> dict[str, str]:
         import jax
@@ -54,9 +61,9 @@ class FlaxBackend:
         size = spec.input_size or (16 * spec.output_stride,) * 2
         images = jax.ShapeDtypeStruct((1, *size, spec.in_channels), dtype)
         variables = jax.eval_shape(module.init, jax.random.key(0), images)
-        # Compiled once for each combination of flags, and anew for every model. Operation by operation, ResNet-50
-        # takes twice as long in all and most of it to compile, for every operation is compiled at every shape.
-        run = jax.jit(partial(_pass, spec, module), static_argnames=("training", "gradients"))
+        run: Callable[..., dict[str, Any]] = partial(_pass, spec, module)
+        if self._jit:
+            run = jax.jit(run, static_argnames=("training", "gradients"))
         return Model(spec=spec, dtype=dtype, variables=variables, run=run)
 
     def load(self, model: Model, weights: Weights) -> None:
@@ -97,7 +104,7 @@ class FlaxBackend:
 def start(threads: int) -> FlaxBackend:
     """Set the state of this process's JAX, which it must not have used before: `threads`, precision, device.
 
-    ``RESNET_PARITY_DEVICE`` chooses the device by JAX's name of its platform (cpu, the default, cuda, rocm, tpu).
+    ``RESNET_PARITY_JIT=0`` runs networks operation by operation. ``RESNET_PARITY_DEVICE`` chooses the device by JAX's name of its platform (cpu, the default, cuda, rocm, tpu).
     Raises `BackendError` where that device cannot be used, `BackendMissing` where JAX is not installed.
     """
     # XLA makes its thread pool as large as NPROC says. The other flag keeps one operation in one thread.
@@ -119,7 +126,7 @@ def start(threads: int) -> FlaxBackend:
         jax.devices()
     except RuntimeError as error:
         raise BackendError(f"JAX cannot use RESNET_PARITY_DEVICE={device}: {str(error).splitlines()[0]}") from None
-    return FlaxBackend()
+    return FlaxBackend(jit=os.environ.get("RESNET_PARITY_JIT", "1") != "0")
 
 
 def _pass(

@@ -61,11 +61,11 @@ def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Ca
         if not include_top or activation in (keras.activations.softmax, keras.activations.linear):
             return model
         outputs = keras.layers.Activation(activation, name="prob")(model.output)
-        activated = keras.Model(model.inputs, outputs, name=name)
+        activated = keras.Model(model.input, outputs, name=name)
         activated.spec = model.spec
         return activated
 
-    build.__constructor_ = build.__qualconstructor_ = constructor
+    build.__name__ = build.__qualname__ = constructor
     build.__doc__ = _DOC.format(variant=variant, size=default_size, smallest=spec.output_stride)
     return build
 

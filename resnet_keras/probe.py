@@ -144,7 +144,7 @@ class KerasBackend:
         spec: Spec = model.spec
         names = layer_names(spec)
         outputs = {layer.path: model.get_layer(names[layer.path]).output for layer in spec.layers}
-        taps_model = keras.Model(model.inputs, outputs)
+        taps_model = keras.Model(model.input, outputs)
         canonical_names = {id(variable): name for name, variable in variables(model).items()}
         trained = [canonical_names[id(variable)] for variable in taps_model.trainable_variables]
         frozen = [canonical_names[id(variable)] for variable in taps_model.non_trainable_variables]

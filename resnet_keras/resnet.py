@@ -253,7 +253,8 @@ def from_spec(
     """
     if input_tensor is not None:
         images = input_tensor
-        inputs = keras.utils.get_source_inputs(input_tensor)
+        sources = keras.utils.get_source_inputs(input_tensor)
+        inputs = sources[0] if len(sources) == 1 else sources
     else:
         images = keras.Input(input_shape or (*(spec.input_size or (None, None)), spec.in_channels))
         inputs = images
@@ -278,7 +279,7 @@ def stage_outputs(model: keras.Model, spec: ResNetSpec | None = None) -> keras.M
     known: Any = spec_of(model, spec)
     names = layer_names(known)
     outputs = [model.get_layer(names[path]).output for path in known.stage_outputs]
-    return keras.Model(model.inputs, outputs, name=f"{model.name}_stages")
+    return keras.Model(model.input, outputs, name=f"{model.name}_stages")
 
 
 # Fields in which weights made for one spec still mean the same in another: the head's last step, its resolution,

@@ -1,11 +1,16 @@
 """One process per backend for the whole run: importing TensorFlow alone takes seconds."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from common.backend import COLUMNS
 from common.check import Session
+
+
+# The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
+os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
 
 @pytest.fixture(scope="session")

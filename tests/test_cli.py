@@ -229,6 +229,7 @@ def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
         (["check", "resnet18", "--junit", "tests"], "it is a folder"),
         (["record", "torch", "resnet18", "-o", "no/such/a.safetensors"], "is not a folder"),
         (["record", "torhc", "resnet18", "-o", "a.safetensors"], "did you mean 'torch'"),
+        (["show", "resnet18", "--spec", "a.json"], "both variant resnet18 and --spec a.json are given"),
         (["compare", "pyproject.toml", "README.md"], "pyproject.toml: cannot be read as safetensors"),
     ],
 )

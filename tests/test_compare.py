@@ -674,6 +674,13 @@ class TestBlame:
         compared = compare([write(b, {CONV: put(float(i))}) for i, b in enumerate(THREE)])
         assert compared.odd_one_out is None
 
+    def test_nobody_is_blamed_where_the_others_cannot_be_seen_to_agree(self, write):
+        loud = responses(arrays(), 1e-12) | {CONV: 1e-3}
+        compared = compare([write("torch", {CONV: put(1.0)}, response=loud), write("keras:tensorflow"), write("flax")])
+        found = {d.pair: d.verdict for d in compared.differences if d.tensor == CONV}
+        assert found == {THREE[:2]: "different", ("torch", "flax"): "different", THREE[1:]: "undecided"}
+        assert compared.odd_one_out is None
+
     def test_two_defects_in_two_backends_blame_the_one_that_shows_first(self, write):
         compared = compare(
             [write("torch", {"eval/tap/head.fc": put(1.0)}), write("keras:tensorflow"), write("flax", {CONV: put(1.0)})]

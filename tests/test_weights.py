@@ -238,15 +238,18 @@ def largest_sums(spec, kernels_, image):
 
 class TestIntegers:
     @every_spec
-    def test_no_sum_reaches_2_to_the_24_on_the_largest_input(self, spec):
+    def test_no_sum_reaches_2_to_the_24_on_the_largest_input(self, spec, monkeypatch):
         twin = spec.exact_twin
         size = twin.input_size or (17, 20)
         drawn = weights.integers(twin, 0)
         sums = largest_sums(twin, drawn, np.full((*size, twin.in_channels), 15, dtype=np.int64))
         assert sums.keys() == output_shapes(twin.layers, (*size, twin.in_channels)).keys()
         assert max(sums.values()) < 2**24
-        # The bound says something: values do grow on the way.
+        # The bound says something: values do grow on the way, and a limit that one of them reaches is refused.
         assert max(sums.values()) > 15
+        monkeypatch.setattr(weights, "EXACT_INTEGER", max(sums.values()))
+        with pytest.raises(WeightsError, match=f"the limit is {max(sums.values())}"):
+            weights.integers(twin, 0)
 
     def test_images_of_integers_keep_to_the_range_that_the_bound_assumes(self):
         pixels = images.integers(3, (16, 17), 2, seed=1)

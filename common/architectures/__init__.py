@@ -1,7 +1,7 @@
 """Families of architectures, found by name: the one place in `common` that lists them."""
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -72,23 +72,26 @@ def from_dict(data: Any) -> Spec:
     if not isinstance(family, str) or family not in _FAMILIES:
         raise SpecError(f"family={family!r} is unknown; expected one of {', '.join(_FAMILIES)}")
     cls = _FAMILIES[family].Spec
-    known = [field.name for field in fields(cls)]
+    known = {field.name: field for field in fields(cls)}
     for name in data:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
             raise SpecError(f"unknown field {name!r} in a {family} spec; {hint}")
-    missing = [name for name in ("block", "blocks") if name not in data]
-    if missing:
-        raise SpecError(f"field {missing[0]!r} is missing in a {family} spec")
-    return cls(**data)
+    for name, field in known.items():
+        if field.default is MISSING and name not in data:
+            raise SpecError(f"field {name!r} is missing in a {family} spec")
+    spec: Spec = cls(**data)
+    return spec
 
 
 def to_json(spec: Spec) -> str:
+    """A specification as JSON text."""
     return json.dumps(to_dict(spec))
 
 
 def from_json(text: str) -> Spec:
+    """The specification that `to_json` wrote. Raises `SpecError`."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:

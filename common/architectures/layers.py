@@ -143,12 +143,16 @@ class BatchNorm(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class ReLU(Layer):
+    """Rectifier, max(x, 0)."""
+
     kind = "relu"
     exact = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Add(Layer):
+    """The sum of two inputs: a branch, then the shortcut."""
+
     kind = "add"
 
 
@@ -225,6 +229,8 @@ class Dense(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Layer):
+    """Softmax over the classes."""
+
     kind = "softmax"
 
 

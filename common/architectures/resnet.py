@@ -414,16 +414,14 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 
 
 def _variants() -> dict[str, ResNetSpec]:
-    depths: dict[str, ResNetSpec] = {
-        f"resnet{depth}": ResNetSpec(block=block, blocks=blocks)
-        for depth, block, blocks in (
-            (18, "basic", (2, 2, 2, 2)),
-            (34, "basic", (3, 4, 6, 3)),
-            (50, "bottleneck", (3, 4, 6, 3)),
-            (101, "bottleneck", (3, 4, 23, 3)),
-            (152, "bottleneck", (3, 8, 36, 3)),
-        )
-    }
+    named: tuple[tuple[int, Block, tuple[int, ...]], ...] = (
+        (18, "basic", (2, 2, 2, 2)),
+        (34, "basic", (3, 4, 6, 3)),
+        (50, "bottleneck", (3, 4, 6, 3)),
+        (101, "bottleneck", (3, 4, 23, 3)),
+        (152, "bottleneck", (3, 8, 36, 3)),
+    )
+    depths = {f"resnet{depth}": ResNetSpec(block=block, blocks=blocks) for depth, block, blocks in named}
     r50, r101 = depths["resnet50"], depths["resnet101"]
     wider = {
         "wide_resnet50_2": r50.replace(width_per_group=128),
