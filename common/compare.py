@@ -5,6 +5,7 @@ to theirs. All pairs are compared, not a star. Nothing here runs a network or im
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import inf
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from common.architectures.layers import INPUT, Layer, Shape
-from common.backend import COLUMNS
+from common.backend import COLUMNS, cores
 from common.errors import RecordError
 from common.levels import (
     DECIDABLE,
@@ -24,7 +25,7 @@ from common.levels import (
     UNIT,
     ZERO_SHARE,
 )
-from common.record import Record, expected_arrays, norm
+from common.record import Record, distance, expected_arrays, norm
 
 Level = Literal["L0", "L1", "L2"]
 # `reported`: the response is too large for a gate at this level, and the level asks only for the figure.
@@ -204,39 +205,31 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for label, record in labels.items()
         for name in record.manifest.not_restored
     ]
-    differences: list[Difference] = []
-    precision: list[Precision] = []
-    norms: dict[str, float] = {}
-    for name in in_order(expected):
-        arrays: dict[str, np.ndarray] = {}
-        for label, record in labels.items():
-            what, array = _examine(record, name, expected[name])
-            if what:
-                problems.append(Problem(backend=label, tensor=name, what=what))
-            elif array is not None:
-                arrays[label] = array
-        if not arrays:
-            continue
-        base = reference.get(name)
-        norms[name] = norm(base) if base is not None else 0.0
-        for a, b in combinations(arrays, 2):
-            differences.append(
-                Difference(
-                    tensor=name,
-                    pair=(a, b),
-                    level="L2" if {a, b} & soft else level,
-                    distance=norm(arrays[a].astype(np.float64) - arrays[b].astype(np.float64)),
-                    norm=norms[name],
-                    response=0.0,
-                    verdict="same",
-                )
-            )
-        if truth is not None and level == "L2" and name.startswith("eval/tap/") and "eval" in truth.manifest.modes:
-            what, exact = _examine(truth, name, expected[name])
-            if what:
-                problems.append(Problem(backend=f"{truth.manifest.backend} in float64", tensor=name, what=what))
-            elif exact is not None:
-                precision += _precision(name, arrays, exact)
+    exact = truth if level == "L2" and truth is not None and "eval" in truth.manifest.modes else None
+
+    def measure(name: str) -> _Measured:
+        return _measure(name, expected[name], labels, reference, exact)
+
+    names = in_order(expected)
+    # NumPy lets go of the interpreter while it works on large arrays.
+    with ThreadPoolExecutor(cores()) as pool:
+        measured = dict(zip(names, pool.map(measure, names), strict=True))
+    problems += [problem for found in measured.values() for problem in found.problems]
+    norms = {name: found.norm for name, found in measured.items()}
+    precision = [p for name, found in measured.items() for p in _precision(name, found.errors)]
+    differences = [
+        Difference(
+            tensor=name,
+            pair=pair,
+            level="L2" if set(pair) & soft else level,
+            distance=apart,
+            norm=found.norm,
+            response=0.0,
+            verdict="same",
+        )
+        for name, found in measured.items()
+        for pair, apart in found.distances.items()
+    ]
     gate = _Gate(reference, float32, norms, _layer_of(spec.layers))
     judged = tuple(gate.judge(difference) for difference in differences)
     if not judged and not problems:
@@ -326,6 +319,42 @@ class _Gate:
         return replace(difference, response=response, verdict=verdict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What is measured of one array in all records."""
+
+    problems: tuple[Problem, ...]
+    norm: float = 0.0  # of the reference
+    distances: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)  # each backend's own, where an exact record is given
+
+
+def _measure(
+    name: str, shape: Shape, records: Mapping[str, Record], reference: Record, exact: Record | None
+) -> _Measured:
+    problems: list[Problem] = []
+    arrays: dict[str, np.ndarray] = {}
+    size = 0.0
+    for label, record in records.items():
+        what, array = _examine(record, name, shape)
+        if what:
+            problems.append(Problem(backend=label, tensor=name, what=what))
+        elif array is not None:
+            arrays[label] = array
+            if record is reference:
+                size = norm(array)
+    errors: dict[str, float] = {}
+    if exact is not None and name.startswith("eval/tap/"):
+        what, true = _examine(exact, name, shape)
+        if what:
+            problems.append(Problem(backend=f"{exact.manifest.backend} in float64", tensor=name, what=what))
+        elif true is not None:
+            true_size = norm(true)
+            errors = {label: distance(array, true) / true_size for label, array in arrays.items()}
+    distances = {(a, b): distance(arrays[a], arrays[b]) for a, b in combinations(arrays, 2)}
+    return _Measured(problems=tuple(problems), norm=size, distances=distances, errors=errors)
+
+
 def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.ndarray | None]:
     """What makes an array unfit for comparison, or the array."""
     array = record.get(name)
@@ -343,10 +372,8 @@ def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.nd
     return None, array
 
 
-def _precision(name: str, arrays: Mapping[str, np.ndarray], truth: np.ndarray) -> list[Precision]:
-    size = norm(truth)
-    errors = {label: norm(array - truth) / size for label, array in arrays.items()}
-    middle = median_low(errors.values())
+def _precision(name: str, errors: Mapping[str, float]) -> list[Precision]:
+    middle = median_low(errors.values()) if errors else 0.0
     return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
 
 

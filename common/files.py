@@ -25,8 +25,6 @@ def written(path: Path, error_type: type[ParityError]) -> Iterator[Path]:
         os.close(descriptor)
         beside = Path(name)
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
         beside.chmod(0o666 & ~_umask())
         beside.replace(path)
     # safetensors has an exception of its own for what the system refuses, not derived from OSError.

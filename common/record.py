@@ -152,6 +152,22 @@ def passes(modes: tuple[Mode, ...]) -> tuple[str, ...]:
 
 def norm(array: np.ndarray) -> float:
     """Euclidean norm over all values, summed in float64."""
-    flat = np.asarray(array, np.float64).reshape(-1)
-    with np.errstate(over="ignore"):  # an infinite norm is one that a comparison refuses to decide by
-        return sqrt(float(flat @ flat))
+    return distance(array, None)
+
+
+def distance(a: np.ndarray, b: np.ndarray | None) -> float:
+    """Euclidean norm of a - b, both of one shape, in float64."""
+    a_flat, b_flat = a.reshape(-1), None if b is None else b.reshape(-1)
+    total = 0.0
+    # Piece by piece in cache: temporary arrays of the whole size take most of the time otherwise.
+    buffer = np.empty(min(a.size, 2**15))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is for the comparison to refuse
+        for start in range(0, a.size, buffer.size or 1):
+            piece = a_flat[start : start + buffer.size]
+            difference = buffer[: piece.size]
+            if b_flat is None:
+                difference[...] = piece
+            else:
+                np.subtract(piece, b_flat[start : start + buffer.size], out=difference, dtype=np.float64)
+            total += float(difference @ difference)
+    return sqrt(total)

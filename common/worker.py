@@ -84,7 +84,7 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
                 for run in record.passes(modes):
                     changed = _run(backend, model, run, moved_images, labels, gradients="grad" in modes)
                     for name, array in changed.items():
-                        change = record.norm(array - arrays[name])
+                        change = record.distance(array, arrays[name])
                         response[name] = max(response.get(name, 0.0), change)
         described = backend.describe()
     wanted = set(record.expected_arrays(spec, modes, images.shape))
