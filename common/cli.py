@@ -15,7 +15,7 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.backend import COLUMNS
 from common.check import DTYPES, Case, Result, Session, compare_files, make_record
-from common.errors import InputError, ParityError, SpecError, WeightsError
+from common.errors import InputError, ParityError, SpecError
 from common.record import MODES
 from common.report import console as tables
 from common.report import files
@@ -239,20 +239,11 @@ def _case(
         size=_size(size),
         batch=max(batch, len(photos or [])),
         photos=tuple(photos if photos else images.sample_photos()),
-        weights=_weights(weights, name, spec) if weights else None,
+        weights=canonical.load_for(spec, weights)[1] if weights else None,
         seed=seed,
         dtypes=tuple(dtypes),
         modes=tuple(_choices("mode", mode, MODES)),  # type: ignore[arg-type]
     )
-
-
-def _weights(path: Path, name: str, spec: Spec) -> canonical.Weights:
-    inside, weights = canonical.load(path)
-    a, b = architectures.to_dict(spec), architectures.to_dict(inside)
-    differing = ", ".join(f"{key} is {b.get(key)!r} there and {a[key]!r} here" for key in a if a[key] != b.get(key))
-    if differing:
-        raise WeightsError(f"{path}: these are the weights of another network than {name}: {differing}")
-    return weights
 
 
 def _size(text: str) -> tuple[int, int]:

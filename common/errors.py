@@ -3,6 +3,9 @@
 A message says what was found, what was expected and what to do. The command line prints it and exits with 2.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 
 class ParityError(Exception):
     """Root of all errors that resnet-parity raises on purpose."""
@@ -34,3 +37,19 @@ class BackendMissing(BackendError, ImportError):
 
 class BackendCrashed(BackendError):
     """The process of a backend ended before it answered: a crash, or a signal from outside."""
+
+
+@contextmanager
+def framework(names: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """Around an import: raises `BackendMissing` where a framework is not installed.
+
+    `names` give, by the module that is missing, what people call it and the extra that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = names.get((error.name or "").partition(".")[0])
+        if missing is None:
+            raise
+        name, extra = missing
+        raise BackendMissing(f"{name} is not installed; run: pip install 'resnet-parity[{extra}]'") from None

@@ -5,7 +5,7 @@ with the spec in the metadata.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from math import prod, sqrt
 from pathlib import Path
@@ -55,13 +55,7 @@ def validate(spec: Spec, weights: Weights) -> None:
     Raises `WeightsError` naming the tensors that are missing, unexpected, misshapen or not finite.
     """
     expected = shapes(spec)
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
-    if missing or unexpected:
-        parts = [
-            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise WeightsError(f"the weights are not this spec's: {'; '.join(parts)}")
+    check_names("the weights are not this spec's", weights, expected)
     for name, shape in expected.items():
         array = weights[name]
         if array.shape != shape:
@@ -71,6 +65,20 @@ def validate(spec: Spec, weights: Weights) -> None:
         if not np.isfinite(array).all():
             bad = int(np.size(array) - np.isfinite(array).sum())
             raise WeightsError(f"{name} has {bad} values that are NaN or infinite, of {array.size}")
+
+
+def check_names(subject: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise `WeightsError`, beginning with `subject`, unless both have the same names; it lists at most four each."""
+    found, expected = dict.fromkeys(found), dict.fromkeys(expected)
+    parts = []
+    for what, names in (
+        ("missing", [name for name in expected if name not in found]),
+        ("unexpected", [name for name in found if name not in expected]),
+    ):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        parts += [f"{what} {', '.join(names[:4])}{more}"] if names else []
+    if parts:
+        raise WeightsError(f"{subject}: {'; '.join(parts)}")
 
 
 def init(
@@ -91,7 +99,7 @@ def init(
     """
     if scheme not in get_args(Scheme):
         raise WeightsError(f"scheme={scheme!r} is unknown; expected one of {', '.join(get_args(Scheme))}")
-    zeroed = _norms_before_addition(spec) if zero_gamma else set()
+    zeroed = _before_addition(spec) if zero_gamma else set()
     weights: dict[str, np.ndarray] = {}
     for layer, name, shape in _arrays(spec):
         role = name.removeprefix(f"{layer.path}.")
@@ -113,15 +121,20 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
     Kernels keep the variance of what they read, so that the network neither dies out nor overflows at any depth.
     Values use all bits of float64: a backend that stores weights in float32 cannot hide.
     """
-    damped = _norms_before_addition(spec)
+    damped = _before_addition(spec)
+    # What n branches add must not grow with n: the logits of ResNet-152 would leave nothing of a float32 softmax.
+    damping = 1 / sqrt(max(len(damped), 1))
     weights: dict[str, np.ndarray] = {}
     for layer, name, shape in _arrays(spec):
+        factor = damping if layer.path in damped else 1.0
         generator = _generator(seed, name)
         role = name.removeprefix(f"{layer.path}.")
         if role == "kernel":
-            value = generator.standard_normal(shape) * sqrt((2 if layer.kind == "conv" else 1) / _fans(shape)[0])
+            value = (
+                generator.standard_normal(shape) * sqrt((2 if layer.kind == "conv" else 1) / _fans(shape)[0]) * factor
+            )
         elif role == "scale":
-            value = generator.uniform(0.5, 1.5, shape) * (0.3 if layer.path in damped else 1.0)
+            value = generator.uniform(0.5, 1.5, shape) * factor
         elif role == "var":
             value = generator.uniform(0.5, 1.5, shape)
         else:
@@ -140,7 +153,7 @@ def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
     limit, entries = float(EXACT_INTEGER), 8
     bounds: dict[str, np.ndarray] = {INPUT: np.full(spec.in_channels, 15.0)}
     weights: dict[str, np.ndarray] = {}
-    before_addition = {layer.inputs[0] for layer in spec.layers if layer.kind == "add"}
+    before_addition = _before_addition(spec)
     for index, layer in enumerate(spec.layers):
         bound = bounds[layer.inputs[0]]
         if layer.kind in ("conv", "dense"):
@@ -181,7 +194,7 @@ def perturb(weights: Weights, seed: int) -> Weights:
 
 def perturb_array(array: np.ndarray, seed: int, name: str) -> np.ndarray:
     """`array` with every value moved by -1, 0 or +1 unit in its last place, at random."""
-    steps = _generator(seed, name).integers(-1, 2, array.shape, dtype=np.int8)
+    steps = _generator(seed, f"ulp of {name}").integers(-1, 2, array.shape, dtype=np.int8)
     moved: np.ndarray = array + steps * np.spacing(array)
     return moved
 
@@ -192,7 +205,7 @@ def digest(arrays: Weights) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         total.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        total.update(memoryview(array.reshape(-1).view(np.uint8)))
+        total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -226,6 +239,26 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
     except (WeightsError, SafetensorError) as error:
         raise WeightsError(f"{path}: {reason(error)}") from None
     return spec, weights
+
+
+def load_for(spec: Spec, path: Path | str, *, free_fields: Collection[str] = ()) -> tuple[Spec, Weights]:
+    """Spec and weights of a canonical file that was written for `spec`, fields in `free_fields` aside.
+
+    Equal shapes are not enough: what a convention changes often has none. Raises `WeightsError` as `load`, and for
+    another spec, naming the fields that differ.
+    """
+    if not Path(path).exists():
+        raise WeightsError(
+            f"weights {str(path)!r}: there is no such file; expected a canonical safetensors file (downloads by name "
+            "are not there yet)"
+        )
+    inside, weights = load(path)
+    here, there = architectures.to_dict(spec), architectures.to_dict(inside)
+    differing = [field for field in here if field not in free_fields and here[field] != there.get(field)]
+    if differing:
+        found = ", ".join(f"{field} is {there.get(field)!r} there and {here[field]!r} here" for field in differing)
+        raise WeightsError(f"{path}: these are the weights of another network: {found}")
+    return inside, weights
 
 
 def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:
@@ -272,10 +305,9 @@ def _truncated_normal(generator: np.random.Generator, shape: Shape) -> np.ndarra
     return values / 0.87962566103423978
 
 
-def _norms_before_addition(spec: Spec) -> set[str]:
-    """Norms that end the residual branch of a block: the first of what an addition reads."""
-    norms = {layer.path for layer in spec.layers if layer.kind == "norm"}
-    return {layer.inputs[0] for layer in spec.layers if layer.kind == "add"} & norms
+def _before_addition(spec: Spec) -> set[str]:
+    """The layers that end the residual branch of a block: the first of what an addition reads."""
+    return {layer.inputs[0] for layer in spec.layers if layer.kind == "add"}
 
 
 def _integer_kernel(
@@ -295,8 +327,3 @@ def _integer_kernel(
         places = generator.integers(0, kernel.shape[0], outputs.size)
         kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
     return kernel.reshape(shape)
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -4,13 +4,12 @@ Importing this package loads nothing; JAX and Flax come with the first name that
 that runs a check can set JAX's environment before.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from common import errors
 from common.architectures import Spec
-from common.errors import BackendMissing
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -59,17 +58,9 @@ def from_spec(spec: Spec, **options: Any) -> "nn.Module":
     return module
 
 
-@contextmanager
-def framework() -> Iterator[None]:
+def framework() -> AbstractContextManager[None]:
     """Around an import of JAX and Flax: raises `BackendMissing` if one is not installed."""
-    names = {"jax": "JAX", "jaxlib": "JAX", "flax": "Flax"}
-    try:
-        yield
-    except ImportError as error:
-        missing = names.get((error.name or "").partition(".")[0])
-        if missing is None:
-            raise
-        raise BackendMissing(f"{missing} is not installed; run: pip install 'resnet-parity[flax]'") from None
+    return errors.framework({"jax": ("JAX", "flax"), "jaxlib": ("JAX", "flax"), "flax": ("Flax", "flax")})
 
 
 def __getattr__(name: str) -> Any:

@@ -104,8 +104,9 @@ class FlaxBackend:
 def start(threads: int) -> FlaxBackend:
     """Set the state of this process's JAX, which it must not have used before: `threads`, precision, device.
 
-    ``RESNET_PARITY_JIT=0`` runs networks operation by operation. ``RESNET_PARITY_DEVICE`` chooses the device by JAX's name of its platform (cpu, the default, cuda, rocm, tpu).
-    Raises `BackendError` where that device cannot be used, `BackendMissing` where JAX is not installed.
+    ``RESNET_PARITY_JIT=0`` runs networks operation by operation. ``RESNET_PARITY_DEVICE`` chooses the device by JAX's
+    name of its platform (cpu, the default, cuda, rocm, tpu). Raises `BackendError` where that device cannot be used,
+    `BackendMissing` where JAX is not installed.
     """
     # XLA makes its thread pool as large as NPROC says. The other flag keeps one operation in one thread.
     os.environ["NPROC"] = str(threads)
@@ -154,7 +155,7 @@ def _pass(
             mutable=["intermediates", "taps", *(["batch_stats"] if training else [])],
             capture_intermediates=is_layer,
         )
-        results = _taps(spec, state)
+        results = _taps(spec, dict(state))
         if training:
             results["statistics"] = state.get("batch_stats", {})
         return _loss(spec, output, labels), results

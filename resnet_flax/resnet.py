@@ -38,14 +38,14 @@ class BatchNorm(nn.BatchNorm):
     """
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
-        before = self.get_variable("batch_stats", "var")
+        before: jax.Array = self.get_variable("batch_stats", "var")
         y: jax.Array = super().__call__(x, use_running_average)
         training = not nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         if training and not self.is_initializing():
             count = x.size // x.shape[-1] * (lax.psum(1, self.axis_name) if self.axis_name else 1)
             if count < 2:
                 raise InputError("one value per channel has no unbiased variance; use more images or a larger size")
-            after = self.get_variable("batch_stats", "var")
+            after: jax.Array = self.get_variable("batch_stats", "var")
             self.put_variable("batch_stats", "var", after + (after - self.momentum * before) / (count - 1))
         return y
 
@@ -68,7 +68,7 @@ def window_padding(padding: Padding, kernel: int, dilation: int = 1) -> str | li
 
 
 def conv_layer(
-    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs
+    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs: Any
 ) -> nn.Conv:
     """A square convolution; `kwargs` as in `nn.Conv`."""
     pads = window_padding(padding, kernel, dilation)
@@ -172,14 +172,14 @@ class ResNet(nn.Module):
         output_shapes(spec.layers, x.shape[1:])  # raises where the size does not fit; XLA would average no pixels
 
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(conv_layer, padding=spec.block_padding, use_bias=spec.conv_bias, **dtypes)
+        conv: ModuleDef = partial(conv_layer, padding=spec.block_padding, use_bias=spec.conv_bias, **dtypes)
         norm: ModuleDef = partial(
             nn.BatchNorm if spec.running_variance == "biased" else BatchNorm,
             use_running_average=not train,
             momentum=spec.bn_momentum,
             epsilon=spec.bn_eps,
             axis_name=self.axis_name,
-            use_fast_variance=False,  # E[x²] - E[x]² cancels: its gradients are off by far more than rounding
+            use_fast_variance=False,  # E[x²] - E[x]² loses digits where a mean is large against its deviation
             # "At least float32" is exactly float32 for the initial running statistics, which double precision outgrows.
             force_float32_reductions=jnp.finfo(self.param_dtype).bits <= 32,
             **dtypes,
@@ -213,7 +213,7 @@ class ResNet(nn.Module):
         if spec.head_pool == "flatten":
             x = tap(self, "flatten", x.reshape(x.shape[0], -1))
         elif spec.head_pool != "none":
-            x = tap(self, "global_pool", {"average": jnp.mean, "max": jnp.max}[spec.head_pool](x, axis=(1, 2)))
+            x = tap(self, "global_pool", (jnp.mean if spec.head_pool == "average" else jnp.max)(x, axis=(1, 2)))
         if spec.head != "none":
             x = nn.Dense(spec.classes, **dtypes)(x)
         if spec.head == "softmax":

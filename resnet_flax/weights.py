@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from common import weights as canonical
-from common.architectures import Spec, to_dict
+from common.architectures import Spec
 from common.architectures.layers import Shape
 from common.errors import WeightsError
 from common.weights import Weights
@@ -47,13 +47,13 @@ def to_variables(spec: Spec, weights: Weights, dtype: Any = jnp.float32) -> dict
     are missing, unexpected or misshapen, and where `dtype` is float64 but ``jax_enable_x64`` is off.
     """
     dtype = np.dtype(dtype)
-    if dtype.itemsize > 4 and not jax.config.jax_enable_x64:
+    if dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
         raise WeightsError(
             f"{dtype} variables need jax.config.update('jax_enable_x64', True); JAX would round to float32"
         )
     dtypes = {"params": dtype, "batch_stats": jnp.promote_types(dtype, jnp.float32)}
     table = list(_table(spec))
-    _check_names(set(weights), {name for name, _, _ in table}, "the weights are")
+    canonical.check_names("the weights are not this model's", weights, (name for name, _, _ in table))
     flat = {}
     for name, path, shape in table:
         array = weights[name]
@@ -83,16 +83,7 @@ def from_collection(spec: Spec, collection: str, tree: Variables) -> dict[str, n
 
 def read_variables(spec: Spec, path: str | PathLike[str], dtype: Any = jnp.float32) -> dict[str, Any]:
     """Variables from a canonical safetensors file, which must hold exactly this spec. Raises `WeightsError`."""
-    found, weights = canonical.load(Path(path))
-    ours, theirs = to_dict(spec), to_dict(found)
-    differ = [
-        f"{name}={theirs.get(name)!r} (here {ours.get(name)!r})" for name in theirs if theirs[name] != ours.get(name)
-    ]
-    if differ:
-        raise WeightsError(
-            f"{path}: weights of another spec: {', '.join(differ)}; build the model from the file's spec"
-        )
-    return to_variables(spec, weights, dtype)
+    return to_variables(spec, canonical.load_for(spec, Path(path))[1], dtype)
 
 
 def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
@@ -106,18 +97,9 @@ def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
 
 def _canonical(table: list[tuple[str, tuple[str, ...], Shape]], collections: Variables) -> dict[str, np.ndarray]:
     flat = flatten_dict(collections)
-    _check_names({"/".join(path) for path in flat}, {"/".join(path) for _, path, _ in table}, "the variables are")
+    native = ("/".join(path) for _, path, _ in table)
+    canonical.check_names("the variables are not this spec's", map("/".join, flat), native)
     for name, path, shape in table:
         if flat[path].shape != shape:
             raise WeightsError(f"{'/'.join(path)} has shape {flat[path].shape}; {name} expects {shape}")
     return {name: np.asarray(flat[path]) for name, path, _ in table}
-
-
-def _check_names(found: set[str], expected: set[str], subject: str) -> None:
-    parts = [
-        f"{what} {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        for what, names in (("missing", expected - found), ("unexpected", found - expected))
-        if names
-    ]
-    if parts:
-        raise WeightsError(f"{subject} not this spec's: {'; '.join(parts)}")

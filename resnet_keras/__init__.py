@@ -4,11 +4,11 @@ Nothing of Keras is imported before a name of this package is used.
 """
 
 import importlib
-import os
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from common import errors
 from common.architectures import Spec
-from common.errors import BackendMissing
 
 if TYPE_CHECKING:
     import keras
@@ -84,13 +84,10 @@ def __dir__() -> list[str]:
 
 
 def _module(name: str) -> Any:
-    try:
+    with framework():
         return importlib.import_module(f"{__package__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in _FRAMEWORKS:
-            raise
-        title, extra = _FRAMEWORKS[error.name]
-        backend = os.environ.get("KERAS_BACKEND")
-        asked = f" (KERAS_BACKEND={backend})" if backend and error.name != "keras" else ""
-        message = f"{title} is not installed{asked}; run: pip install 'resnet-parity[{extra}]'"
-        raise BackendMissing(message) from None
+
+
+def framework() -> AbstractContextManager[None]:
+    """Around an import of Keras: raises `BackendMissing` if it, or the framework below it, is not installed."""
+    return errors.framework(_FRAMEWORKS)

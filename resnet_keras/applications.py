@@ -52,7 +52,7 @@ def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Ca
 
         activation = keras.activations.get(classifier_activation)
         if not include_top:
-            head = {"head": "none", "head_pool": _POOLINGS[pooling]}
+            head: dict[str, Any] = {"head": "none", "head_pool": _POOLINGS[pooling]}
         else:
             softmax = activation is keras.activations.softmax
             head = {"head": "softmax" if softmax else "logits", "classes": classes}

@@ -8,7 +8,7 @@ from keras import layers, ops
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
-class UnbiasedBatchNormalization(layers.BatchNormalization):
+class UnbiasedBatchNormalization(layers.BatchNormalization):  # type: ignore[misc]  # Keras has no types
     """Batch normalisation whose running variance is the unbiased one, N / (N - 1), as in PyTorch and Caffe."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -23,7 +23,7 @@ class UnbiasedBatchNormalization(layers.BatchNormalization):
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
-class ZeroPadShortcut(layers.Layer):
+class ZeroPadShortcut(layers.Layer):  # type: ignore[misc]
     """Option A of He et al. 2015, section 4.2: every `strides`-th pixel, new channels filled with zeros at the end."""
 
     def __init__(self, filters: int, strides: int, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class ZeroPadShortcut(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
-class Subsample(layers.Layer):
+class Subsample(layers.Layer):  # type: ignore[misc]
     """The pixels on which a convolution of stride `strides` centres its windows.
 
     With symmetric padding the first of them is the first pixel; with `same` padding it lies half the remainder in.

@@ -8,13 +8,14 @@ import importlib
 from collections.abc import Collection
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from common import weights as canonical
-from common.architectures import Spec, to_dict
+from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.errors import WeightsError
 
@@ -34,13 +35,7 @@ def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | No
     are converted one at a time.
     """
     targets = variables(model, spec)
-    faults = {
-        "missing": [name for name in targets if name not in weights],
-        "unexpected": [name for name in weights if name not in targets],
-    }
-    if any(faults.values()):
-        parts = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
-        raise WeightsError(f"the weights are not this model's: {'; '.join(parts)}")
+    canonical.check_names("the weights are not this model's", weights, targets)
     if isinstance(weights, dict):
         for name, variable in targets.items():
             _check_shape(name, weights[name], variable)
@@ -66,21 +61,14 @@ def load_file(model: keras.Model, path: str | PathLike[str], *, free_fields: Col
 
     The file's head is left out where the model has none. Raises `WeightsError`, also for "imagenet".
     """
-    if path == "imagenet":
-        raise WeightsError("weights='imagenet': downloads are not there yet; expected a canonical safetensors file")
-    found, weights = canonical.load(path)
     spec = spec_of(model)
-    ours, theirs = to_dict(spec), to_dict(found)
-    if not any(layer.kind == "dense" for layer in spec.layers):
+    headless = not any(layer.kind == "dense" for layer in spec.layers)
+    if headless:
+        free_fields = {*free_fields, "classes", "input_size"}
+    found, weights = canonical.load_for(spec, Path(path), free_fields=free_fields)
+    if headless:
         dense = {name for layer in found.layers if layer.kind == "dense" for name in layer.arrays}
         weights = canonical.LazyWeights({name: partial(weights.__getitem__, name) for name in weights.keys() - dense})
-        free_fields = {*free_fields, "classes", "input_size"}
-    for field, expected in ours.items():
-        if field not in free_fields and theirs.get(field) != expected:
-            raise WeightsError(
-                f"{path}: made for {field}={theirs.get(field)!r}, and the model has {field}={expected!r}; "
-                "build the model by from_spec from the file's own spec"
-            )
     load_weights(model, weights)
 
 
@@ -105,14 +93,14 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
     spec = spec_of(model, spec)
     names = layer_names(spec)
     native = {layer.name: layer for layer in model.layers}
-    absent = [names[layer.path] for layer in spec.layers if layer.arrays and names[layer.path] not in native]
-    if absent:
-        raise WeightsError(f"the model is not its spec's: it has no layer {_some(absent)}")
+    wanted = (names[layer.path] for layer in spec.layers if layer.arrays)
+    if absent := [name for name in wanted if name not in native]:
+        raise WeightsError(f"the model is not its spec's: it has no layer {absent[0]}")
     found = {name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays}
     known = {id(variable) for variable in found.values()}
     unnamed = [variable.path for variable in model.variables if id(variable) not in known]
     if unnamed:
-        raise WeightsError(f"the model is not its spec's: it also has {_some(unnamed)}")
+        raise WeightsError(f"the model is not its spec's: it also has {unnamed[0]}")
     return found
 
 
@@ -122,11 +110,6 @@ def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
     if variable is None:
         raise WeightsError(f"the model is not its spec's: layer {native.name} has no {attribute}, for {name}")
     return variable
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:

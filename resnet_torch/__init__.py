@@ -3,13 +3,12 @@
 Importing this package loads nothing; PyTorch comes with the first name that is asked for.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from common import errors
 from common.architectures import Spec
-from common.errors import BackendMissing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,15 +56,9 @@ def from_spec(spec: Spec, **options: Any) -> "nn.Module":
     return model
 
 
-@contextmanager
-def framework() -> Iterator[None]:
+def framework() -> AbstractContextManager[None]:
     """Around an import of PyTorch: raises `BackendMissing` if it is not installed."""
-    try:
-        yield
-    except ImportError as error:
-        if error.name not in (None, "torch"):
-            raise
-        raise BackendMissing("PyTorch is not installed; run: pip install 'resnet-parity[torch]'") from None
+    return errors.framework({"torch": ("PyTorch", "torch")})
 
 
 def __getattr__(name: str) -> Any:

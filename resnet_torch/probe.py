@@ -47,7 +47,7 @@ def start(threads: int) -> "TorchBackend":
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]
+    torch.backends.nnpack.set_flags(False)
     # The same numbers twice. cuBLAS reads its variable when it starts; CUDA kernels that have no such form only warn.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -74,7 +74,7 @@ class TorchBackend:
             facts |= {
                 "gpu": torch.cuda.get_device_name(self._device),
                 "cuda": str(torch.version.cuda),
-                "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+                "cudnn": str(torch.backends.cudnn.version()),
             }
         return facts
 

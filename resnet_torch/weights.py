@@ -18,7 +18,7 @@ import common.weights
 from common import architectures
 from common.architectures.layers import Dense, Layer, Shape
 from common.errors import WeightsError
-from common.weights import LazyWeights, Weights
+from common.weights import LazyWeights, Weights, check_names
 
 # (kind of layer, role of the array in it) -> attribute of the module.
 _ATTRIBUTES = {
@@ -62,8 +62,7 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     Wrong names leave the model untouched; of wrong arrays only those are left out.
     """
     table, state = _bijection(model)
-    missing, unexpected = table.keys() - weights.keys(), weights.keys() - table.keys()
-    _refuse("the weights are not this model's", missing=missing, unexpected=unexpected)
+    check_names("the weights are not this model's", weights, table)
     wrong: list[str] = []
     with torch.no_grad(), warnings.catch_warnings():
         # PyTorch cannot mark a tensor read-only, and warns of arrays that are. These are only read.
@@ -81,19 +80,8 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
 
 
 def load_file(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Load a canonical safetensors file of the model's own spec.
-
-    Raises `WeightsError` for a file that is missing or damaged, or of another spec: equal shapes are not enough, since
-    what a convention changes often has none.
-    """
-    if not Path(path).is_file():
-        raise WeightsError(f"weights={str(path)!r} is no file; expected None or the path of canonical weights")
-    spec, weights = common.weights.load(Path(path))
-    ours, theirs = architectures.to_dict(_spec(model)), architectures.to_dict(spec)
-    if different := [field for field in ours | theirs if ours.get(field) != theirs.get(field)]:
-        found = ", ".join(f"{field}={theirs.get(field)!r} (model: {ours.get(field)!r})" for field in different)
-        raise WeightsError(f"{path} holds the weights of another spec: {found}; build the model from that spec")
-    load_weights(model, weights)
+    """Load a canonical safetensors file of the model's own spec. Raises `WeightsError`."""
+    load_weights(model, common.weights.load_for(_spec(model), Path(path))[1])
 
 
 def export_weights(model: nn.Module) -> Weights:
@@ -147,31 +135,13 @@ def _bijection(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Any]]:
     spec = _spec(model)
     table, state = slots(spec), model.state_dict()
     ignored = {f"{module}.{_IGNORED[layer.kind]}" for layer, module in _modules(spec) if layer.kind in _IGNORED}
-    native = {slot.native for slot in table.values()}
-    missing, unexpected = native - state.keys(), state.keys() - native - ignored
-    _refuse("the model is not its spec's", missing=missing, unexpected=unexpected)
-    _refuse(
-        "the model is not its spec's",
-        misshapen=(
-            f"{slot.native} {tuple(state[slot.native].shape)} instead of {slot.native_shape}"
-            for slot in table.values()
-            if state[slot.native].shape != slot.native_shape
-        ),
-    )
+    native = (name for name in state if name not in ignored)
+    check_names("the model is not its spec's", native, (slot.native for slot in table.values()))
+    for slot in table.values():
+        if (found := state[slot.native].shape) != slot.native_shape:
+            raise WeightsError(f"the model is not its spec's: {slot.native} is {tuple(found)}, not {slot.native_shape}")
     return table, state
 
 
 def _spec(model: nn.Module) -> architectures.Spec:
     return model.spec  # type: ignore[return-value]
-
-
-def _refuse(what: str, **names: Iterable[str]) -> None:
-    """Raise `WeightsError` if there are any `names`; at most four of each are listed."""
-    parts = []
-    for label, found in names.items():
-        ordered = sorted(found)
-        if ordered:
-            more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
-            parts.append(f"{label} {', '.join(ordered[:4])}{more}")
-    if parts:
-        raise WeightsError(f"{what}: {'; '.join(parts)}")

@@ -8,7 +8,6 @@ import pytest
 from common.backend import COLUMNS
 from common.check import Session
 
-
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
 

@@ -128,15 +128,13 @@ def test_a_crash_is_reported_with_the_last_output() -> None:
 
 
 def test_an_error_inside_a_backend_comes_through_as_one_line() -> None:
-    with Worker("torch") as worker:
-        with pytest.raises(BackendError, match="backend torch: ZeroDivisionError: "):
-            worker.ask("record", _request(plant="tests.mutants.planting:fail"))
+    with Worker("torch") as worker, pytest.raises(BackendError, match="backend torch: ZeroDivisionError: "):
+        worker.ask("record", _request(plant="tests.mutants.planting:fail"))
 
 
 def test_what_a_framework_prints_is_not_taken_for_a_reply() -> None:
-    with Worker("torch") as worker:
-        with pytest.raises(BackendError, match="ZeroDivisionError"):
-            worker.ask("record", _request(plant="tests.mutants.planting:chatter"))
+    with Worker("torch") as worker, pytest.raises(BackendError, match="ZeroDivisionError"):
+        worker.ask("record", _request(plant="tests.mutants.planting:chatter"))
 
 
 def test_a_process_ends_when_the_one_that_asks_is_killed() -> None:

@@ -1,4 +1,4 @@
-"""The frameworks compute the same function: every named variant, the conventions at even and odd sizes, random specs."""
+"""The frameworks compute the same function: every named variant, at even and odd sizes, and who is wrong if not."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from common.report.console import result as as_table
 
 PHOTOS = tuple(sample_photos())
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# The smallest size at which batch statistics are over enough values for float64 to decide: 8 a channel in the last stage.
+# Sizes at which batch statistics are over enough values for float64 to decide: at least 8 a channel in the last stage.
 SMALL = {"resnet20": 32, "resnet32": 32, "resnet44": 32, "resnet56": 32, "resnet110": 32}
 
 
