@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 fast: .venv/installed
 	$(BIN)/pytest -m "not slow"

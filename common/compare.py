@@ -264,15 +264,22 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ...]:
-    """The layers of a float64 record whose outputs are all float32 numbers: there 29 bits of each value were lost.
+    """The layers of a float64 record that compute in float32: there 29 bits of each value were lost.
 
-    Of arbitrary float64 values one in 2^29 is a float32 number. Layers that only pick values are left out.
+    Told by an output, or a kernel's or scale's gradient, that holds float32 numbers only, and not zeros only; of
+    arbitrary float64 values one in 2^29 is one. The gradient shows a product that is rounded before its bias is added.
+    Layers that only pick values are left out.
     """
     lost: dict[str, None] = {}
-    for run in ("eval", "train"):
-        for layer in layers:
-            array = record.get(f"{run}/tap/{layer.path}")
-            if array is not None and not layer.exact and np.array_equal(array, array.astype(np.float32)):
+    for layer in layers:
+        names = [f"tap/{layer.path}", *(f"grad/{name}" for name in list(layer.parameters)[:1])]
+        for array in (record.get(f"{run}/{name}") for run in ("eval", "train") for name in names):
+            if (
+                array is not None
+                and not layer.exact
+                and array.any()
+                and np.array_equal(array, array.astype(np.float32))
+            ):
                 lost[layer.path] = None
     return tuple(lost)
 

@@ -47,7 +47,7 @@ def to_variables(spec: Spec, weights: Weights, dtype: Any = jnp.float32) -> dict
     are missing, unexpected or misshapen, and where `dtype` is float64 but ``jax_enable_x64`` is off.
     """
     dtype = np.dtype(dtype)
-    if dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
+    if dtype.itemsize > 4 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise WeightsError(
             f"{dtype} variables need jax.config.update('jax_enable_x64', True); JAX would round to float32"
         )

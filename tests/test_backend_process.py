@@ -122,9 +122,9 @@ def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -
 
 
 def test_a_crash_is_reported_with_the_last_output() -> None:
-    with Worker("torch") as worker:
-        with pytest.raises(BackendCrashed, match=r"exit code 7 while .*; its last output: out of luck"):
-            worker.ask("record", _request(plant="tests.mutants.planting:crash"))
+    crashed = pytest.raises(BackendCrashed, match=r"exit code 7 while .*; its last output: out of luck")
+    with Worker("torch") as worker, crashed:
+        worker.ask("record", _request(plant="tests.mutants.planting:crash"))
 
 
 def test_an_error_inside_a_backend_comes_through_as_one_line() -> None:

@@ -35,7 +35,7 @@ def double_precision():
 
 @pytest.fixture(scope="module")
 def backend():
-    return probe.FlaxBackend()
+    return probe.FlaxBackend(jit=True)
 
 
 def shapes_of(module, size=64, channels=3):
@@ -446,7 +446,7 @@ def test_a_file_of_weights_binds_the_module(tmp_path):
     assert resnet_flax.from_variables(TINY, variables)["head.fc.bias"].tobytes() == weights["head.fc.bias"].tobytes()
     bound = resnet_flax.from_spec(TINY, weights=str(path))
     assert bound(jnp.zeros((1, 32, 32, 3), jnp.float32), train=False).shape == (1, 5)
-    with pytest.raises(WeightsError, match=r"another spec: .*classes=5 \(here 1000\)"):
+    with pytest.raises(WeightsError, match=r"another network: .*classes is 5 there and 1000 here"):
         resnet_flax.ResNet50(weights=path)
     with pytest.raises(WeightsError, match="imagenet"):
         resnet_flax.ResNet50(weights="imagenet")

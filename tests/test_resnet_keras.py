@@ -442,11 +442,11 @@ def test_a_constructor_reads_a_canonical_file(tmp_path: Path) -> None:
     for made in (model, backbone):
         exported = resnet_keras.export_weights(made)
         assert all(np.array_equal(exported[name], weights[name]) for name in exported)
-    with pytest.raises(WeightsError, match="classes=3"):
+    with pytest.raises(WeightsError, match="classes is 3 there and 1000 here"):
         resnet_keras.ResNet18(weights=path)
     # The same shapes, and another function: eps tells the conventions apart.
     canonical.save(path, spec.replace(bn_eps=1e-3), weights)
-    with pytest.raises(WeightsError, match=r"bn_eps=0\.001"):
+    with pytest.raises(WeightsError, match=r"bn_eps is 0\.001 there"):
         resnet_keras.ResNet18(weights=path, classes=3)
 
 
@@ -478,7 +478,11 @@ sys.meta_path.insert(0, Blocked())
     ("blocked", "environment", "message"),
     [
         ("keras", {}, "BackendMissing: Keras is not installed; run: pip install 'resnet-parity[keras]'"),
-        ("jax", {"KERAS_BACKEND": "jax"}, "BackendMissing: JAX is not installed (KERAS_BACKEND=jax); "),
+        (
+            "jax",
+            {"KERAS_BACKEND": "jax"},
+            "BackendMissing: JAX is not installed; run: pip install 'resnet-parity[flax]'",
+        ),
     ],
 )
 def test_what_is_missing_is_named_with_the_extra(blocked: str, environment: dict[str, str], message: str) -> None:

@@ -146,7 +146,7 @@ class TestInit:
 
     def test_a_tensor_does_not_depend_on_what_else_the_network_holds(self):
         longer = SMALL.replace(blocks=(2, 3))
-        one, other = weights.randomize(SMALL), weights.randomize(longer)
+        one, other = weights.init(SMALL), weights.init(longer)
         assert set(one) < set(other)
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
