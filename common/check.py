@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,7 +53,13 @@ class Case:
                 f"size {size} is too small for {self.variant}, whose strides multiply to {stride}; "
                 f"use --size {stride} or more"
             )
-        output_shapes(self.spec.layers, (*self.size, self.spec.in_channels))
+        shapes = output_shapes(self.spec.layers, (*self.size, self.spec.in_channels))
+        for layer in self.spec.layers if passes(self.modes) != ("eval",) else ():
+            if layer.kind == "norm" and self.batch * prod(shapes[layer.path][:-1]) < 2:
+                raise InputError(
+                    f"batch {self.batch} of size {size} leaves one value per channel at {layer.path}, which has no "
+                    "variance; use --mode eval, a larger --batch or a larger --size"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +160,12 @@ class Session:
     """One process per backend, kept for any number of checks; a context manager.
 
     `names` are columns as on the command line; `jobs` of them work at a time (as many as there are cores, by default)
-    and share the cores. Raises `BackendError` for an unknown name, `BackendMissing` for an absent framework,
-    `InputError` for a name given twice.
+    and share the cores. `scratch` is the folder for records, which may take gigabytes for seconds. Raises
+    `BackendError` for an unknown name, `BackendMissing` for an absent framework, `InputError` for a name given twice.
     """
 
-    def __init__(self, names: Sequence[str], jobs: int | None = None) -> None:
+    def __init__(self, names: Sequence[str], jobs: int | None = None, scratch: Path | None = None) -> None:
+        self._scratch = scratch
         self.columns = tuple(resolve(name) for name in names)
         for column in self.columns:
             if self.columns.count(column) > 1:
@@ -171,7 +179,7 @@ class Session:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-", dir=self._scratch))
         self._exit.callback(shutil.rmtree, self._folder, ignore_errors=True)
         for column in self.columns:
             self._worker(column)

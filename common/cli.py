@@ -70,7 +70,7 @@ def show(
 
 @app.command()
 def check(
-    variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT...", help="Named variants.")] = None,
+    variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT", help="Named variants.")] = None,
     backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
     dtype: Annotated[str, typer.Option(help="Of float64,float32.")] = _ALL_DTYPES,
     mode: Modes = _ALL_MODES,
@@ -145,7 +145,7 @@ def record(
 
 @app.command()
 def compare(
-    records: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Records, two or more.")],
+    records: Annotated[list[Path], typer.Argument(metavar="FILE", help="Records, two or more.")],
 ) -> None:
     """Compare records, without any framework. The first one with a response is the reference."""
     compared = compare_files(records)

@@ -166,12 +166,8 @@ def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
                     continue
                 # A branch adds to a quarter of the channels, or the sums would double with every block.
                 share = 0.25 if layer.path in before_addition else 1.0
-                kernel = _integer_kernel(generator, shape, bound, count, share)
-                weights[name] = kernel.astype(np.float32)
-                groups = bound.size // shape[-2]
-                reach = np.abs(kernel).reshape(-1, *shape[-2:]).sum(axis=0)
-                sides = zip(np.split(reach, groups, axis=1), np.split(bound, groups), strict=True)
-                bounds[layer.path] = np.concatenate([side @ part for part, side in sides]) + 3
+                weights[name], reach = _integer_kernel(generator, shape, bound, count, share)
+                bounds[layer.path] = reach + 3
         elif layer.kind == "add":
             bounds[layer.path] = bound + bounds[layer.inputs[1]]
         elif isinstance(layer, ZeroPadShortcut):
@@ -312,18 +308,22 @@ def _before_addition(spec: Spec) -> set[str]:
 
 def _integer_kernel(
     generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, at least one; each entry
-    anywhere in the window and on one of the input channels with the smaller half of the bounds."""
-    kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.int64)
+    anywhere in the window and on one of the input channels with the smaller half of the bounds. With it, the bounds
+    on the output channels."""
+    kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.float32)
+    reach = np.zeros(shape[-1])
     groups = bound.size // shape[-2]
+    of_group = bound.reshape(groups, -1)
     outputs = np.flatnonzero(generator.random(shape[-1]) < share)
     if not outputs.size:
         outputs = generator.integers(0, shape[-1], 1)
-    small = np.argsort(bound.reshape(groups, -1), axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
+    group = outputs * groups // shape[-1]
+    small = np.argsort(of_group, axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
     for _ in range(count):
-        picks = generator.integers(0, small.shape[1], outputs.size)
-        channels = small[outputs * groups // shape[-1], picks]
+        channels = small[group, generator.integers(0, small.shape[1], outputs.size)]
         places = generator.integers(0, kernel.shape[0], outputs.size)
         kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
-    return kernel.reshape(shape)
+        reach[outputs] += of_group[group, channels]
+    return kernel.reshape(shape), reach

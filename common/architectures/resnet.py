@@ -58,6 +58,7 @@ _POSITIVE = (
     "stem_stride",
     "stem_width",
 )
+_MOST_BLOCKS = 10_000  # a walk of more would only look like one that hangs
 _FLAGS = ("stem_pool", "conv_bias", "norm", "shortcut_norm")
 
 
@@ -155,6 +156,8 @@ class ResNetSpec:
 
     def _check_contradictions(self) -> None:
         stages = len(self.blocks)
+        if sum(self.blocks) > _MOST_BLOCKS:
+            raise _invalid("blocks", self.blocks, f"at most {_MOST_BLOCKS} in all")
         if len(self.widths) != stages:
             raise _invalid("widths", self.widths, f"{stages} entries, as many as blocks has")
         if len(self.replace_stride_with_dilation) != stages - 1:
