@@ -157,6 +157,10 @@ def norm(array: np.ndarray) -> float:
 
 def distance(a: np.ndarray, b: np.ndarray | None) -> float:
     """Euclidean norm of a - b, both of one shape, in float64."""
+    # In the order of memory, if both have the same: a gradient may be a transposed view, slow to read in its own order.
+    if b is None or a.strides == b.strides:
+        order = sorted(range(a.ndim), key=lambda axis: -a.strides[axis])
+        a, b = a.transpose(order), None if b is None else b.transpose(order)
     a_flat, b_flat = a.reshape(-1), None if b is None else b.reshape(-1)
     total = 0.0
     # Piece by piece in cache: temporary arrays of the whole size take most of the time otherwise.

@@ -6,6 +6,7 @@ with the spec in the metadata.
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from math import prod, sqrt
 from pathlib import Path
@@ -124,23 +125,26 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
     damped = _before_addition(spec)
     # What n branches add must not grow with n: the logits of ResNet-152 would leave nothing of a float32 softmax.
     damping = 1 / sqrt(max(len(damped), 1))
-    weights: dict[str, np.ndarray] = {}
-    for layer, name, shape in _arrays(spec):
-        factor = damping if layer.path in damped else 1.0
+
+    def drawn(row: tuple[Layer, str, Shape]) -> tuple[str, np.ndarray]:
+        layer, name, shape = row
         generator = _generator(seed, name)
-        role = name.removeprefix(f"{layer.path}.")
-        if role == "kernel":
-            value = (
-                generator.standard_normal(shape) * sqrt((2 if layer.kind == "conv" else 1) / _fans(shape)[0]) * factor
-            )
-        elif role == "scale":
-            value = generator.uniform(0.5, 1.5, shape) * factor
-        elif role == "var":
-            value = generator.uniform(0.5, 1.5, shape)
-        else:
-            value = generator.normal(0.0, 0.2, shape)
-        weights[name] = value.astype(dtype)
-    return weights
+        factor = damping if layer.path in damped else 1.0
+        match name.removeprefix(f"{layer.path}."):
+            case "kernel":
+                gain = 2 if layer.kind == "conv" else 1
+                value = generator.standard_normal(shape) * (sqrt(gain / _fans(shape)[0]) * factor)
+            case "scale":
+                value = generator.uniform(0.5, 1.5, shape) * factor
+            case "var":
+                value = generator.uniform(0.5, 1.5, shape)
+            case _:
+                value = generator.normal(0.0, 0.2, shape)
+        return name, value.astype(dtype, copy=False)
+
+    # Every array has a stream of its own, and NumPy lets go of the interpreter while it fills one.
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(drawn, _arrays(spec)))
 
 
 def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
@@ -189,20 +193,25 @@ def perturb(weights: Weights, seed: int) -> Weights:
 
 
 def perturb_array(array: np.ndarray, seed: int, name: str) -> np.ndarray:
-    """`array` with every value moved by -1, 0 or +1 unit in its last place, at random."""
+    """`array` with every value moved by -1, 0 or +1 unit in its last place, at random; zeros stay."""
+    bits = array.view(f"i{array.itemsize}")
+    # Of IEEE numbers the next larger one in magnitude has the next larger bit pattern.
     steps = _generator(seed, f"ulp of {name}").integers(-1, 2, array.shape, dtype=np.int8)
-    moved: np.ndarray = array + steps * np.spacing(array)
-    return moved
+    steps[array == 0] = 0
+    return (bits + steps).view(array.dtype)
 
 
 def digest(arrays: Weights) -> str:
     """A digest of names, shapes, dtypes and values, the same for the same arrays in any order."""
-    total = blake2b(digest_size=16)
-    for name in sorted(arrays):
+
+    def of_one(name: str) -> bytes:
         array = np.asarray(arrays[name], order="C")
-        total.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        total.update(array.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
+        one = blake2b(f"{name} {array.dtype.str} {array.shape};".encode(), digest_size=16)
+        one.update(array.reshape(-1).view(np.uint8).data)
+        return one.digest()
+
+    with ThreadPoolExecutor() as pool:
+        return blake2b(b"".join(pool.map(of_one, sorted(arrays))), digest_size=16).hexdigest()
 
 
 def save(path: Path | str, spec: Spec, weights: Weights) -> None:
