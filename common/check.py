@@ -160,12 +160,11 @@ class Session:
     """One process per backend, kept for any number of checks; a context manager.
 
     `names` are columns as on the command line; `jobs` of them work at a time (as many as there are cores, by default)
-    and share the cores. `scratch` is the folder for records, which may take gigabytes for seconds. Raises
-    `BackendError` for an unknown name, `BackendMissing` for an absent framework, `InputError` for a name given twice.
+    and share the cores. Raises `BackendError` for an unknown name, `BackendMissing` for an absent framework,
+    `InputError` for a name given twice.
     """
 
-    def __init__(self, names: Sequence[str], jobs: int | None = None, scratch: Path | None = None) -> None:
-        self._scratch = scratch
+    def __init__(self, names: Sequence[str], jobs: int | None = None) -> None:
         self.columns = tuple(resolve(name) for name in names)
         for column in self.columns:
             if self.columns.count(column) > 1:
@@ -179,7 +178,7 @@ class Session:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-", dir=self._scratch))
+        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-"))
         self._exit.callback(shutil.rmtree, self._folder, ignore_errors=True)
         for column in self.columns:
             self._worker(column)

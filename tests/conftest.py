@@ -2,11 +2,9 @@
 
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from operator import attrgetter
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +16,8 @@ os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
 @pytest.fixture(scope="session")
 def session() -> Iterator[Session]:
-    """The three frameworks, their records in memory: on disk, writing them takes longer than computing them."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 16 * 2**30
-    with Session(["torch", "keras", "flax"], scratch=memory if roomy else None) as session:
+    """The three frameworks."""
+    with Session(["torch", "keras", "flax"]) as session:
         yield session
 
 
