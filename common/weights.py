@@ -237,13 +237,19 @@ def load(path: Path | str) -> tuple[Spec, Weights]:
         raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {_FORMAT!r}")
     try:
         spec = architectures.from_json(metadata.get("spec", ""))
-        weights = LazyWeights({name: _getter(file, name) for name in file.keys()})
+        weights = mapped(path)
         validate(spec, weights)
     except SpecError as error:
         raise WeightsError(f"{path}: the spec inside is damaged: {error}") from None
     except (WeightsError, SafetensorError) as error:
         raise WeightsError(f"{path}: {reason(error)}") from None
     return spec, weights
+
+
+def mapped(path: Path | str) -> LazyWeights:
+    """The arrays of any safetensors file, each read when it is asked for. Raises `WeightsError`."""
+    file = opened(Path(path), WeightsError)
+    return LazyWeights({name: _getter(file, name) for name in file.keys()})
 
 
 def load_for(spec: Spec, path: Path | str, *, free_fields: Collection[str] = ()) -> tuple[Spec, Weights]:

@@ -59,7 +59,8 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
     modes = tuple(given["modes"])
     dtype = given["dtype"]
     with _planted(request.get("plant"), backend):
-        weights = load_file(request["weights"])
+        # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
+        weights = canonical.mapped(request["weights"])
         images, labels = (load_file(request["inputs"])[name] for name in ("images", "labels"))
         images = images.astype(dtype)
         with clock.step("build"):
@@ -80,7 +81,7 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
         response: dict[str, float] = {}
         for draw in range(request["draws"]):
             with clock.step("response", f"{draw + 1} of {request['draws']}"):
-                moved = canonical.perturb(_cast(weights, dtype), seed=draw)
+                moved = canonical.perturb(weights, seed=draw)
                 backend.load(model, moved)
                 moved_images = canonical.perturb_array(images, draw, "input")
                 for run in record.passes(modes):
@@ -111,10 +112,6 @@ def _run(
     gradients = gradients and run != "exact"
     arrays = backend.run(model, images, labels, training=run == "train", gradients=gradients)
     return {f"{run}/{name}": array for name, array in arrays.items()}
-
-
-def _cast(weights: canonical.Weights, dtype: str) -> dict[str, np.ndarray]:
-    return {name: array.astype(dtype, copy=False) for name, array in weights.items()}
 
 
 def _planted(plant: str | None, backend: Backend) -> AbstractContextManager[None]:
