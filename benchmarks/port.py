@@ -7,6 +7,8 @@ figures are medians of the ratios. Memory is the growth of the process's residen
 copies of the weights: the target model is one copy, and two copies in all are allowed, source and target.
 """
 
+import ctypes
+import gc
 import os
 import statistics
 import subprocess
@@ -113,6 +115,8 @@ def measure(source: str, target: str, repeats: int) -> str:
     # Torch and Keras models exist before and after; Flax makes its variables. Either way the target is one copy.
     allocates = target == "flax"
     del given
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the repeats have freed must not pass for new memory that costs nothing
     before = resident()
     with Peak() as peak:
         target_model = load(export())
