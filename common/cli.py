@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SAME, DIFFERENT, WRONG = 0, 1, 2
+DIFFERENT, WRONG = 1, 2
 
 _ALL_DTYPES, _ALL_MODES = ",".join(DTYPES), ",".join(MODES)
 _SPEC = "A specification as a JSON file, instead of a named variant."

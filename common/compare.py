@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from math import inf
+from math import inf, prod
 from statistics import median_low
 from typing import Literal
 
 import numpy as np
 
-from common.architectures.layers import INPUT, Layer, Shape
+from common.architectures.layers import INPUT, Layer, Shape, output_shapes
 from common.backend import COLUMNS, cores
 from common.errors import RecordError
 from common.levels import (
     DECIDABLE,
-    FLOOR,
     PRECISION_FACTOR,
     RESPONSE_FACTOR,
     UNIT,
     ZERO_SHARE,
+    floor,
 )
 from common.record import Record, distance, expected_arrays, norm
 
@@ -41,7 +41,7 @@ class Difference:
     level: Level
     distance: float  # ‖a - b‖
     norm: float  # ‖reference‖
-    response: float  # max(ρ, FLOOR u ‖reference‖); 0 at level L0
+    response: float  # the limit over RESPONSE_FACTOR: ρ, or the floor of its kind of array; 0 at level L0
     verdict: Verdict
 
     @property
@@ -230,7 +230,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for name, found in measured.items()
         for pair, apart in found.distances.items()
     ]
-    gate = _Gate(reference, float32, norms, _layer_of(spec.layers))
+    gate = _Gate(reference, float32, norms)
     judged = tuple(gate.judge(difference) for difference in differences)
     if not judged and not problems:
         raise RecordError("the records have no arrays in common: nothing was compared")
@@ -292,13 +292,14 @@ class _Gate:
         reference: Record,
         float32: Record | None,
         norms: Mapping[str, float],
-        layer_of: Mapping[str, str],
     ) -> None:
+        layers = reference.spec.layers
         self._response = reference.manifest.response
         self._dtype = reference.manifest.dtype
         self._float32 = float32.manifest.response if float32 is not None else {}
         self._norms = norms
-        self._layer_of = layer_of
+        self._layer_of = _layer_of(layers)
+        self._summed = _summed(layers, reference.manifest.shape)
         self._flipping: dict[str, bool] = {}
         self._largest: dict[tuple[str, str, str], float] = {}
         for name, value in norms.items():
@@ -310,16 +311,17 @@ class _Gate:
         return run, kind, self._layer_of.get(rest[0], rest[0]) if rest else ""
 
     def _flips(self, name: str, responses: Mapping[str, float]) -> bool:
-        """Whether rounding flips choices of ReLU or max-pool somewhere in this part of a float32 check.
+        """Whether `name` is a gradient of a float32 pass in which rounding flips choices of ReLU or max-pool.
 
-        A flip moves few arrays, and three draws show some of them: where one array shows it, no other is safe.
+        One flipped unit changes the gradients of its own layer by percents and of no other, and three draws show
+        some of those that may flip: where one gradient shows it, no other of the pass is safe.
         """
         part = section(name)
-        if part not in self._flipping:
+        if "/grad/" in name and part not in self._flipping:
             limit = DECIDABLE["float32"]
-            mine = (n for n in self._norms if section(n) == part and not n.startswith("eval/tap/"))
+            mine = (n for n in self._norms if section(n) == part)
             self._flipping[part] = any(responses.get(n, 0.0) > limit * self._norms[n] for n in mine)
-        return self._flipping[part]
+        return self._flipping.get(part, False)
 
     def judge(self, difference: Difference) -> Difference:
         name, level = difference.tensor, difference.level
@@ -329,7 +331,8 @@ class _Gate:
         dtype = "float32" if level == "L2" else self._dtype
         responses = self._float32 if level == "L2" and self._dtype == "float64" else self._response
         measured = responses.get(name, 0.0)
-        response = max(measured, FLOOR * UNIT[dtype] * self._norms[name])
+        terms = self._summed.get(place(name), 1) if "/grad/" in name else 1
+        response = max(measured, floor(terms) * UNIT[dtype] * self._norms[name])
         verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
         too_large = DECIDABLE[dtype] * (self._largest[self._group(name)] if level == "L1" else self._norms[name])
         if (
@@ -406,6 +409,18 @@ def _precision(name: str, errors: Mapping[str, float]) -> list[Precision]:
 def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
     """Path of the layer that a canonical name of a parameter or statistic belongs to."""
     return {name: layer.path for layer in layers for name in layer.arrays}
+
+
+def _summed(layers: Iterable[Layer], batch: Shape) -> dict[str, int]:
+    """How many terms the gradient of a bias sums over: one for every image and pixel of its layer's output."""
+    count, *image = batch
+    shapes = output_shapes(layers, tuple(image))
+    return {
+        name: count * prod(shapes[layer.path][:-1])
+        for layer in layers
+        for name in layer.parameters
+        if name.endswith(".bias")
+    }
 
 
 def _labels(records: Sequence[Record]) -> dict[str, Record]:
