@@ -57,7 +57,7 @@ def equal(a: Weights, b: Weights) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("a", "b"), permutations(MODELS, 2))
+@pytest.mark.parametrize(("a", "b"), list(permutations(MODELS, 2)))
 def test_a_to_b_to_a_is_bitwise(a: str, b: str, name: str) -> None:
     spec = architectures.find(name)
     first, there, back = MODELS[a](spec), MODELS[b](spec), MODELS[a](spec)
