@@ -1,18 +1,23 @@
 # make demo   set up .venv and show, on real photographs, that ResNet-50 is one function in three frameworks
 # make test   set up .venv and run the whole suite
 # make fast   the tests worth running after each edit
+# make test-peers  set up .venv-peers, with torchvision, timm and transformers (5 GB on x86-64), and compare with them
 # make lint   formatter, linter, types
 # make bench  the measurements behind the figures in the README
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test test-peers fast lint bench clean
 
 demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-peers: .venv-peers/installed
+	$(PEERS)/pytest tests/peers
 
 fast: .venv/installed
 	$(BIN)/pytest -m "not slow"
@@ -25,6 +30,7 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/port.py
 	$(BIN)/python benchmarks/check.py
+	$(BIN)/python benchmarks/convert.py
 
 # constraints.txt pins torch to a release whose CPU build is small; a range could take a CUDA build of several GB.
 .venv/installed: pyproject.toml constraints.txt
@@ -34,5 +40,13 @@ bench: .venv/installed
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
+# torchvision does not load beside the small CPU build of torch, so the peers live elsewhere, with a torch of their own.
+.venv-peers/installed: pyproject.toml constraints-peers.txt
+	@echo "setting up .venv-peers (several minutes and about 6 GB, once)"
+	@test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
+	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c constraints-peers.txt torch torchvision
+	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c constraints-peers.txt timm transformers -e '.[all,dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,6 +49,10 @@ class Backend(Protocol):
         """The model's parameters and statistics in canonical names and layouts, bitwise."""
         ...
 
+    def save(self, spec: Spec, weights: Weights, path: Path) -> None:
+        """Write a checkpoint in a format that only the framework itself can write, told by the end of `path`."""
+        ...
+
     def run(
         self, model: Any, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
     ) -> dict[str, np.ndarray]:

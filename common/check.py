@@ -140,10 +140,11 @@ class Inputs:
             "source": "random integers" if exact else self.source,
             "shape": (case.batch, *case.size, case.spec.in_channels),
         }
-        paths = {what: str(self._path(what, task.values)) for what in ("weights", "inputs")}
+        paths = {what: str(self.path(what, task.values)) for what in ("weights", "inputs")}
         return {"manifest": manifest, "draws": task.draws} | paths
 
-    def _path(self, what: str, values: str) -> Path:
+    def path(self, what: str, values: str) -> Path:
+        """The file of the ``weights`` or ``inputs`` that were rounded to `values`."""
         return self.folder / f"{what}-{values}.safetensors"
 
     def _write(self, values: str, weights: canonical.Weights, pixels: np.ndarray, labels: np.ndarray) -> None:
@@ -151,7 +152,7 @@ class Inputs:
         arrays = {name: weights[name].astype(dtype) for name in weights}
         batch = {"images": pixels.astype(dtype), "labels": labels}
         for what, content in (("weights", arrays), ("inputs", batch)):
-            with written(self._path(what, values), RecordError) as beside:
+            with written(self.path(what, values), RecordError) as beside:
                 save_file(content, beside)
         self._digests[values] = canonical.digest(arrays), canonical.digest(batch)
 

@@ -1,17 +1,13 @@
 """The command line. Exit codes: 0 the same, 1 different, 2 wrong usage or bad input."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from common import architectures, images
-from common import weights as canonical
+from common import architectures, checkpoints, cli_checkpoints, images
 from common.architectures import Spec
 from common.backend import COLUMNS
 from common.check import DTYPES, Case, Result, Session, compare_files, make_record
@@ -19,6 +15,7 @@ from common.errors import InputError, ParityError, SpecError
 from common.record import MODES
 from common.report import console as tables
 from common.report import files
+from common.terminal import check_writable, choices, err, out, progress_bar
 
 app = typer.Typer(
     help="One ResNet specification, three native implementations, and the proof that they are the same function.",
@@ -53,7 +50,7 @@ def list_variants(
     names = architectures.matching(pattern)
     if not names:
         raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
-    _out().print(tables.variants({name: architectures.find(name) for name in names}))
+    out().print(tables.variants({name: architectures.find(name) for name in names}))
 
 
 @app.command()
@@ -65,7 +62,7 @@ def show(
     """Show a variant's layers, shapes, parameters and multiply-adds."""
     _, found = _one_spec(variant, spec)
     fixed = found.input_size
-    _out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
+    out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
 
 
 @app.command()
@@ -86,23 +83,23 @@ def check(
     jobs: Annotated[int | None, typer.Option(min=1, help="Backends at work at a time. [default: one per core]")] = None,
 ) -> None:
     """Check that backends compute the same function: every layer, gradient and statistic."""
-    names = _choices("backends", backends, None)
+    names = choices("backends", backends, None)
     if len(names) < 2:
         raise InputError(f"--backends {backends} names one backend; a comparison needs at least two")
     cases = [
-        _case(name, found, size, batch, image, weights, seed, _choices("dtype", dtype, DTYPES), mode)
+        _case(name, found, size, batch, image, weights, seed, choices("dtype", dtype, DTYPES), mode)
         for name, found in _specs(variants or [], spec)
     ]
     for path in (json, junit):
-        _check_writable(path)
+        check_writable(path)
     results: list[Result] = []
     with Session(names, jobs) as session:
         for case in cases:
-            with _progress(case.variant, session.steps(case)) as progress:
+            with progress_bar(case.variant, session.steps(case)) as progress:
                 results.append(session.check(case, progress=progress))
-            _out().print(tables.result(results[-1]))
+            out().print(tables.result(results[-1]))
         if timings:
-            _out().print(tables.timings(session.workers, session.seconds))
+            out().print(tables.timings(session.workers, session.seconds))
     if json:
         files.write_json(json, results)
     if junit:
@@ -132,15 +129,15 @@ def record(
 ) -> None:
     """Record what one backend computes, to be compared later or elsewhere."""
     name, found = _one_spec(variant, spec)
-    dtypes = _choices("dtype", dtype, DTYPES)
+    dtypes = choices("dtype", dtype, DTYPES)
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
     case = _case(name, found, size, batch, image, weights, seed, dtypes, mode)
-    _check_writable(output)
-    with _progress(name, None) as progress:
+    check_writable(output)
+    with progress_bar(name, None) as progress:
         made = make_record(case, backend, output, response=response, progress=progress)
     versions = ", ".join(f"{key} {value}" for key, value in made.manifest.versions.items())
-    _out().print(f"{output}: {len(made)} arrays of {name} in {dtypes[0]} by {made.manifest.backend} ({versions})")
+    out().print(f"{output}: {len(made)} arrays of {name} in {dtypes[0]} by {made.manifest.backend} ({versions})")
 
 
 @app.command()
@@ -150,9 +147,14 @@ def compare(
     """Compare records, without any framework. The first one with a response is the reference."""
     compared = compare_files(records)
     for comparison in compared:
-        _out().print(tables.comparison(comparison))
+        out().print(tables.comparison(comparison))
     if not all(comparison.passed for comparison in compared):
         raise typer.Exit(DIFFERENT)
+
+
+app.command()(cli_checkpoints.inspect)
+app.command()(cli_checkpoints.convert)
+app.command("predict")(cli_checkpoints.predict_command)
 
 
 def main() -> None:
@@ -162,47 +164,13 @@ def main() -> None:
     except ParityError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _err().print("interrupted")
+        err().print("interrupted")
         sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:
-    _err().print(f"resnet-parity: {message}", markup=False, highlight=False, soft_wrap=True)
+    err().print(f"resnet-parity: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(WRONG)
-
-
-def _out() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 132)
-
-
-def _err() -> Console:
-    return Console(stderr=True)
-
-
-@contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[str, str], None]]:
-    """A bar with what each backend is doing; nothing where standard error is no terminal."""
-    console = _err()
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[doing]}", markup=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    doing: dict[str, str] = {}
-    with bar:
-        task = bar.add_task(title, total=total, doing="")
-
-        def step(backend: str, what: str) -> None:
-            doing[backend] = what
-            bar.update(task, advance=1, doing=" | ".join(f"{b} {w}" for b, w in doing.items()))
-
-        yield step
 
 
 def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:
@@ -239,10 +207,10 @@ def _case(
         size=_size(size),
         batch=max(batch, len(photos or [])),
         photos=tuple(photos if photos else images.sample_photos()),
-        weights=canonical.load_for(spec, weights)[1] if weights else None,
+        weights=checkpoints.load_for(spec, weights)[1] if weights else None,
         seed=seed,
         dtypes=tuple(dtypes),
-        modes=tuple(_choices("mode", mode, MODES)),  # type: ignore[arg-type]
+        modes=tuple(choices("mode", mode, MODES)),  # type: ignore[arg-type]
     )
 
 
@@ -251,25 +219,6 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise InputError(f"--size {text} is not a size; expected N or HxW in pixels, as 64 or 64x96")
     return int(parts[0]), int(parts[-1])
-
-
-def _choices(option: str, text: str, allowed: Sequence[str] | None) -> list[str]:
-    """The parts of a list separated by commas, each one of `allowed` and named once."""
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if allowed is not None and part not in allowed:
-            raise InputError(f"--{option} {text}: {part!r} is unknown; expected some of {', '.join(allowed)}")
-        if parts.count(part) > 1:
-            raise InputError(f"--{option} {text}: {part!r} is named twice; name each once")
-    return parts
-
-
-def _check_writable(path: Path | None) -> None:
-    """Refuse a place that cannot be written before the long work, not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: cannot be written: {path.parent} is not a folder; make it first")
-    if path is not None and path.is_dir():
-        raise InputError(f"{path}: cannot be written: it is a folder; name a file")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,14 @@ class WeightsError(ParityError, ValueError):
     """Weights do not fit their specification, or their file is damaged."""
 
 
+class CheckpointError(WeightsError):
+    """A public checkpoint is damaged, unsafe, of no known format, or not a network of ours."""
+
+
+class DownloadError(WeightsError):
+    """Weights cannot be fetched: offline, not there, broken off, or not the file that was published."""
+
+
 class InputError(ParityError, ValueError):
     """Images or their size cannot be used."""
 

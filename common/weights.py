@@ -4,8 +4,9 @@ Convolution kernels are HWIO, dense kernels (in, out), everything else is a vect
 with the spec in the metadata.
 """
 
+import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from math import prod, sqrt
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -26,7 +28,7 @@ from common.levels import EXACT_INTEGER
 Weights = Mapping[str, np.ndarray]
 Scheme = Literal["kaiming_fan_out", "glorot_uniform", "lecun_normal"]
 
-_FORMAT = "resnet-parity weights 1"
+FORMAT = "resnet-parity weights 2"  # in the metadata of a canonical file
 
 
 class LazyWeights(Mapping[str, np.ndarray]):
@@ -50,8 +52,8 @@ def shapes(spec: Spec) -> dict[str, Shape]:
     return {name: shape for layer in spec.layers for name, shape in layer.arrays.items()}
 
 
-def validate(spec: Spec, weights: Weights) -> None:
-    """Check that `weights` are exactly those of `spec`: names, shapes, floating point, finite.
+def validate(spec: Spec, weights: Weights, *, finite: bool = True) -> None:
+    """Check that `weights` are exactly those of `spec`: names, shapes, floating point and, unless told not to, finite.
 
     Raises `WeightsError` naming the tensors that are missing, unexpected, misshapen or not finite.
     """
@@ -63,13 +65,15 @@ def validate(spec: Spec, weights: Weights) -> None:
             raise WeightsError(f"{name} has shape {array.shape}; the spec expects {shape}")
         if not np.issubdtype(array.dtype, np.floating):
             raise WeightsError(f"{name} has dtype {array.dtype}; expected a floating-point type")
-        if not np.isfinite(array).all():
+        if finite and not np.isfinite(array).all():
             bad = int(np.size(array) - np.isfinite(array).sum())
             raise WeightsError(f"{name} has {bad} values that are NaN or infinite, of {array.size}")
 
 
-def check_names(subject: str, found: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise `WeightsError`, beginning with `subject`, unless both have the same names; it lists at most four each."""
+def check_names(
+    subject: str, found: Iterable[str], expected: Iterable[str], error: type[WeightsError] = WeightsError
+) -> None:
+    """Raise `error`, beginning with `subject`, unless both have the same names; it lists at most four each."""
     found, expected = dict.fromkeys(found), dict.fromkeys(expected)
     parts = []
     for what, names in (
@@ -79,7 +83,7 @@ def check_names(subject: str, found: Iterable[str], expected: Iterable[str]) -> 
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         parts += [f"{what} {', '.join(names[:4])}{more}"] if names else []
     if parts:
-        raise WeightsError(f"{subject}: {'; '.join(parts)}")
+        raise error(f"{subject}: {'; '.join(parts)}")
 
 
 def init(
@@ -214,31 +218,61 @@ def digest(arrays: Weights) -> str:
         return blake2b(b"".join(pool.map(of_one, sorted(arrays))), digest_size=16).hexdigest()
 
 
+def _checksums(arrays: Weights) -> dict[str, str]:
+    """A checksum of every array, at the speed of memory: for accidents, not against forgers."""
+    return {name: _checksum(name, np.asarray(arrays[name], order="C")) for name in sorted(arrays)}
+
+
+def _checksum(name: str, array: np.ndarray) -> str:
+    one = xxhash.xxh3_128(f"{name} {array.dtype.str} {array.shape};".encode())
+    one.update(array.reshape(-1).view(np.uint8).data)
+    return one.hexdigest()
+
+
+def _header_checksum(metadata: Mapping[str, str]) -> str:
+    told = [metadata.get(key, "") for key in ("format", "spec", "checksums")]
+    return xxhash.xxh3_128(json.dumps(told).encode()).hexdigest()
+
+
 def save(path: Path | str, spec: Spec, weights: Weights) -> None:
-    """Write canonical weights; beside the target first, then renamed. Raises `WeightsError`."""
+    """Write canonical weights; beside the target first, then renamed. Raises `WeightsError`.
+
+    The metadata hold the spec, a checksum of every tensor and one of all that: `load` knows a changed file.
+    """
     validate(spec, weights)
-    metadata = {"format": _FORMAT, "spec": architectures.to_json(spec)}
     arrays = {name: np.ascontiguousarray(weights[name]) for name in shapes(spec)}
+    metadata = {"format": FORMAT, "spec": architectures.to_json(spec), "checksums": json.dumps(_checksums(arrays))}
     with written(Path(path), WeightsError) as beside:
-        save_file(arrays, beside, metadata)
+        save_file(arrays, beside, metadata | {"header_checksum": _header_checksum(metadata)})
 
 
-def load(path: Path | str) -> tuple[Spec, Weights]:
+def load(path: Path | str, *, finite: bool = True) -> tuple[Spec, Weights]:
     """Spec and weights of a canonical file, memory-mapped: a tensor is read when it is asked for.
 
-    Raises `WeightsError` for a file that is missing, truncated or no canonical file, and for tensors that are not
-    exactly those of the spec inside.
+    Every tensor is checked against its checksum first. Raises `WeightsError` for a file that is missing, truncated,
+    changed or no canonical file, for tensors that are not exactly those of the spec inside, and with `finite` for NaN
+    and infinity.
     """
     path = Path(path)
     file = opened(path, WeightsError)
     metadata = file.metadata() or {}
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != FORMAT:
         found = metadata.get("format")
-        raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {_FORMAT!r}")
+        raise WeightsError(f"{path}: not a canonical weights file: format is {found!r}, expected {FORMAT!r}")
     try:
         spec = architectures.from_json(metadata.get("spec", ""))
         weights = mapped(path)
-        validate(spec, weights)
+        validate(spec, weights, finite=finite)
+        # Last: what can be named precisely has been by now.
+        if metadata.get("header_checksum") != _header_checksum(metadata):
+            raise WeightsError("the header was changed after it was written; fetch or make the file again")
+        expected = json.loads(metadata["checksums"])
+        changed = [name for name, checksum in _checksums(weights).items() if expected.get(name) != checksum]
+        if changed:
+            raise WeightsError(
+                f"{len(changed)} tensors were changed after they were written, {changed[0]} first; "
+                "fetch or make the file again"
+            )
     except SpecError as error:
         raise WeightsError(f"{path}: the spec inside is damaged: {error}") from None
     except (WeightsError, SafetensorError) as error:
@@ -250,26 +284,6 @@ def mapped(path: Path | str) -> LazyWeights:
     """The arrays of any safetensors file, each read when it is asked for. Raises `WeightsError`."""
     file = opened(Path(path), WeightsError)
     return LazyWeights({name: _getter(file, name) for name in file.keys()})
-
-
-def load_for(spec: Spec, path: Path | str, *, free_fields: Collection[str] = ()) -> tuple[Spec, Weights]:
-    """Spec and weights of a canonical file that was written for `spec`, fields in `free_fields` aside.
-
-    Equal shapes are not enough: what a convention changes often has none. Raises `WeightsError` as `load`, and for
-    another spec, naming the fields that differ.
-    """
-    if not Path(path).exists():
-        raise WeightsError(
-            f"weights {str(path)!r}: there is no such file; expected a canonical safetensors file (downloads by name "
-            "are not there yet)"
-        )
-    inside, weights = load(path)
-    here, there = architectures.to_dict(spec), architectures.to_dict(inside)
-    differing = [field for field in here if field not in free_fields and here[field] != there.get(field)]
-    if differing:
-        found = ", ".join(f"{field} is {there.get(field)!r} there and {here[field]!r} here" for field in differing)
-        raise WeightsError(f"{path}: these are the weights of another network: {found}")
-    return inside, weights
 
 
 def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:

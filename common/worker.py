@@ -17,10 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from common import architectures, record
 from common import weights as canonical
@@ -123,7 +124,32 @@ def _planted(plant: str | None, backend: Backend) -> AbstractContextManager[None
     return context
 
 
-OPERATIONS: dict[str, Callable[[Backend, str, int, dict[str, Any], Clock], None]] = {"record": make_record}
+def save_checkpoint(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:
+    """Write canonical weights in the framework's own format: `spec`, `weights` (a path), `output` (a path)."""
+    with clock.step("save"):
+        spec, weights = architectures.from_dict(request["spec"]), canonical.mapped(request["weights"])
+        backend.save(spec, weights, Path(request["output"]))
+
+
+def predict(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:
+    """One float32 pass in eval mode: `spec`, `weights` and `images` (paths), `layer` whose output goes to `output`."""
+    spec = architectures.from_dict(request["spec"])
+    with clock.step("build"):
+        model = backend.build(spec, "float32")
+    with clock.step("load"):
+        backend.load(model, canonical.mapped(request["weights"]))
+    with clock.step("eval"):
+        images = load_file(request["images"])["images"]
+        labels = np.zeros(len(images), np.int64)
+        arrays = backend.run(model, images, labels, training=False, gradients=False)
+    save_file({"outputs": np.ascontiguousarray(arrays[f"tap/{request['layer']}"])}, request["output"])
+
+
+OPERATIONS: dict[str, Callable[[Backend, str, int, dict[str, Any], Clock], None]] = {
+    "record": make_record,
+    "save": save_checkpoint,
+    "predict": predict,
+}
 
 
 def _take_standard_output() -> TextIO:

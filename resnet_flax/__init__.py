@@ -4,11 +4,13 @@ Importing this package loads nothing; JAX and Flax come with the first name that
 that runs a check can set JAX's environment before.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from common import errors
+from common import checkpoints, errors
 from common.architectures import Spec
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ _PUBLIC = {
     "weights": ("to_variables", "from_variables", "read_variables"),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["from_spec", *_MODULES]
+__all__ = ["from_checkpoint", "from_spec", *_MODULES]
 
 
 def from_spec(spec: Spec, **options: Any) -> "nn.Module":
@@ -56,6 +58,23 @@ def from_spec(spec: Spec, **options: Any) -> "nn.Module":
         family = import_module(f"{__package__}.{spec.family}")
     module: nn.Module = family.from_spec(spec, **options)
     return module
+
+
+def from_checkpoint(
+    reference: str | PathLike[str],
+    *,
+    convention: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> "nn.Module":
+    """The model of a checkpoint, in the conventions of its format: a path, a URL or a name of known weights.
+
+    `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
+    `WeightsError`, and `BackendMissing` if JAX or Flax is not installed.
+    """
+    settings = {"convention": convention} if convention else {}
+    spec, path = checkpoints.network(fspath(reference), changes=changes, **settings)
+    return from_spec(spec, weights=path, **options)
 
 
 def framework() -> AbstractContextManager[None]:

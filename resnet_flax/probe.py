@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common import errors
 from common.architectures import Spec
 from common.errors import BackendError, WeightsError
 from common.weights import Weights
@@ -84,6 +86,19 @@ class FlaxBackend:
         from resnet_flax.weights import from_variables
 
         return from_variables(model.spec, model.variables)
+
+    def save(self, spec: Spec, weights: Weights, path: Path) -> None:
+        """Write an orbax checkpoint, the folder `path`. Arrays keep their dtype: nothing goes through JAX."""
+        with errors.framework({"orbax": ("Orbax", "flax")}):
+            import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+        from flax.traverse_util import unflatten_dict
+
+        from resnet_flax.weights import variable_paths
+
+        tree = unflatten_dict({native: weights[name] for name, native in variable_paths(spec).items()})
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+            checkpointer.wait_until_finished()
 
     def run(
         self, model: Model, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool

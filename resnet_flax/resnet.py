@@ -23,6 +23,9 @@ from jax import lax
 
 from common.architectures.layers import Padding, output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
+from common.checkpoints import adopted
+from common.checkpoints.base import Skeleton, skeleton_of
+from common.checkpoints.flax import block_name, module_path
 from common.errors import InputError
 from resnet_flax.weights import read_variables
 
@@ -223,21 +226,20 @@ class ResNet(nn.Module):
 
 def native_paths(spec: ResNetSpec) -> dict[str, tuple[str, ...]]:
     """Canonical path of every layer of the walk -> path of its module, or of its tap, in the linen module."""
-    stem = {"conv": "conv_init", "norm": "bn_init", "relu": "relu", "pool": "pool"}
-    head = {"flatten": "flatten", "pool": "global_pool", "fc": "Dense_0", "softmax": "softmax"}
-    block = {f"conv{i + 1}": f"Conv_{i}" for i in range(3)} | {f"norm{i + 1}": f"BatchNorm_{i}" for i in range(3)}
-    block |= {name: name for name in ("relu1", "relu2", "add", "relu")}
-    block |= {"shortcut.conv": "conv_proj", "shortcut.norm": "norm_proj", "shortcut.pad": "pad"}
+    skeleton = skeleton_of(spec)
+    return {
+        layer.path: module_path(layer.path, skeleton) if layer.arrays else tap_path(layer.path, skeleton)
+        for layer in spec.layers
+    }
 
-    paths: dict[str, tuple[str, ...]] = {f"stem.{role}": (name,) for role, name in stem.items()}
-    number = 0  # blocks are numbered through all stages
-    for s, count in enumerate(spec.blocks):
-        for b in range(count):
-            native = f"{BLOCKS[spec.block].__name__}_{number}"
-            paths |= {f"stages.{s}.blocks.{b}.{role}": (native, name) for role, name in block.items()}
-            number += 1
-    paths |= {f"head.{role}": (name,) for role, name in head.items()}
-    return {layer.path: paths[layer.path] for layer in spec.layers}
+
+def tap_path(layer: str, skeleton: Skeleton) -> tuple[str, ...]:
+    """Path of what `tap` sows for a layer that is no module."""
+    where, _, rest = layer.partition(".")
+    if where != "stages":
+        return ("global_pool" if layer == "head.pool" else rest,)
+    stage, _, block, part = rest.split(".", 3)
+    return block_name(int(stage), int(block), skeleton), part.removeprefix("shortcut.")
 
 
 def from_spec(
@@ -250,9 +252,9 @@ def from_spec(
 ) -> ResNet:
     """The module of any specification.
 
-    With `weights`, the path of a canonical safetensors file of the same spec, the module comes bound to these
-    variables: call it as it is, or take ``model, variables = bound.unbind()``. Raises `WeightsError` for a file
-    that cannot be read or holds the weights of another spec.
+    With `weights`, a checkpoint of any known format that fits the spec, the module comes bound to these variables:
+    call it as it is, or take ``model, variables = bound.unbind()``. Raises `WeightsError` for a file that cannot be
+    read or holds the weights of another spec.
     """
     model = ResNet(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
     return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
@@ -262,13 +264,15 @@ def _builder(variant: str) -> Callable[..., ResNet]:
     spec = VARIANTS[variant].replace(**CONVENTIONS["flax_examples"])
 
     def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNet:
-        own = {name: options.pop(name) for name in ("param_dtype", "axis_name", "weights") if name in options}
-        return from_spec(spec.replace(classes=num_classes, **options), dtype=dtype, **own)
+        own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
+        taken, weights = adopted(spec, options.pop("weights", None), variant)
+        return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
 
     build.__name__ = build.__qualname__ = variant
     build.__doc__ = (
         f"{variant} in the convention of the Flax example. `param_dtype`, `axis_name` and `weights` as in "
-        "`from_spec`; every other keyword is a field of `ResNetSpec` to change."
+        "`from_spec`; with foreign weights the network takes their conventions. Every other keyword is a field of "
+        "`ResNetSpec` to change."
     )
     return build
 

@@ -1,12 +1,11 @@
 """Canonical weights to and from Flax variables, for any family: a kernel is HWIO or (in, out) on both sides already.
 
-Native names come from the family's `native_paths`; collections and leaves from the table below.
+Native names come from the family's `native_paths`; collections and leaves from the table of the checkpoint format.
 """
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -14,25 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Shape
+from common.checkpoints.flax import LEAVES
 from common.errors import WeightsError
 from common.weights import Weights
 
 Variables = Mapping[str, Any]
-
-# Kind of layer -> canonical role -> (collection, native leaf).
-_LEAVES: dict[str, dict[str, tuple[str, str]]] = {
-    "conv": {"kernel": ("params", "kernel"), "bias": ("params", "bias")},
-    "dense": {"kernel": ("params", "kernel"), "bias": ("params", "bias")},
-    "norm": {
-        "scale": ("params", "scale"),
-        "bias": ("params", "bias"),
-        "mean": ("batch_stats", "mean"),
-        "var": ("batch_stats", "var"),
-    },
-}
 
 
 def variable_paths(spec: Spec) -> dict[str, tuple[str, ...]]:
@@ -81,9 +70,9 @@ def from_collection(spec: Spec, collection: str, tree: Variables) -> dict[str, n
     return _canonical([row for row in _table(spec) if row[1][0] == collection], {collection: tree})
 
 
-def read_variables(spec: Spec, path: str | PathLike[str], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Variables from a canonical safetensors file, which must hold exactly this spec. Raises `WeightsError`."""
-    return to_variables(spec, canonical.load_for(spec, Path(path))[1], dtype)
+def read_variables(spec: Spec, reference: str | PathLike[str], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Variables from a checkpoint of any known format that fits this spec. Raises `WeightsError`."""
+    return to_variables(spec, checkpoints.load_for(spec, fspath(reference))[1], dtype)
 
 
 def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
@@ -91,7 +80,7 @@ def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
     modules = import_module(f"{__package__}.{spec.family}").native_paths(spec)
     for layer in spec.layers:
         for name, shape in layer.arrays.items():
-            collection, leaf = _LEAVES[layer.kind][name.removeprefix(f"{layer.path}.")]
+            collection, leaf = LEAVES[layer.kind][name.removeprefix(f"{layer.path}.")]
             yield name, (collection, *modules[layer.path], leaf), shape
 
 

@@ -4,10 +4,12 @@ Nothing of Keras is imported before a name of this package is used.
 """
 
 import importlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from common import errors
+from common import checkpoints, errors
 from common.architectures import Spec
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ __all__ = [
     "WideResNet50_2",
     "WideResNet101_2",
     "export_weights",
+    "from_checkpoint",
     "from_spec",
     "load_weights",
     "stage_outputs",
@@ -70,6 +73,23 @@ def from_spec(spec: Spec, **options: Any) -> "keras.Model":
     Raises `BackendMissing` where Keras, or the framework it is to run on, is not installed.
     """
     return _module(spec.family).from_spec(spec, **options)
+
+
+def from_checkpoint(
+    reference: str | PathLike[str],
+    *,
+    convention: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> "keras.Model":
+    """The model of a checkpoint, in the conventions of its format: a path, a URL or a name of known weights.
+
+    `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
+    `WeightsError`, and `BackendMissing` if Keras is not installed.
+    """
+    settings = {"convention": convention} if convention else {}
+    spec, path = checkpoints.network(fspath(reference), changes=changes, **settings)
+    return from_spec(spec, weights=path, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import keras
 
 import resnet_keras
 from common.architectures import Spec
+from common.checkpoints import adopted
 
 _POOLINGS = {None: "none", "avg": "average", "max": "max"}
 _DOC = """{variant} in the convention of keras.applications.
@@ -15,8 +16,9 @@ _DOC = """{variant} in the convention of keras.applications.
     `input_shape` is (height, width, channels), at least {smallest} pixels a side; with `include_top` it defaults to
     ({size}, {size}, 3) and must be static, without it to any size. `input_tensor` is a Keras tensor to build upon.
     Without `include_top` the model returns the last feature map, or with `pooling` "avg" or "max" a vector for each
-    image. `classifier_activation` is any Keras activation, None for logits. `weights` is None or the path of a
-    canonical safetensors file; its head is left out where the model has none.
+    image. `classifier_activation` is any Keras activation, None for logits. `weights` is None, "imagenet", the path of
+    a checkpoint of any known format, a URL, or a name as "torchvision:IMAGENET1K_V2"; its head is left out where the
+    model has none, and the network takes its conventions.
     Raises `ValueError` for arguments that contradict each other, and its child `WeightsError` for unfit weights.
     """
 
@@ -56,8 +58,11 @@ def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Ca
         else:
             softmax = activation is keras.activations.softmax
             head = {"head": "softmax" if softmax else "logits", "classes": classes}
-        options = {"input_tensor": input_tensor, "input_shape": shape, "weights": weights, "name": name}
-        model = resnet_keras.from_spec(spec.replace(in_channels=channels, **head), **options)
+        if weights == "imagenet":
+            weights = "keras:imagenet" if include_top else "keras:imagenet:notop"
+        taken, path = adopted(spec, weights, variant)
+        options = {"input_tensor": input_tensor, "input_shape": shape, "weights": path, "name": name}
+        model = resnet_keras.from_spec(taken.replace(in_channels=channels, **head), **options)
         if not include_top or activation in (keras.activations.softmax, keras.activations.linear):
             return model
         outputs = keras.layers.Activation(activation, name="prob")(model.output)

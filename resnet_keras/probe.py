@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -104,6 +105,15 @@ class KerasBackend:
     def export(self, model: Any) -> canonical.Weights:
         return resnet_keras.export_weights(model)
 
+    def save(self, spec: Spec, weights: canonical.Weights, path: Path) -> None:
+        """A ``.keras`` archive; one that ends ``.keras_applications.keras`` has the layer names of those."""
+        dtypes = {weights[name].dtype for name in weights}
+        model = self.build(spec, str(np.result_type(*dtypes)))
+        self.load(model, weights)
+        if path.name.endswith(".keras_applications.keras"):
+            model = _renamed(model, spec)
+        model.save(path)
+
     def run(
         self, model: Any, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
     ) -> dict[str, np.ndarray]:
@@ -158,6 +168,29 @@ class KerasBackend:
             return _loss(last.kind, taps[last.path], labels), (taps, dict(zip(frozen, after, strict=True)))
 
         return self._adapter(forward, gradients)
+
+
+def _renamed(model: Any, spec: Spec) -> Any:
+    """The same model with the layer names of keras.applications. A Keras layer keeps its name, so it is another one."""
+    import keras
+
+    from common.checkpoints.base import skeleton_of
+    from common.checkpoints.keras_applications import applications_layer
+    from resnet_keras.weights import layer_names
+
+    skeleton = skeleton_of(spec)
+    table = {native: applications_layer(path, skeleton) for path, native in layer_names(spec).items()}
+
+    def rename(layer: Any) -> Any:
+        base, _, suffix = layer.name.rpartition("_")
+        # Padding and such stands before a layer of the walk and is named after it.
+        name = table.get(layer.name) or (f"{table[base]}_{suffix}" if base in table else layer.name)
+        return type(layer).from_config(layer.get_config() | {"name": name})
+
+    twin = keras.models.clone_model(model, clone_function=rename)
+    for target, source in zip(twin.variables, model.variables, strict=True):
+        target.assign(source)
+    return twin
 
 
 def _set_dtype(dtype: str) -> None:

@@ -6,13 +6,14 @@ Layers are named as in Caffe's ResNet and the Keras ResNet-50 after it: stages c
 
 from collections.abc import Callable
 from os import PathLike
-from string import ascii_lowercase
 from typing import Any
 
 import keras
 from keras import layers
 
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
+from common.checkpoints.base import skeleton_of
+from common.checkpoints.keras_applications import block_names, classic_layer
 from resnet_keras.applications import builder
 from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut
 from resnet_keras.weights import load_file, spec_of
@@ -203,37 +204,10 @@ def _resnet(x: Any, spec: ResNetSpec, kernel_initializer: Any) -> Any:
     return x
 
 
-def block_names(count: int) -> list[str]:
-    """Names of the blocks of a stage: a, b, c, …; in Caffe's form a, b1, b2, … where the alphabet does not suffice."""
-    if count <= len(ascii_lowercase):
-        return list(ascii_lowercase[:count])
-    return ["a", *(f"b{i}" for i in range(1, count))]
-
-
 def layer_names(spec: ResNetSpec) -> dict[str, str]:
     """Name of the Keras layer for every layer of the walk, by canonical path."""
-    names = {
-        "stem.conv": "conv1",
-        "stem.norm": "bn_conv1",
-        "stem.relu": "conv1_relu",
-        "stem.pool": "pool1",
-        "head.flatten": "flatten",
-        "head.pool": "pool5",
-        "head.fc": f"fc{spec.classes}",
-        "head.softmax": "prob",
-    }
-    for s, count in enumerate(spec.blocks):
-        for b, block in enumerate(block_names(count)):
-            path, where = f"stages.{s}.blocks.{b}", f"{s + 2}{block}"
-            for i, letter in enumerate("abc", start=1):
-                names[f"{path}.conv{i}"] = f"res{where}_branch2{letter}"
-                names[f"{path}.norm{i}"] = f"bn{where}_branch2{letter}"
-                names[f"{path}.relu{i}"] = f"res{where}_branch2{letter}_relu"
-            names[f"{path}.shortcut.conv"] = names[f"{path}.shortcut.pad"] = f"res{where}_branch1"
-            names[f"{path}.shortcut.norm"] = f"bn{where}_branch1"
-            names[f"{path}.add"] = f"res{where}"
-            names[f"{path}.relu"] = f"res{where}_relu"
-    return {layer.path: names[layer.path] for layer in spec.layers}
+    skeleton = skeleton_of(spec)
+    return {layer.path: classic_layer(layer.path, skeleton) for layer in spec.layers}
 
 
 def from_spec(

@@ -7,13 +7,13 @@ arrays from the table below.
 import importlib
 from collections.abc import Collection
 from functools import partial
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import keras
 import numpy as np
 
+from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Layer
@@ -56,16 +56,16 @@ def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.We
     return canonical.LazyWeights({name: partial(_read, variable) for name, variable in variables(model, spec).items()})
 
 
-def load_file(model: keras.Model, path: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
-    """Load a canonical safetensors file that was made for the model's own spec, `free_fields` aside.
+def load_file(model: keras.Model, reference: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
+    """Load a checkpoint of any known format that fits the model's own spec, `free_fields` aside.
 
-    The file's head is left out where the model has none. Raises `WeightsError`, also for "imagenet".
+    Its head is left out where the model has none. Raises `WeightsError`.
     """
     spec = spec_of(model)
     headless = not any(layer.kind == "dense" for layer in spec.layers)
     if headless:
         free_fields = {*free_fields, "classes", "input_size"}
-    found, weights = canonical.load_for(spec, Path(path), free_fields=free_fields)
+    found, weights = checkpoints.load_for(spec, fspath(reference), free_fields=free_fields)
     if headless:
         dense = {name for layer in found.layers if layer.kind == "dense" for name in layer.arrays}
         weights = canonical.LazyWeights({name: partial(weights.__getitem__, name) for name in weights.keys() - dense})

@@ -3,11 +3,13 @@
 Importing this package loads nothing; PyTorch comes with the first name that is asked for.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from common import errors
+from common import checkpoints, errors
 from common.architectures import Spec
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ _PUBLIC = {
     "weights": ("load_weights", "export_weights"),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["from_spec", *_MODULES]
+__all__ = ["from_checkpoint", "from_spec", *_MODULES]
 
 
 def from_spec(spec: Spec, **options: Any) -> "nn.Module":
@@ -54,6 +56,23 @@ def from_spec(spec: Spec, **options: Any) -> "nn.Module":
         family = import_module(f"{__package__}.{spec.family}")
     model: nn.Module = family.from_spec(spec, **options)
     return model
+
+
+def from_checkpoint(
+    reference: str | PathLike[str],
+    *,
+    convention: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> "nn.Module":
+    """The model of a checkpoint, in the conventions of its format: a path, a URL or a name of known weights.
+
+    `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
+    `WeightsError`, and `BackendMissing` if PyTorch is not installed.
+    """
+    settings = {"convention": convention} if convention else {}
+    spec, path = checkpoints.network(fspath(reference), changes=changes, **settings)
+    return from_spec(spec, weights=path, **options)
 
 
 def framework() -> AbstractContextManager[None]:

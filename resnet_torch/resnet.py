@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
+from common.checkpoints import adopted
 from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_file
 
@@ -243,7 +244,7 @@ def from_spec(
     norm_layer: NormLayer | None = None,
     zero_init_residual: bool = False,
 ) -> ResNet:
-    """The model of any valid spec, with the weights of a canonical safetensors file if `weights` names one.
+    """The model of any valid spec, with the weights of a checkpoint of any known format if `weights` names one.
 
     Raises `WeightsError` if that file is not there, is damaged, or holds the weights of another spec.
     """
@@ -267,7 +268,8 @@ def _builder(name: str) -> Callable[..., ResNet]:
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
     ) -> ResNet:
-        spec = variant.replace(
+        spec, weights = adopted(variant, weights, name)
+        spec = spec.replace(
             classes=num_classes,
             groups=groups,
             width_per_group=width_per_group,
@@ -278,9 +280,10 @@ def _builder(name: str) -> Callable[..., ResNet]:
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""{name}: stages of {", ".join(map(str, variant.blocks))} {variant.block} blocks.
 
-    The keywords are torchvision's. `weights` is the path of a canonical safetensors file; `progress` is accepted and
-    unused, as nothing is downloaded. Raises `SpecError` for values the network cannot have, `WeightsError` as
-    `from_spec` does.
+    The keywords are torchvision's. `weights` is the path of a checkpoint of any known format, a URL, or a name as
+    "torchvision:IMAGENET1K_V2", "keras:imagenet" and "hf://timm/resnet50.a1_in1k"; the network takes its conventions.
+    `progress` shows a download's. Raises `SpecError` for values the network cannot have, `WeightsError` for weights
+    that cannot be had or are another network's.
     """
     return build
 

@@ -6,16 +6,14 @@ Works for every family: which module a layer is comes from the family's `nodes`.
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common.weights
-from common import architectures
+from common import architectures, checkpoints
 from common.architectures.layers import Dense, Layer, Shape
 from common.errors import WeightsError
 from common.weights import LazyWeights, Weights, check_names
@@ -79,9 +77,9 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
         raise WeightsError(f"{len(wrong)} tensors do not fit this model: {'; '.join(wrong[:4])}")
 
 
-def load_file(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Load a canonical safetensors file of the model's own spec. Raises `WeightsError`."""
-    load_weights(model, common.weights.load_for(_spec(model), Path(path))[1])
+def load_file(model: nn.Module, reference: str | PathLike[str]) -> None:
+    """Load a checkpoint of any known format that fits the model's own spec. Raises `WeightsError`."""
+    load_weights(model, checkpoints.load_for(_spec(model), fspath(reference))[1])
 
 
 def export_weights(model: nn.Module) -> Weights:

@@ -143,7 +143,7 @@ def _broken(path: Path, how: str) -> Path:
     """The canonical file at `path`, damaged."""
     good = load_file(path)
     target = path.with_name(f"{how}.safetensors")
-    metadata = {"format": "resnet-parity weights 1", "spec": architectures.to_json(TINY)}
+    metadata = {"format": "resnet-parity weights 2", "spec": architectures.to_json(TINY)}
     name = "stages.1.blocks.0.conv1.kernel"
     if how == "truncated":
         target.write_bytes(path.read_bytes()[:-1000])

@@ -1,0 +1,170 @@
+"""Converting ResNet-152 between formats, against each format's plain library.
+
+    python benchmarks/convert.py [REPEATS]
+
+For every pair, ours (`checkpoints.load`, `checkpoints.save`) against reading the source and writing the target with
+the plain libraries: torch, safetensors, h5py, flax.serialization, orbax. Each measurement is in a process of its own,
+imports done before the clock starts; the rounds are interleaved, the figures medians. Memory is the growth of the
+process's own resident set while it converts, in copies of the weights.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from memory import Peak, resident
+
+VARIANT = "resnet152"
+# Format -> the name of its file, and what `--to` calls it.
+FORMATS = {
+    "canonical": ("w.safetensors", "canonical"),
+    "pth": ("w.pth", "torchvision"),
+    "legacy pth": ("l.pth", "torchvision:legacy"),
+    "huggingface": ("h.safetensors", "huggingface"),
+    "weights.h5": ("w.weights.h5", "keras_applications"),
+    "h5": ("w.h5", "keras_classic"),
+    "msgpack": ("w.msgpack", "flax"),
+    "orbax": ("orbax", "flax"),
+}
+
+
+def plain(format_: str) -> tuple[Callable[[Path], Any], Callable[[Any, Path], None]]:
+    """(read everything, write it again) with the library of a format alone."""
+    if format_ in ("canonical", "huggingface"):
+        from safetensors.numpy import load_file, save_file
+
+        return load_file, lambda content, path: save_file(content, path)
+    if format_ in ("pth", "legacy pth"):
+        import torch
+
+        new = format_ == "pth"
+        return (
+            lambda path: torch.load(path, weights_only=True),
+            lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=new),
+        )
+    if format_ in ("weights.h5", "h5"):
+        return read_h5, write_h5
+    if format_ == "msgpack":
+        from flax import serialization
+
+        return (
+            lambda path: serialization.msgpack_restore(path.read_bytes()),
+            lambda content, path: path.write_bytes(serialization.msgpack_serialize(content)),
+        )
+    import orbax.checkpoint as ocp
+
+    checkpointer = ocp.StandardCheckpointer()
+
+    def save(content: Any, path: Path) -> None:
+        checkpointer.save(path.absolute(), content)
+        checkpointer.wait_until_finished()
+
+    return lambda path: checkpointer.restore(path.absolute()), save
+
+
+def read_h5(path: Path) -> dict[str, Any]:
+    import h5py
+
+    arrays: dict[str, Any] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return arrays
+
+
+def write_h5(arrays: Mapping[str, Any], path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
+def child(what: str, source: str, target: str, folder: Path) -> str:
+    """One measurement: seconds, and for ours the peak in copies of the weights."""
+    given = folder / FORMATS[source][0]
+    if what == "ours":
+        import_libraries()
+        from common import checkpoints
+
+        file, to = FORMATS[target]
+        before = resident()
+        with Peak() as peak:
+            started = time.perf_counter()
+            found = checkpoints.load(given)
+            checkpoints.save(folder / "made" / file, found.spec, found.weights, to)
+            seconds = time.perf_counter() - started
+        size = sum(found.weights[name].nbytes for name in found.weights)
+        return f"{seconds} {(peak.bytes - before) / size}"
+    read, write = plain(source)
+    started = time.perf_counter()
+    content = read(given)
+    if what == "write":
+        started = time.perf_counter()
+        write(content, folder / "made" / FORMATS[source][0])
+    return f"{time.perf_counter() - started} 0"
+
+
+def import_libraries() -> None:
+    """What a format needs is imported by it at its first use; here before the clock starts."""
+    import h5py  # noqa: F401
+    import msgpack  # noqa: F401
+    import tensorstore  # noqa: F401
+
+
+def measure(what: str, source: str, target: str, folder: Path) -> tuple[float, float]:
+    """A measurement in a process of its own."""
+    made = folder / "made"
+    subprocess.run(["rm", "-rf", str(made)], check=True)
+    made.mkdir()
+    command = [sys.executable, __file__, what, source, target, str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    if done.returncode:
+        raise SystemExit(f"{what} {source} {target}: {done.stderr[-800:]}")
+    seconds, copies = done.stdout.split()[-2:]
+    return float(seconds), float(copies)
+
+
+def main() -> None:
+    if len(sys.argv) == 5:
+        print(child(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])))
+        return
+    from common import architectures, checkpoints
+    from common import weights as canonical
+
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    spec = architectures.find(VARIANT)
+    given = canonical.randomize(spec, dtype="float32")
+    pairs = list(permutations(FORMATS, 2))
+    plain_seconds: dict[tuple[str, str], list[float]] = {}
+    ours: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, to in FORMATS.values():
+            checkpoints.save(folder / file, spec, given, to)
+        del given
+        for _ in range(repeats):
+            for format_ in FORMATS:
+                for what in ("read", "write"):
+                    plain_seconds.setdefault((what, format_), []).append(measure(what, format_, format_, folder)[0])
+            for pair in pairs:
+                ours.setdefault(pair, []).append(measure("ours", *pair, folder))
+    print(f"{VARIANT}, float32, median of {repeats}; at most 2 times and 2.2 copies are the aim")
+    print(f"{'':30} {'ours':>8} {'plain':>10} {'ratio':>8} {'copies':>8}")
+    for source, target in pairs:
+        seconds = statistics.median(s for s, _ in ours[source, target])
+        copies = max(c for _, c in ours[source, target])
+        library = statistics.median(plain_seconds["read", source]) + statistics.median(plain_seconds["write", target])
+        print(f"{source:>14} -> {target:<12} {seconds:7.3f} s {library:8.3f} s {seconds / library:8.2f} {copies:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

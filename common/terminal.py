@@ -1,0 +1,66 @@
+"""What the command line prints with: results on standard output, everything else on standard error."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from common.errors import InputError
+
+
+def out() -> Console:
+    """The console of results."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 132)
+
+
+def err() -> Console:
+    """The console of everything else."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None) -> Iterator[Callable[[str, str], None]]:
+    """A bar with what each backend is doing; nothing where standard error is no terminal."""
+    console = err()
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[doing]}", markup=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    doing: dict[str, str] = {}
+    with bar:
+        task = bar.add_task(title, total=total, doing="")
+
+        def step(backend: str, what: str) -> None:
+            doing[backend] = what
+            bar.update(task, advance=1, doing=" | ".join(f"{b} {w}" for b, w in doing.items()))
+
+        yield step
+
+
+def choices(option: str, text: str, allowed: list[str] | tuple[str, ...] | None) -> list[str]:
+    """The parts of a list separated by commas, each one of `allowed` and named once. Raises `InputError`."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if allowed is not None and part not in allowed:
+            raise InputError(f"--{option} {text}: {part!r} is unknown; expected some of {', '.join(allowed)}")
+        if parts.count(part) > 1:
+            raise InputError(f"--{option} {text}: {part!r} is named twice; name each once")
+    return parts
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a place that cannot be written before the long work, not after it. Raises `InputError`."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: cannot be written: {path.parent} is not a folder; make it first")
+    if path is not None and path.is_dir():
+        raise InputError(f"{path}: cannot be written: it is a folder; name a file")

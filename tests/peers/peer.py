@@ -1,0 +1,243 @@
+"""A peer library at work, in a process of its own: torchvision, timm, transformers, keras.applications, or Flax.
+
+    python peer.py LIBRARY MODEL make FILE                     its model with random weights, saved by its own code
+    python peer.py LIBRARY MODEL run FILE OUT IMAGES [IMAGES…]  loaded strictly by its own loader; float64 outputs
+
+IMAGES are safetensors files with "images" (N, H, W, C); OUT gets "0", "1", … with the outputs of each.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "KERAS_BACKEND": "tensorflow"}
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def drawn(name: str, shape: tuple[int, ...], fan_in: int, damped: bool, generator: np.random.Generator) -> np.ndarray:
+    """Random values that no default has and that keep the size of what passes through, whatever the depth."""
+    if len(shape) > 1:
+        return generator.standard_normal(shape) * np.sqrt(2 / fan_in)
+    if name.endswith(("var", "variance")):
+        return generator.uniform(0.5, 1.5, shape)
+    if name.endswith(("scale", "gamma")):
+        return generator.uniform(0.5, 1.5, shape) * (0.2 if damped else 1.0)
+    return generator.normal(0, 0.2, shape)
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def randomize_torch(model: Any) -> None:
+    import torch
+
+    generator = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            norm = tensor.dim() == 1 and name.endswith(".weight")
+            last = any(part in name for part in ("bn3.", "layer.2.normalization.")) or (
+                "bn2." in name and not any("bn3." in other for other in model.state_dict())
+            )
+            role = "scale" if norm else name
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
+            tensor.copy_(torch.from_numpy(drawn(role, tuple(tensor.shape), fan_in, last, generator)))
+
+
+def run_torch(model: Any, output: Callable[[Any], Any] = lambda result: result) -> Run:
+    import torch
+
+    torch.set_num_threads(2)
+    model.double().eval()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return output(model(torch.from_numpy(images).permute(0, 3, 1, 2))).numpy()
+
+    return run
+
+
+def make_torchvision(name: str, path: Path) -> None:
+    import torch
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None)
+    randomize_torch(model)
+    torch.save(model.state_dict(), path)
+
+
+def load_torchvision(name: str, path: Path) -> Run:
+    import torch
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None)
+    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return run_torch(model)
+
+
+def make_timm(name: str, path: Path) -> None:
+    import safetensors.torch
+    import timm
+    import torch
+
+    model = timm.create_model(name, pretrained=False)
+    randomize_torch(model)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(model.state_dict(), path)
+    else:
+        torch.save({"state_dict": model.state_dict(), "epoch": 3, "arch": name}, path)
+
+
+def load_timm(name: str, path: Path) -> Run:
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    timm.models.load_checkpoint(model, str(path), strict=True)
+    return run_torch(model)
+
+
+_HUGGING_FACE = {"resnet-18": ("basic", [2, 2, 2, 2], 1), "resnet-50": ("bottleneck", [3, 4, 6, 3], 4)}
+
+
+def make_transformers(name: str, path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    block, depths, expansion = _HUGGING_FACE[name]
+    sizes = [expansion * width for width in (64, 128, 256, 512)]
+    labels = {number: f"label {number}" for number in range(1000)}
+    config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=sizes, id2label=labels)
+    model = ResNetForImageClassification(config)
+    randomize_torch(model)
+    model.save_pretrained(path.parent)
+
+
+def load_transformers(name: str, path: Path) -> Run:
+    from transformers import ResNetForImageClassification
+
+    model, told = ResNetForImageClassification.from_pretrained(path.parent, output_loading_info=True)
+    wrong = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told[key]}
+    if wrong:
+        raise SystemExit(f"not a whole checkpoint: {wrong}")
+    return run_torch(model, lambda result: result.logits)
+
+
+# --- Keras -----------------------------------------------------------------------------------------------------------
+
+
+def make_keras(name: str, path: Path) -> None:
+    model = _keras_of_any_size(name, "float32")
+    generator = np.random.default_rng(0)
+    for variable in model.variables:
+        shape = tuple(variable.shape)
+        fan_in = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
+        variable.assign(drawn(variable.name, shape, fan_in, "_3_bn" in variable.path, generator).astype(np.float32))
+    if path.suffix == ".keras":
+        model.save(path)
+    else:
+        model.save_weights(path)
+
+
+def load_keras(name: str, path: Path) -> Run:
+    import keras
+
+    single = keras.models.load_model(path) if path.suffix == ".keras" else _keras_of_any_size(name, "float32")
+    if path.suffix != ".keras":
+        single.load_weights(path)
+    values = single.get_weights()
+    model = _keras_of_any_size(name, "float64")
+    model.set_weights([value.astype(np.float64) for value in values])
+    return lambda images: np.asarray(model(images, training=False))
+
+
+def _keras_of_any_size(name: str, dtype: str) -> Any:
+    import keras
+
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    # With its top, keras.applications wants a size; the top itself takes any.
+    tensor = keras.Input((None, None, 3))
+    return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
+
+
+# --- Flax ------------------------------------------------------------------------------------------------------------
+
+
+def _flax(name: str) -> tuple[Any, Any]:
+    import jax
+    from flax_twin import ResNet
+
+    jax.config.update("jax_enable_x64", True)
+    model = ResNet(name)
+    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
+
+
+def make_flax(name: str, path: Path) -> None:
+    import jax
+    from flax import serialization
+
+    _, shapes = _flax(name)
+    generator = np.random.default_rng(0)
+
+    def value(keys: Any, leaf: Any) -> np.ndarray:
+        role = keys[-1].key
+        damped = any(getattr(key, "key", "") == "BatchNorm_2" for key in keys)
+        fan_in = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1
+        return drawn(role, leaf.shape, fan_in, damped, generator).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(value, shapes)
+    if path.suffix == ".msgpack":
+        path.write_bytes(serialization.to_bytes(variables))
+        return
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), variables)
+
+
+def load_flax(name: str, path: Path) -> Run:
+    import jax
+    from flax import serialization
+
+    model, shapes = _flax(name)
+    if path.suffix == ".msgpack":
+        target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+        variables = serialization.from_bytes(target, path.read_bytes())
+    else:
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            variables = checkpointer.restore(path.absolute(), shapes)
+    variables = jax.tree.map(lambda array: np.asarray(array, np.float64), variables)
+    return lambda images: np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images))
+
+
+LIBRARIES = {
+    "torchvision": (make_torchvision, load_torchvision),
+    "timm": (make_timm, load_timm),
+    "transformers": (make_transformers, load_transformers),
+    "keras": (make_keras, load_keras),
+    "flax": (make_flax, load_flax),
+}
+
+
+def main() -> None:
+    library, model, operation, file = sys.argv[1:5]
+    make, load = LIBRARIES[library]
+    if operation == "make":
+        make(model, Path(file))
+        return
+    run = load(model, Path(file))
+    outputs = [run(load_file(path)["images"]) for path in sys.argv[6:]]
+    save_file({str(index): np.ascontiguousarray(output) for index, output in enumerate(outputs)}, sys.argv[5])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Against the libraries themselves: their models, saved by their code, are the same functions in all our backends.
+
+And back: what we write, their own strict loaders take, and compute the same. Runs in the peers' environment only
+(`make test-peers`).
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common import checkpoints
+from common import weights as canonical
+from common.check import Case, Session, compare_case
+from common.images import sample_photos
+from common.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.record import distance, norm
+
+SIZES = (64, 65, 224)
+PEER = Path(__file__).with_name("peer.py")
+# Library, its model, our name for it, the file it writes, what `--to` calls that.
+TORCHVISION = [
+    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    *("wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+]
+CASES = [
+    *(("torchvision", name, name, "given.pth", "torchvision") for name in TORCHVISION),
+    *(("timm", name, name, "given.safetensors", "torchvision") for name in TORCHVISION[:5]),
+    ("timm", "resnet50", "resnet50", "given.pth", "torchvision"),
+    ("transformers", "resnet-18", "resnet18", "model.safetensors", "huggingface"),
+    ("transformers", "resnet-50", "resnet50", "model.safetensors", "huggingface"),
+    *(
+        ("keras", f"ResNet{depth}", f"resnet{depth}.keras_applications", file, "keras_applications")
+        for depth, file in (
+            (50, "given.weights.h5"),
+            (101, "given.weights.h5"),
+            (152, "given.weights.h5"),
+            (50, "given.keras"),
+        )
+    ),
+    ("flax", "resnet18", "resnet18.flax_examples", "given.msgpack", "flax"),
+    ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
+    ("flax", "resnet50", "resnet50.flax_examples", "given", "flax"),
+]
+
+
+@pytest.fixture(scope="module")
+def session():
+    with Session(("torch", "keras", "flax")) as running:
+        yield running
+
+
+def peer(*arguments):
+    done = subprocess.run(
+        [sys.executable, str(PEER), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("library", "model", "variant", "file", "to"), CASES, ids=lambda value: str(value))
+def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, library, model, variant, file, to):
+    from common import architectures
+
+    theirs = tmp_path / "theirs" / file
+    theirs.parent.mkdir()
+    peer(library, model, "make", theirs)
+    found = checkpoints.load(theirs)
+    assert found.spec == architectures.find(variant)
+    ours = tmp_path / "ours" / file
+    ours.parent.mkdir()
+    checkpoints.save(ours, found.spec, found.weights, to)
+
+    weights = {name: found.weights[name].astype(np.float64) for name in found.weights}
+    last = found.spec.layers[-1].path
+    images, expected = [], []
+    for size in SIZES:
+        case = Case(
+            variant=variant,
+            spec=found.spec,
+            size=(size, size),
+            photos=tuple(sample_photos()),
+            weights=weights,
+            dtypes=("float64",),
+            modes=("eval",),
+        )
+        with session.prepared(case) as inputs:
+            records = {
+                column: session.run(column, inputs, column == session.references[0]) for column in session.columns
+            }
+            comparisons = compare_case(case, records, session.references[0])
+            assert all(comparison.passed for comparison in comparisons)
+            kept = tmp_path / f"images-{size}.safetensors"
+            kept.write_bytes(inputs.path("inputs", "float64").read_bytes())
+            response = records["torch"]["float64"].manifest.response[f"eval/tap/{last}"]
+            outputs = {column: made["float64"][f"eval/tap/{last}"].copy() for column, made in records.items()}
+        images.append(kept)
+        expected.append((response, outputs))
+
+    for which, path in (("theirs", theirs), ("ours", ours)):
+        peer(library, model, "run", path, tmp_path / which / "outputs", *images)
+        got = load_file(tmp_path / which / "outputs")
+        for index, (response, outputs) in enumerate(expected):
+            for column, output in outputs.items():
+                limit = RESPONSE_FACTOR * max(response, FLOOR * UNIT["float64"] * norm(output))
+                apart = distance(got[str(index)], output)
+                assert apart <= limit, (
+                    f"{which} at {SIZES[index]}: {column} is {apart / limit * RESPONSE_FACTOR:.1f} responses away"
+                )
+
+
+def test_nothing_here_could_pass_by_accident(session, tmp_path):
+    """The gate sees an eps of 1.001e-5 instead of 1e-5, the smallest difference of two public conventions."""
+    theirs = tmp_path / "given.pth"
+    peer("torchvision", "resnet18", "make", theirs)
+    found = checkpoints.load(theirs, changes={"bn_eps": 1.001e-5})
+    weights = {name: found.weights[name].astype(np.float64) for name in canonical.shapes(found.spec)}
+    case = Case(
+        variant="eps",
+        spec=found.spec,
+        photos=tuple(sample_photos()),
+        weights=weights,
+        dtypes=("float64",),
+        modes=("eval",),
+    )
+    with session.prepared(case) as inputs:
+        record = session.run("torch", inputs, True)["float64"]
+        kept = tmp_path / "images.safetensors"
+        kept.write_bytes(inputs.path("inputs", "float64").read_bytes())
+        response, output = record.manifest.response["eval/tap/head.fc"], record["eval/tap/head.fc"].copy()
+    peer("torchvision", "resnet18", "run", theirs, tmp_path / "outputs", kept)
+    assert distance(load_file(tmp_path / "outputs")["0"], output) > 1000 * RESPONSE_FACTOR * response
