@@ -149,7 +149,8 @@ class Inputs:
 
     def _write(self, values: str, weights: canonical.Weights, pixels: np.ndarray, labels: np.ndarray) -> None:
         dtype = "float64" if values == "float64" else "float32"
-        arrays = {name: weights[name].astype(dtype) for name in weights}
+        # safetensors writes the memory as it lies: of a transposed view that would be another array.
+        arrays = {name: weights[name].astype(dtype, order="C") for name in weights}
         batch = {"images": pixels.astype(dtype), "labels": labels}
         for what, content in (("weights", arrays), ("inputs", batch)):
             with written(self.path(what, values), RecordError) as beside:

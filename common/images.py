@@ -147,7 +147,7 @@ def preprocess(image: Image.Image | Path | str, preprocessing: Preprocessing) ->
     pixels = np.asarray(_centre(resized, preprocessing.crop))
     if preprocessing.channel_order == "BGR":
         pixels = pixels[..., ::-1]
-    values = pixels.astype(np.float32) / np.float32(preprocessing.scale)
+    values = pixels.astype(np.float32) / preprocessing.scale
     values -= np.array(preprocessing.mean, np.float32)
     values /= np.array(preprocessing.std, np.float32)
     return values
@@ -174,7 +174,7 @@ def _resized(photo: Image.Image, preprocessing: Preprocessing) -> Image.Image:
             f"a photograph of {photo.width} x {photo.height} pixels would be resized to {size[0]} x {size[1]}, more "
             f"than {_MOST_PIXELS} pixels; crop it first"
         )
-    return photo if photo.size == size else photo.resize(size, _FILTERS[preprocessing.interpolation])
+    return photo.resize(size, _FILTERS[preprocessing.interpolation])
 
 
 def _centre(photo: Image.Image, side: int) -> Image.Image:

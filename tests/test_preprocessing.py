@@ -185,9 +185,9 @@ class TestRefused:
 
     def test_a_photograph_that_would_be_resized_to_gigabytes(self, tmp_path):
         path = tmp_path / "line.png"
-        Image.new("RGB", (20_000, 1)).save(path)
+        Image.new("RGB", (2_000, 1)).save(path)
         with pytest.raises(
-            InputError, match=r"line\.png: a photograph of 20000 x 1 pixels would be resized to 5120000"
+            InputError, match=r"line\.png: a photograph of 2000 x 1 pixels would be resized to 512000 x 256"
         ):
             preprocess(path, PRESETS["torchvision"])
         assert preprocess(path, PRESETS["keras_caffe"]).shape == (224, 224, 3)
@@ -211,6 +211,12 @@ class TestRefused:
         assert str(caught.value).startswith(f"{path}: the image cannot be read: ")
         assert "\n" not in str(caught.value)
         assert "pixels" in str(caught.value)
+
+    def test_what_pillow_only_warns_of(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)  # it warns above that, and refuses above twice that
+        ramp(10, 10).save(tmp_path / "p.png")
+        with pytest.raises(InputError, match=r"exceeds limit of 99 pixels"):
+            images.read(tmp_path / "p.png")
 
     def test_a_bomb_where_pillow_was_told_to_trust_everything(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)

@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -24,7 +24,9 @@ from common.architectures import Spec
 from common.architectures.layers import Layer, Shape
 from common.checkpoints import native
 from common.checkpoints.base import Naming, Source, Stored, native_layers, native_names, to_canonical
+from common.checkpoints.hdf5_text import text_attribute
 from common.checkpoints.keras_applications import ARRAYS, usual
+from common.checkpoints.keras_order import names_by_order
 from common.errors import CheckpointError
 from common.files import reason, written
 from common.weights import LazyWeights, Weights
@@ -37,15 +39,15 @@ _WEIGHTS = "model.weights.h5"  # of a .keras archive
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
 _ATTRIBUTE_LIMIT = 64512  # bytes that HDF5 takes in one attribute
-_LONGEST_NAME = 1000
-_ATTRIBUTE, _CONTINUATION = 0x0C, 0x10  # messages of an HDF5 object header
-_MOST_BLOCKS = 100  # of one header
 # Folders in which Keras 3 keeps layers, and in which tf.keras 2.12 to 2.15 did.
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 # Array names of Keras 1, which kept the running variance under the name of another number.
 _KERAS_1 = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
 # Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours.
 _ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
+_NUMBERED = re.compile(
+    r"(?P<model>.*)/(?:unbiased_)?(?P<kind>conv2d|batch_normalization|dense)(?:_(?P<number>\d{1,6}))?/vars"
+)
 _CLASS = {"conv": "conv2d", "norm": "batch_normalization", "dense": "dense"}
 
 
@@ -69,6 +71,8 @@ def read(path: Path) -> Source:
         mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
         archived = bytes(mapped[:4]) == _ZIP
         content = _member(path, mapped) if archived else mapped
+        if bytes(content[:8]) != _HDF5:
+            raise CheckpointError(f"{_WEIGHTS} is no HDF5 file; fetch or make the file again")
         file = h5py.File(_Window(content) if archived else path, "r")
         found = _Datasets(file, content)
         keras_3 = any(name in file for name in _LAYERS)
@@ -141,17 +145,31 @@ class _Datasets:
     def of_keras_3(self) -> dict[str, Stored]:
         """Layers are folders named by their class and a number; their own name is an attribute."""
         tensors: dict[str, Stored] = {}
+        unnamed: dict[str, dict[str, h5py.Dataset]] = {}
         for path, group, arrays in self._groups():
             inside = path.partition("/")[0] in _LAYERS and path.endswith("/vars")
             layer = _text(group, "name", self._content) if inside and arrays else None
-            roles = _ORDER.get(len(arrays), ())
-            for name, dataset in arrays.items():
-                native = f"{path}/{name}".lstrip("/")
-                if layer is not None:
-                    known = name.isdecimal() and len(name) < 3 and int(name) < len(roles)
-                    native = f"{layer}/{roles[int(name)] if known else name}"
-                self._add(tensors, native, dataset)
+            if inside and arrays and layer is None:
+                unnamed[path] = arrays
+            else:
+                self._add_layer(tensors, path, layer, arrays)
+        names = _names_by_order(unnamed)
+        if names:
+            self.notes.append("the file names no layers: they were told by their order")
+        for path, arrays in unnamed.items():
+            self._add_layer(tensors, path, names.get(path), arrays)
         return tensors
+
+    def _add_layer(
+        self, tensors: dict[str, Stored], path: str, layer: str | None, arrays: Mapping[str, h5py.Dataset]
+    ) -> None:
+        roles = _ORDER.get(len(arrays), ())
+        for name, dataset in arrays.items():
+            native = f"{path}/{name}".lstrip("/")
+            if layer is not None:
+                known = name.isdecimal() and len(name) < 3 and int(name) < len(roles)
+                native = f"{layer}/{roles[int(name)] if known else name}"
+            self._add(tensors, native, dataset)
 
     def of_legacy(self) -> dict[str, Stored]:
         """Layers are folders named as they are; the names of the arrays end with their role and perhaps ``:0``."""
@@ -239,7 +257,7 @@ class _Datasets:
         """A view of the file where the array lies in it as NumPy has it."""
         offset, dtype = dataset.id.get_offset(), dataset.dtype
         # HDF5 converts on reading where a type has another exponent, or bits that are not used.
-        if offset is None or self._file.userblock_size or dataset.id.get_type() != h5py.h5t.py_create(dtype):
+        if offset is None or dataset.id.get_type() != h5py.h5t.py_create(dtype):
             return None
         size = _size(dataset.shape, dtype)
         if offset + size > self._content.size:
@@ -303,39 +321,31 @@ def _member(path: Path, mapped: np.ndarray) -> np.ndarray:
 
 
 def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> str | None:
-    """A text among the attributes, as Keras writes them; None where there is none.
-
-    HDF5 makes room for as many bytes as a text claims before it looks whether they are there; the claim is read first.
-    """
-    if name not in item.attrs:
-        return None
-    claims = list(_claimed_lengths(content, h5py.h5o.get_info(item.id).addr, name.encode()))
-    if item.attrs.get_id(name).shape != () or not claims or max(claims) > _LONGEST_NAME:
-        raise CheckpointError(f"{item.name} has an attribute {name} that is no text Keras would write")
-    text = item.attrs[name]
-    if not isinstance(text, str) or not text.isprintable():
-        raise CheckpointError(f"{item.name} has an attribute {name} that is no text Keras would write")
+    """A text among the attributes, as Keras writes them; None where there is none."""
+    text = text_attribute(content, h5py.h5o.get_info(item.id).addr, name)
+    if text is not None and not text.isprintable():
+        raise CheckpointError(f"{item.name} has an attribute {name} that Keras would not write; the file is damaged")
     return text
 
 
-def _claimed_lengths(content: np.ndarray, address: int, name: bytes) -> Iterator[int]:
-    """Length of the text in every attribute of that name in an object header (version 1, HDF5 specification IV.A.1).
-
-    The messages of a header are type, size, flags, data; in an attribute the value comes last, and that of a text is
-    its length and where it is.
-    """
-    blocks = [(address + 16, int.from_bytes(content[address + 8 : address + 12].tobytes(), "little"))]
-    for start, size in blocks:  # grows as continuations are met
-        block = content[start : start + size].tobytes()
-        at = 0
-        while at + 8 <= len(block):
-            kind, length = struct.unpack_from("<HH", block, at)
-            message = block[at + 8 : at + 8 + length]
-            if kind == _CONTINUATION and length >= 16 and len(blocks) < _MOST_BLOCKS:
-                blocks.append(struct.unpack_from("<QQ", message))
-            elif kind == _ATTRIBUTE and message[8:].startswith(name + b"\0"):
-                yield int.from_bytes(message[-16:-12], "little")
-            at += 8 + length
+def _names_by_order(unnamed: Mapping[str, Mapping[str, h5py.Dataset]]) -> dict[str, str]:
+    """Names of layers, by the folders of their arrays; none where these are no layers of a ResNet."""
+    numbered: dict[str, dict[str, dict[int, str]]] = {}
+    for path in unnamed:
+        if match := _NUMBERED.fullmatch(path):
+            kinds = numbered.setdefault(match["model"], {})
+            kinds.setdefault(match["kind"], {})[int(match["number"] or 0)] = path
+    if not numbered:
+        return {}
+    # A model inside another has its convolutions to itself.
+    kinds = max(numbered.values(), key=lambda kinds: len(kinds.get("conv2d", ())))
+    convs, norms, dense = ([kinds[kind][number] for number in sorted(kinds.get(kind, ()))] for kind in _CLASS.values())
+    kernels = [unnamed[path]["0"].shape or () if "0" in unnamed[path] else () for path in convs]
+    biases = [unnamed[path]["1"].shape or () for path in dense if "1" in unnamed[path]]
+    classes = biases[0][0] if len(dense) == 1 and biases and biases[0] else None
+    conv_names, norm_names, head = names_by_order(kernels, len(norms), classes)
+    paths, names = [*convs, *norms, *dense[:1]], [*conv_names, *norm_names, head]
+    return dict(zip(paths, names, strict=False))
 
 
 def _legacy_name(folders: list[str], array: str) -> tuple[str, str]:

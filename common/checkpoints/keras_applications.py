@@ -22,7 +22,9 @@ ARRAYS = {
     "dense": {"kernel": "kernel", "bias": "bias"},
 }
 # What a Keras file holds beside layers: the state of training, and generators of random numbers in augmentation.
-_IGNORED = re.compile(r"(optimizer|optimizer_weights|metrics|compile_metrics|loss_tracker)/.*|seed_generator(_\d+)?/.*")
+_IGNORED = re.compile(
+    r"(optimizer|optimizer_weights|metrics|compile_metrics|loss_tracker)/.*|(.*/)?seed_generator(_\d+)?/.*"
+)
 
 _APPLICATIONS = {
     "stem.conv": "conv1_conv",
