@@ -44,8 +44,7 @@ bench: .venv/installed
 .venv-peers/installed: pyproject.toml constraints-peers.txt
 	@echo "setting up .venv-peers (several minutes and about 6 GB, once)"
 	@test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
-	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c constraints-peers.txt torch torchvision
-	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c constraints-peers.txt timm transformers -e '.[all,dev]'
+	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c constraints-peers.txt torchvision timm transformers -e '.[all,dev]'
 	@touch $@
 
 clean:

@@ -1,9 +1,12 @@
 """Writing a file so that it is there whole or not at all, and opening safetensors so that a bad one is one line."""
 
+import json
 import os
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import ParityError
 
-_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"}
+# The types of safetensors that NumPy has.
+_DTYPES = {
+    **{f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (64, 32, 16, 8)},
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BOOL": "?",
+    "C64": "<c8",
+}
 
 
 @contextmanager
@@ -52,9 +63,30 @@ def tensor(file: Any, name: str, error_type: type[ParityError]) -> np.ndarray:
     # Asked of the file: NumPy itself has bfloat16 as soon as some framework is imported, and cannot do much with it.
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
-        raise error_type(f"{name} is stored as {dtype}, which NumPy does not have; store it as F32 or F64")
+        raise _foreign(name, dtype, error_type)
     array: np.ndarray = file.get_tensor(name)
     return array
+
+
+def views(path: Path, error_type: type[ParityError]) -> dict[str, Callable[[], np.ndarray]]:
+    """The arrays of the safetensors file at `path`, as read-only views of the mapped file. Raises `error_type`.
+
+    The library copies what it is asked for. Here it checks the header: names, types, and places in the file.
+    """
+    file = opened(path, error_type)
+    content = np.memmap(path, np.uint8, "r")
+    (length,) = struct.unpack("<Q", content[:8].tobytes())
+    header = json.loads(content[8 : 8 + length].tobytes())
+
+    def view(name: str) -> np.ndarray:
+        entry = header[name]
+        if entry["dtype"] not in _DTYPES:
+            raise _foreign(name, entry["dtype"], error_type)
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        values: np.ndarray = np.asarray(content[start:end]).view(_DTYPES[entry["dtype"]])
+        return np.require(values, requirements=["A"]).reshape(entry["shape"])
+
+    return {name: partial(view, name) for name in file.keys()}
 
 
 def reason(error: Exception) -> str:
@@ -62,6 +94,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _foreign(name: str, dtype: str, error_type: type[ParityError]) -> ParityError:
+    return error_type(f"{name} is stored as {dtype}, which NumPy does not have; store it as F32 or F64")
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import xxhash
@@ -22,7 +22,7 @@ from common import architectures
 from common.architectures import Spec
 from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
 from common.errors import SpecError, WeightsError
-from common.files import opened, reason, tensor, written
+from common.files import opened, reason, views, written
 from common.levels import EXACT_INTEGER
 
 Weights = Mapping[str, np.ndarray]
@@ -281,13 +281,8 @@ def load(path: Path | str, *, finite: bool = True) -> tuple[Spec, Weights]:
 
 
 def mapped(path: Path | str) -> LazyWeights:
-    """The arrays of any safetensors file, each read when it is asked for. Raises `WeightsError`."""
-    file = opened(Path(path), WeightsError)
-    return LazyWeights({name: _getter(file, name) for name in file.keys()})
-
-
-def _getter(file: Any, name: str) -> Callable[[], np.ndarray]:
-    return lambda: tensor(file, name, WeightsError)
+    """The arrays of any safetensors file, views of the mapped file. Raises `WeightsError`."""
+    return LazyWeights(views(Path(path), WeightsError))
 
 
 def _perturbed(weights: Weights, name: str, seed: int) -> Callable[[], np.ndarray]:

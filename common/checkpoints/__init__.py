@@ -60,7 +60,6 @@ _SUFFIXES = {
 }
 _LIBRARIES = {
     "h5py": ("h5py", "checkpoints"),
-    "msgpack": ("msgpack", "checkpoints"),
     "tensorstore": ("tensorstore", "checkpoints"),
 }
 

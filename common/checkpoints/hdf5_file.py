@@ -200,9 +200,11 @@ class _Datasets:
                 if not where.isprintable():
                     raise CheckpointError(f"{where!r} is no name that Keras gives; the file is damaged")
                 link = group.get(name, getlink=True)
+                if link is None:
+                    raise CheckpointError(f"{where} cannot be reached; the file is damaged, fetch or make it again")
                 if not isinstance(link, h5py.HardLink):
                     raise CheckpointError(
-                        f"{where} is an {type(link).__name__}; only what is in the file itself is read"
+                        f"{where} is linked by {type(link).__name__}; only what is in the file itself is read"
                     )
                 item = group[name]
                 if isinstance(item, h5py.Group):

@@ -18,7 +18,7 @@ ARRAYS = {
     "norm": {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
     "dense": {"kernel": "weight", "bias": "bias"},
 }
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv(\d)\.weight")
+_BLOCK = re.compile(r"layer([1-9]\d{0,4})\.(0|[1-9]\d{0,4})\.conv([1-9])\.weight", re.ASCII)
 
 
 class _Torchvision:
