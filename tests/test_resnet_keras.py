@@ -194,7 +194,7 @@ def test_a_model_builds_upon_a_given_tensor_and_what_comes_before_it() -> None:
         ({"input_shape": (None, None, 3)}, "must be static"),
         ({"include_top": False, "pooling": "sum"}, "pooling='sum'"),
         ({"classifier_activation": "no such"}, "no such"),
-        ({"weights": "imagenet"}, "not there yet"),
+        ({"weights": "imagenet"}, "keras has published no weights of resnet18"),
         ({"weights": "no/such.safetensors"}, "no/such.safetensors"),
         ({"classes": 0}, "classes=0"),
     ],
