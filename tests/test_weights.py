@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
-from itertools import pairwise
+from itertools import pairwise, permutations
 from math import sqrt
 
 import numpy as np
@@ -343,6 +343,17 @@ class TestValidate:
     @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
     def test_every_floating_type_is_fine(self, dtype):
         weights.validate(SMALL, weights.randomize(SMALL, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (70, 65), (64, 128, 1, 1), (3, 3, 130, 70), (5, 5, 2, 200), (0, 99, 99)])
+def test_any_view_is_copied_as_it_is(shape):
+    array = np.random.default_rng(0).normal(size=shape)
+    for order in permutations(range(array.ndim)):
+        for view in (array.transpose(order), array.transpose(order)[..., ::-1] if shape else array):
+            (copy,) = weights.contiguous({"x": view}).values()
+            assert copy.flags.c_contiguous
+            assert copy.dtype == view.dtype
+            assert np.array_equal(copy, view)
 
 
 def split(path):

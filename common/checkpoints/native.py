@@ -3,13 +3,12 @@
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from common import architectures
 from common.architectures import Spec
 from common.backend import Worker, cores
-from common.weights import Weights
+from common.weights import Weights, contiguous
 
 
 def write(column: str, spec: Spec, weights: Weights, path: Path) -> None:
@@ -19,6 +18,6 @@ def write(column: str, spec: Spec, weights: Weights, path: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder, Worker(column, threads=cores()) as worker:
         given = Path(folder) / "weights.safetensors"
-        save_file({name: np.ascontiguousarray(weights[name]) for name in weights}, given)
+        save_file(contiguous(weights), given)
         request = {"spec": architectures.to_dict(spec), "weights": str(given), "output": str(path.absolute())}
         worker.ask("save", request)

@@ -30,7 +30,7 @@ from common.checkpoints.state_dict import (
 )
 from common.errors import CheckpointError
 from common.files import reason, written
-from common.weights import Weights
+from common.weights import Weights, contiguous
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,7 +80,7 @@ def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
         config = huggingface.config_for(path.with_name("config.json"), spec)
     with written(path, CheckpointError) as beside:
         # transformers loads only files that state a framework.
-        save_file(dict(written_state(tensors, spec, naming)), beside, {"format": "pt"})
+        save_file(dict(written_state(contiguous(tensors), spec, naming)), beside, {"format": "pt"})
         if config is not None:
             with written(path.with_name("config.json"), CheckpointError) as config_beside:
                 config_beside.write_text(config, encoding="utf-8")
