@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
 
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-peers: .venv-peers/installed
 	$(PEERS)/pytest tests/peers

@@ -14,6 +14,14 @@ from common.check import Session
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
 
+# The longest first, so that two workers end together.
+LONGEST = ("test_parity.py", "test_mutants.py", "test_properties.py", "test_checkpoints_keras.py", "test_columns.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def session() -> Iterator[Session]:
     """The three frameworks."""
