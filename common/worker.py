@@ -167,6 +167,17 @@ def _give_memory_back() -> None:
         trim(0)
 
 
+def _peak_bytes() -> int:
+    """The largest resident set of this process so far."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:  # not Linux
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # On Linux `getrusage` counts the process that started this one too, from before it became this program.
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
@@ -200,8 +211,7 @@ def main() -> None:
             say({"event": "error", "kind": type(error).__name__, "message": reason(error)})
         else:
             _give_memory_back()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            say({"event": "done", "seconds": clock.seconds, "peak_bytes": peak})
+            say({"event": "done", "seconds": clock.seconds, "peak_bytes": _peak_bytes()})
 
 
 if __name__ == "__main__":
