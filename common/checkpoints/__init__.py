@@ -226,7 +226,7 @@ def _read(path: Path, source: Source, convention: str | None, changes: Mapping[s
         )
     inferred = infer(naming, skeleton, source.tensors, convention=convention, changes=changes)
     names = native_names(inferred.spec, naming)
-    wanted = {native for native, _ in names.values()}
+    wanted = dict.fromkeys(native for native, _ in names.values())  # in the order of the walk
     ignored = tuple(name for name in source.tensors if name not in wanted and naming.ignored(name))
     left = [name for name in source.tensors if name not in ignored]
     canonical.check_names(f"not a whole network in {naming.title}'s names", left, wanted, CheckpointError)

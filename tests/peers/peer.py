@@ -151,9 +151,10 @@ def load_keras(name: str, path: Path) -> Run:
     single = keras.models.load_model(path) if path.suffix == ".keras" else _keras_of_any_size(name, "float32")
     if path.suffix != ".keras":
         single.load_weights(path)
-    values = single.get_weights()
     model = _keras_of_any_size(name, "float64")
-    model.set_weights([value.astype(np.float64) for value in values])
+    for layer in model.layers:  # by name: a file's model may have its layers in another order
+        if layer.weights:
+            layer.set_weights([value.astype(np.float64) for value in single.get_layer(layer.name).get_weights()])
     return lambda images: np.asarray(model(images, training=False))
 
 
