@@ -114,7 +114,6 @@ def child(what: str, source: str, target: str, folder: Path) -> str:
 def import_libraries() -> None:
     """What a format needs is imported by it at its first use; here before the clock starts."""
     import h5py  # noqa: F401
-    import msgpack  # noqa: F401
     import tensorstore  # noqa: F401
 
 

@@ -1,6 +1,7 @@
 """The commands on public checkpoints: inspect, convert, predict."""
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ def inspect(file: Source, convention: Convention = None, changes: Changes = None
     table.add_row("format", f"{found.format}, in {found.container}")
     table.add_row("network", _network(spec))
     parameters = sum(layer.parameter_count for layer in spec.layers)
-    statistics = sum(found.weights[name].size for layer in spec.layers for name in layer.statistics)
+    statistics = sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values())
     table.add_row("parameters", f"{parameters:,} and {statistics:,} running statistics")
     table.add_row("dtypes", ", ".join(sorted({str(found.weights[name].dtype) for name in found.weights})))
     if found.assumed:
@@ -133,9 +134,7 @@ def _load(
     fetched = fetch(reference)
     for note in fetched.notes:
         err().print(note, markup=False, highlight=False, soft_wrap=True)
-    if convention is None and fetched.known is not None:
-        convention = fetched.known.convention
-    found = checkpoints.load(fetched.path, convention=convention, changes=_changes(changes or []), **options)
+    found = checkpoints.load_fetched(fetched, convention=convention, changes=_changes(changes or []), **options)
     return fetched, found
 
 

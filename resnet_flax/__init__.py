@@ -7,10 +7,10 @@ that runs a check can set JAX's environment before.
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoints, errors
+from common import errors
 from common.architectures import Spec
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def from_checkpoint(
     `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
     `WeightsError`, and `BackendMissing` if JAX or Flax is not installed.
     """
-    settings = {"convention": convention} if convention else {}
-    spec, path = checkpoints.network(fspath(reference), changes=changes, **settings)
+    from common import checkpoints  # not before it is asked for: importing this package loads nothing
+
+    spec, path = checkpoints.network(reference, convention=convention, changes=changes)
     return from_spec(spec, weights=path, **options)
 
 

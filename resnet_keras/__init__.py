@@ -6,10 +6,10 @@ Nothing of Keras is imported before a name of this package is used.
 import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoints, errors
+from common import errors
 from common.architectures import Spec
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def from_checkpoint(
     `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
     `WeightsError`, and `BackendMissing` if Keras is not installed.
     """
-    settings = {"convention": convention} if convention else {}
-    spec, path = checkpoints.network(fspath(reference), changes=changes, **settings)
+    from common import checkpoints  # not before it is asked for: importing this package loads nothing
+
+    spec, path = checkpoints.network(reference, convention=convention, changes=changes)
     return from_spec(spec, weights=path, **options)
 
 

@@ -17,14 +17,8 @@ from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Layer
+from common.checkpoints.keras_applications import ARRAYS
 from common.errors import WeightsError
-
-# Kind of layer -> role of the array in canonical names -> attribute of the Keras layer.
-_ATTRIBUTES = {
-    "conv": {"kernel": "kernel", "bias": "bias"},
-    "norm": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
-    "dense": {"kernel": "kernel", "bias": "bias"},
-}
 
 
 def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:
@@ -105,7 +99,7 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
 
 
 def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
-    attribute = _ATTRIBUTES[layer.kind][name.removeprefix(f"{layer.path}.")]
+    attribute = ARRAYS[layer.kind][name.removeprefix(f"{layer.path}.")]
     variable = getattr(native, attribute, None)
     if variable is None:
         raise WeightsError(f"the model is not its spec's: layer {native.name} has no {attribute}, for {name}")

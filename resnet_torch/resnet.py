@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.checkpoints import adopted
+from common.checkpoints.torchvision import IN_BLOCK, LAYERS
 from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_file
 
@@ -206,10 +207,9 @@ class ResNet(nn.Module):
         return outputs
 
 
-_STEM = {"conv": "conv1", "norm": "bn1", "relu": "relu", "pool": "maxpool"}
-_HEAD = {"pool": "avgpool", "fc": "fc", "softmax": "softmax"}
-_BLOCK = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}
-_BLOCK |= {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1", "shortcut.pad": "downsample"}
+# Beside the layers with arrays, whose names are those of the checkpoints.
+_NAMES = LAYERS | {"stem.relu": "relu", "stem.pool": "maxpool", "head.pool": "avgpool", "head.softmax": "softmax"}
+_BLOCK = IN_BLOCK | {"shortcut.pad": "downsample"}
 
 
 def nodes(spec: ResNetSpec) -> dict[str, Node]:
@@ -232,7 +232,7 @@ def nodes(spec: ResNetSpec) -> dict[str, Node]:
         elif role == "flatten":
             table[layer.path] = Node("flatten", "avgpool")
         else:
-            name = (_STEM if where == "stem" else _HEAD)[role]
+            name = _NAMES[layer.path]
             table[layer.path] = Node(name, name)
     return table
 

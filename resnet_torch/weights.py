@@ -15,20 +15,10 @@ from torch import Tensor, nn
 
 from common import architectures, checkpoints
 from common.architectures.layers import Dense, Layer, Shape
+from common.checkpoints.torchvision import ARRAYS
 from common.errors import WeightsError
 from common.weights import LazyWeights, Weights, check_names
 
-# (kind of layer, role of the array in it) -> attribute of the module.
-_ATTRIBUTES = {
-    ("conv", "kernel"): "weight",
-    ("conv", "bias"): "bias",
-    ("norm", "scale"): "weight",
-    ("norm", "bias"): "bias",
-    ("norm", "mean"): "running_mean",
-    ("norm", "var"): "running_var",
-    ("dense", "kernel"): "weight",
-    ("dense", "bias"): "bias",
-}
 # What a module stores beyond that: how many batches a norm has seen, which changes nothing it computes here.
 _IGNORED = {"norm": "num_batches_tracked"}
 
@@ -49,7 +39,7 @@ def slots(spec: architectures.Spec) -> dict[str, Slot]:
         for name, shape in layer.arrays.items():
             role = name.removeprefix(f"{layer.path}.")
             native_shape, view = _layout(layer, role, shape)
-            table[name] = Slot(f"{module}.{_ATTRIBUTES[layer.kind, role]}", native_shape, view, shape)
+            table[name] = Slot(f"{module}.{ARRAYS[layer.kind][role]}", native_shape, view, shape)
     return table
 
 

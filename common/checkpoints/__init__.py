@@ -30,7 +30,7 @@ from common.checkpoints.base import (
     to_canonical,
 )
 from common.checkpoints.inference import UNSEEN, infer
-from common.downloads import fetch
+from common.downloads import Fetched, fetch
 from common.errors import CheckpointError, WeightsError, framework
 from common.weights import LazyWeights, Weights
 
@@ -171,15 +171,20 @@ def adopted(spec: Any, reference: str | PathLike[str] | None, variant: str) -> t
     fetched = fetch(fspath(reference), variant=variant)
     if _is_canonical(fetched.path):
         return spec, fetched.path
-    inside = load(fetched.path, convention=fetched.known.convention if fetched.known else None).spec
+    inside = load_fetched(fetched).spec
     return spec.replace(**{name: getattr(inside, name) for name in _ADOPTED}), fetched.path
 
 
-def network(reference: Path | str, **options: Any) -> tuple[Spec, Path]:
+def network(reference: str | PathLike[str], **options: Any) -> tuple[Spec, Path]:
     """The spec behind a reference, for `from_spec`, and where its weights are; `options` are those of `load`."""
-    fetched = fetch(reference)
-    known = {"convention": fetched.known.convention} if fetched.known else {}
-    return load(fetched.path, **{**known, **options}).spec, fetched.path
+    fetched = fetch(fspath(reference))
+    return load_fetched(fetched, **options).spec, fetched.path
+
+
+def load_fetched(fetched: Fetched, *, convention: str | None = None, **options: Any) -> Checkpoint:
+    """`load` for what `downloads.fetch` brought: known weights have a convention of their own, unless one is given."""
+    known = fetched.known.convention if fetched.known else None
+    return load(fetched.path, convention=convention or known, **options)
 
 
 # What weights may bring to a builder's network: all that leaves its arguments alone.

@@ -93,6 +93,11 @@ class Naming(Protocol):
         ...
 
 
+def widened_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16's bits, uint16: their upper half."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def stored(array: np.ndarray) -> Stored:
     """A tensor that is in memory already."""
     return Stored(shape=array.shape, dtype=array.dtype.name, read=lambda: array)

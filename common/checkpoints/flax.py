@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
-
 from common.architectures.resnet import CONVENTIONS
-from common.checkpoints.base import KernelLayout, Skeleton, Source, Stored
+from common.checkpoints.base import KernelLayout, Skeleton, Source, Stored, widened_bfloat16
 from common.errors import CheckpointError
 
 BLOCKS = {"basic": "ResNetBlock", "bottleneck": "BottleneckResNetBlock"}
@@ -132,12 +130,7 @@ def variables(leaves: Mapping[str, Stored | None], container: str, notes: Iterab
 def _readable(leaf: Stored) -> Stored:
     if leaf.dtype != "bfloat16":
         return leaf
-    return Stored(shape=leaf.shape, dtype="float32", read=lambda: _widened(leaf.read()))
-
-
-def _widened(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16 bits: their upper half."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    return Stored(shape=leaf.shape, dtype="float32", read=lambda: widened_bfloat16(leaf.read()))
 
 
 def _ignored(name: str) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import Layer, Shape
 from common.checkpoints import native
-from common.checkpoints.base import Naming, Source, Stored, native_layers, native_names, to_canonical
+from common.checkpoints.base import Naming, Source, Stored, native_layers, native_names, to_canonical, widened_bfloat16
 from common.checkpoints.hdf5_text import text_attribute
 from common.checkpoints.keras_applications import ARRAYS, usual
 from common.checkpoints.keras_order import names_by_order
@@ -251,8 +251,7 @@ class _Datasets:
                     self._check_chunks(name, dataset)
                 array = dataset[()]
             if bfloat16:
-                # It is the upper half of a float32.
-                return (np.asarray(array).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+                return widened_bfloat16(np.asarray(array).view(np.uint16))
             return np.asarray(array, dtype)
 
     def _in_place(self, dataset: h5py.Dataset) -> np.ndarray | None:

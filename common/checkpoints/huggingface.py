@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from common.architectures import Spec
-from common.checkpoints.base import KernelLayout, Skeleton, Stored, skeleton_from
-from common.checkpoints.torchvision import ARRAYS
+from common.checkpoints.torchvision import StateDictNaming
 from common.errors import CheckpointError
 
 NAME = "huggingface"
@@ -27,33 +26,19 @@ _IN_BLOCK = {
     "shortcut.norm": "shortcut.normalization",
 }
 _MOST_CONFIG = 2**20  # bytes; a thousand classes with their names take 80,000
-_BLOCK = re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d)\.convolution\.weight")
 
-
-class _HuggingFace:
-    name = NAME
-    title = "Hugging Face transformers"
-    kernels: KernelLayout = "OIHW"
-    convention: Mapping[str, Any] = {}
-
-    def skeleton(self, tensors: Mapping[str, Stored]) -> Skeleton | None:
-        found = [tuple(map(int, match.groups())) for match in map(_BLOCK.fullmatch, tensors) if match]
-        return skeleton_from((stage, block, conv + 1) for stage, block, conv in found)
-
-    def array(self, layer: str, kind: str, role: str, skeleton: Skeleton) -> str:
-        where, _, rest = layer.partition(".")
-        if where == "stages":
-            stage, _, block, part = rest.split(".", 3)
-            native = f"resnet.encoder.stages.{stage}.layers.{block}.{_IN_BLOCK[part]}"
-        else:
-            native = _LAYERS[layer]
-        return f"{native}.{ARRAYS[kind][role]}"
-
-    def ignored(self, name: str) -> bool:
-        return name.endswith(".num_batches_tracked")
-
-
-NAMINGS = {NAME: _HuggingFace()}
+NAMINGS = {
+    NAME: StateDictNaming(
+        name=NAME,
+        title="Hugging Face transformers",
+        layers=_LAYERS,
+        block="resnet.encoder.stages.{stage}.layers.{block}",
+        first=0,
+        in_block=_IN_BLOCK,
+        convolution=re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d)\.convolution\.weight"),
+        first_convolution=0,
+    )
+}
 
 
 def with_base(names: Collection[str]) -> dict[str, str]:

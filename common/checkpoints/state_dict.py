@@ -11,7 +11,7 @@ import numpy as np
 
 from common.architectures import Spec
 from common.checkpoints import huggingface
-from common.checkpoints.base import Naming, Stored, native_layers
+from common.checkpoints.base import Naming, Stored, native_layers, widened_bfloat16
 from common.checkpoints.pickled import Named, PickledTensor
 from common.errors import CheckpointError
 from common.files import reason
@@ -92,7 +92,7 @@ def widened(array: np.ndarray, dtype: str) -> np.ndarray:
     """Stored elements as NumPy's own type: aligned, of this machine's byte order, bfloat16 exactly as float32."""
     array = np.require(array, requirements=["A"])
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+    return widened_bfloat16(array) if dtype == "bfloat16" else array
 
 
 def widened_type(dtype: str) -> str:

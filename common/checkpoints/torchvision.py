@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from common.checkpoints.base import KernelLayout, Skeleton, Stored, skeleton_from
 
-_LAYERS = {"stem.conv": "conv1", "stem.norm": "bn1", "head.fc": "fc"}
-_IN_BLOCK = {
+LAYERS = {"stem.conv": "conv1", "stem.norm": "bn1", "head.fc": "fc"}
+IN_BLOCK = {
     **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
     **{f"norm{i}": f"bn{i}" for i in (1, 2, 3)},
     "shortcut.conv": "downsample.0",
@@ -18,30 +19,49 @@ ARRAYS = {
     "norm": {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
     "dense": {"kernel": "weight", "bias": "bias"},
 }
-_BLOCK = re.compile(r"layer([1-9]\d{0,4})\.(0|[1-9]\d{0,4})\.conv([1-9])\.weight", re.ASCII)
 
 
-class _Torchvision:
-    name = "torchvision"
-    title = "torchvision and timm"
-    kernels: KernelLayout = "OIHW"
-    convention: Mapping[str, Any] = {}
+@dataclass(frozen=True, kw_only=True)
+class StateDictNaming:
+    """A community's names in a PyTorch state_dict, under torchvision's conventions."""
+
+    name: str
+    title: str
+    layers: Mapping[str, str]
+    block: str  # the name of a block, with {stage} and {block}
+    first: int  # the number of the first stage
+    in_block: Mapping[str, str]
+    convolution: re.Pattern[str]  # of a block: its stage, its block, its own number
+    first_convolution: int
+    kernels: ClassVar[KernelLayout] = "OIHW"
+    convention: ClassVar[Mapping[str, Any]] = {}
 
     def skeleton(self, tensors: Mapping[str, Stored]) -> Skeleton | None:
-        found = [tuple(map(int, match.groups())) for match in map(_BLOCK.fullmatch, tensors) if match]
-        return skeleton_from((stage - 1, block, conv) for stage, block, conv in found)
+        found = [tuple(map(int, match.groups())) for match in map(self.convolution.fullmatch, tensors) if match]
+        return skeleton_from((stage - self.first, b, conv - self.first_convolution + 1) for stage, b, conv in found)
 
     def array(self, layer: str, kind: str, role: str, skeleton: Skeleton) -> str:
         where, _, rest = layer.partition(".")
         if where == "stages":
             stage, _, block, part = rest.split(".", 3)
-            native = f"layer{int(stage) + 1}.{block}.{_IN_BLOCK[part]}"
+            native = f"{self.block.format(stage=int(stage) + self.first, block=block)}.{self.in_block[part]}"
         else:
-            native = _LAYERS[layer]
+            native = self.layers[layer]
         return f"{native}.{ARRAYS[kind][role]}"
 
     def ignored(self, name: str) -> bool:
         return name.endswith(".num_batches_tracked")
 
 
-NAMINGS = {"torchvision": _Torchvision()}
+NAMINGS = {
+    "torchvision": StateDictNaming(
+        name="torchvision",
+        title="torchvision and timm",
+        layers=LAYERS,
+        block="layer{stage}.{block}",
+        first=1,
+        in_block=IN_BLOCK,
+        convolution=re.compile(r"layer([1-9]\d{0,4})\.(0|[1-9]\d{0,4})\.conv([1-9])\.weight", re.ASCII),
+        first_convolution=1,
+    )
+}
