@@ -24,6 +24,8 @@ import numpy as np
 from common import errors
 from common.architectures import Spec
 from common.errors import BackendCrashed, BackendError, BackendMissing, ParityError
+from common.training.recipe import TrainingRecipe
+from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
 
 
@@ -51,6 +53,14 @@ class Backend(Protocol):
 
     def save(self, spec: Spec, weights: Weights, path: Path) -> None:
         """Write a checkpoint in a format that only the framework itself can write, told by the end of `path`."""
+        ...
+
+    def trainer(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> Trainer:
+        """A network to be trained by `recipe` in `dtype`; see `common.training.trainer.Trainer`.
+
+        float64 is for proofs: no mixed precision then. Where there are several replicas, the process has joined the
+        others before `start` (`resnet_X.distributed.join()`).
+        """
         ...
 
     def run(

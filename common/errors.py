@@ -31,6 +31,18 @@ class InputError(ParityError, ValueError):
     """Images or their size cannot be used."""
 
 
+class DataError(InputError):
+    """A data set is missing, damaged, of no known format, or its labels are out of range."""
+
+
+class RecipeError(ParityError, ValueError):
+    """A training recipe is invalid, contradictory or unknown."""
+
+
+class TrainingError(ParityError, RuntimeError):
+    """A training cannot begin or go on: its folder, its checkpoints, or a loss that is not finite."""
+
+
 class RecordError(ParityError, ValueError):
     """A record is damaged, or two records cannot be compared."""
 

@@ -1,0 +1,251 @@
+"""The recipe of a training: every choice that changes the path of the weights, each with one meaning in all frameworks.
+
+The update of a parameter p with gradient g at learning rate η, as `TrainingRecipe` means it:
+
+1. g is the gradient of the mean loss over the global batch, scaled by ``clip_norm / max(norm, clip_norm)`` where
+   `clip_norm` is set; norm is the Euclidean norm over all parameters together.
+2. Coupled decay adds ``weight_decay * p`` to g (L2 regularisation); decoupled decay subtracts ``η * weight_decay * p``
+   from p (Loshchilov and Hutter 2019, arXiv:1711.05101), p being the value before the step in both.
+3. ``sgd``: ``v = momentum * v + g``; ``p -= η * v``, or with Nesterov ``p -= η * (g + momentum * v)``. Velocities begin
+   at zero and do not contain η (Sutskever et al. 2013, in PyTorch's form).
+   ``adamw``: ``m = β1 m + (1-β1) g``; ``v = β2 v + (1-β2) g²``; ``p -= η * m̂ / (sqrt(v̂) + eps)`` with
+   ``m̂ = m / (1-β1^t)`` and ``v̂ = v / (1-β2^t)``, t counting from 1 (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1).
+4. The moving average of the weights is the weights after the first step, then
+   ``a = ema_decay * a + (1-ema_decay) * p``. Running statistics are not averaged again.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
+from math import cos, pi
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import RecipeError
+from common.files import reason
+from common.training.fields import check_types, known, require
+
+Optimizer = Literal["sgd", "adamw"]
+Decay = Literal["coupled", "decoupled"]
+Schedule = Literal["constant", "step", "multistep", "cosine", "linear"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How an image becomes an example. All of it, in this order; only `size`, `mean` and `std` apply to test images,
+    which are resized and cropped at the centre. Raises `RecipeError`."""
+
+    size: int | None = None  # side of the square the network sees; None: as the data come
+    resized_crop: bool = False  # a random part of 8 to 100 % of the area, resized (Szegedy et al. 2015)
+    pad: int = 0  # zeros on every side before a random crop of the size before
+    flip: bool = False  # left and right, half of the time
+    color_jitter: float = 0.0  # brightness, contrast and saturation by factors within 1 ± this
+    mean: tuple[float, ...] = ()  # by channel, of values 0 … 1; empty: as the data set is usually normalised
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self, "size", self.size is None or self.size >= 1, "1 or more pixels, or none")
+        require(self, "pad", self.pad >= 0, "0 or more pixels")
+        require(self, "color_jitter", 0 <= self.color_jitter < 1, "a share of at least 0 and below 1")
+        require(self, "std", all(value > 0 for value in self.std), "values above 0")
+        require(self, "std", len(self.std) == len(self.mean), f"as many values as mean={self.mean!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """See the module's text for the exact meaning. Raises `RecipeError` naming the field for an invalid value."""
+
+    optimizer: Optimizer = "sgd"
+    learning_rate: float = 0.1  # at the top of the schedule
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False
+    beta1: float = 0.9  # of adamw
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Decay = "coupled"
+    decay_norms_and_biases: bool = True  # False: kernels alone decay
+    label_smoothing: float = 0.0  # share of the target spread evenly over all classes
+    clip_norm: float | None = None
+
+    schedule: Schedule = "constant"
+    step_epochs: float = 30.0  # `step`: every so many epochs the rate is multiplied by gamma
+    milestones: tuple[int, ...] = ()  # `multistep`: at these steps
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0  # the rate first rises linearly, from rate / steps of the warm-up
+    warmup_steps: int = 0  # the same in steps; one of both
+
+    epochs: float = 90.0
+    steps: int | None = None  # in place of epochs
+    batch_size: int = 256  # of one step, over all processes
+    ema_decay: float | None = None
+    precision: Precision = "float32"  # of the network's arithmetic; parameters are float32 in both
+    zero_gamma: bool = False  # the last norm's scale of every block begins at zero
+    seed: int = 0  # of initial weights, order and augmentation
+    validation: int = 0  # examples at the end of the training set that are held out, and evaluated in place of the test
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        above, share = "a number above 0", "a share of at least 0 and below 1"
+        for name in ("learning_rate", "eps", "gamma", "step_epochs"):
+            require(self, name, getattr(self, name) > 0, above)
+        for name in ("momentum", "beta1", "beta2", "label_smoothing"):
+            require(self, name, 0 <= getattr(self, name) < 1, share)
+        for name in ("weight_decay", "warmup_epochs", "warmup_steps", "seed", "validation"):
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        require(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0 with it")
+        require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, above + ", or none")
+        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a share between 0 and 1, or none")
+        require(self, "batch_size", self.batch_size >= 1, "1 or more")
+        require(self, "epochs", self.epochs > 0, above)
+        require(self, "steps", self.steps is None or self.steps >= 1, "1 or more, or none")
+        require(self, "warmup_steps", not (self.warmup_steps and self.warmup_epochs), "one of it and warmup_epochs")
+        rising = all(a < b for a, b in zip((0, *self.milestones), self.milestones, strict=False))
+        require(self, "milestones", rising, "rising numbers of steps")
+        require(
+            self, "milestones", bool(self.milestones) == (self.schedule == "multistep"), "some with multistep alone"
+        )
+
+    def replace(self, **changes: Any) -> "TrainingRecipe":
+        """The same recipe with other values; ``augmentation`` may be a mapping of its fields."""
+        return from_dict(asdict(self) | changes)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps in all; at least one."""
+        return self.steps or max(1, round(self.epochs * steps_per_epoch))
+
+    def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0. Every backend is given this number; none computes one."""
+        total = self.total_steps(steps_per_epoch)
+        warmup = self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        if self.schedule == "step":
+            return self.learning_rate * self.gamma ** (step // max(1, round(self.step_epochs * steps_per_epoch)))
+        if self.schedule == "multistep":
+            return self.learning_rate * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+        done = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + cos(pi * done)) / 2
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        return self.learning_rate
+
+
+# He et al. 2015 (arXiv:1512.03385), section 3.4: SGD, batch 256, 0.1 divided by 10 when the error plateaus, here at 30
+# and 60 of 90 epochs as in the public reimplementations; section 4.2 for CIFAR-10.
+PRESETS: dict[str, TrainingRecipe] = {
+    "imagenet2015": TrainingRecipe(
+        weight_decay=1e-4,
+        schedule="step",
+        augmentation=Augmentation(size=224, resized_crop=True, flip=True, color_jitter=0.4),
+    ),
+    "cifar2015": TrainingRecipe(
+        weight_decay=1e-4,
+        schedule="multistep",
+        milestones=(32_000, 48_000),
+        steps=64_000,
+        batch_size=128,
+        validation=5_000,
+        augmentation=Augmentation(pad=4, flip=True),
+    ),
+    "fashion_mnist_224": TrainingRecipe(
+        learning_rate=0.05, batch_size=128, epochs=10, momentum=0.0, augmentation=Augmentation(size=224)
+    ),
+    "cifar10_step": TrainingRecipe(
+        learning_rate=0.001, schedule="step", step_epochs=10, epochs=30, batch_size=128, augmentation=Augmentation()
+    ),
+    "digits": TrainingRecipe(
+        learning_rate=0.1,
+        nesterov=True,
+        weight_decay=5e-4,
+        decay_norms_and_biases=False,
+        schedule="cosine",
+        warmup_epochs=2,
+        label_smoothing=0.1,
+        epochs=20,
+        batch_size=64,
+        augmentation=Augmentation(pad=1),
+    ),
+}
+
+
+def find(name: str) -> TrainingRecipe:
+    """A preset by name, or the recipe in a TOML or JSON file. Raises `RecipeError`."""
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.suffix in (".toml", ".json") or path.exists():
+        return read(path)
+    near = get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(PRESETS)}; or a .toml or .json file"
+    raise RecipeError(f"unknown recipe {name!r}; {hint}")
+
+
+def read(path: Path) -> TrainingRecipe:
+    """The recipe in a TOML or JSON file, told by its name. Raises `RecipeError` naming the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return from_dict(json.loads(text) if path.suffix == ".json" else tomllib.loads(text))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: cannot be used as a recipe: {reason(error)}") from None
+
+
+def to_dict(recipe: TrainingRecipe) -> dict[str, Any]:
+    """A recipe as data of JSON and TOML; what is none is left out, since TOML has no such value."""
+
+    def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: plain(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    return plain(asdict(recipe))
+
+
+def from_dict(data: Any) -> TrainingRecipe:
+    """The recipe that `to_dict` wrote; fields left out take their defaults. Raises `RecipeError`."""
+    values = dict(known(TrainingRecipe, data, ""))
+    if isinstance(values.get("augmentation"), Mapping):
+        values["augmentation"] = Augmentation(**known(Augmentation, values["augmentation"], "augmentation."))
+    return TrainingRecipe(**values)
+
+
+def to_toml(recipe: TrainingRecipe) -> str:
+    """A recipe as TOML text: numbers, strings, booleans and lists are written as in JSON, none needs more."""
+    data = to_dict(recipe)
+    sections = {"": {k: v for k, v in data.items() if not isinstance(v, dict)}, "[augmentation]": data["augmentation"]}
+    lines: list[str] = []
+    for title, values in sections.items():
+        lines += ["", title] if title else []
+        lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def changed(recipe: TrainingRecipe, settings: list[str]) -> TrainingRecipe:
+    """The recipe with settings of the command line, ``name=value``; ``lr`` is short for the learning rate.
+
+    Raises `RecipeError`.
+    """
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {setting}: expected NAME=VALUE, as lr=0.05")
+        try:
+            value: Any = None if text == "none" else json.loads(text)
+        except ValueError:
+            value = text
+        name = {"lr": "learning_rate"}.get(name, name)
+        outer, dot, inner = name.partition(".")
+        if dot and outer == "augmentation":
+            whole = known(Augmentation, asdict(recipe.augmentation) | {inner: value}, "augmentation.")
+            recipe = replace(recipe, augmentation=Augmentation(**whole))
+        else:
+            recipe = recipe.replace(**{name: value})
+    return recipe
