@@ -86,6 +86,6 @@ class Trainer(Protocol):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state, copied, in canonical names and layouts and the dtype it was computed in: ``param/<name>``,
-        ``stat/<name>``, and for every parameter ``velocity/<name>`` with sgd, ``moment1/<name>`` and ``moment2/<name>`` with adamw
-        (as common/training/recipe.py defines them); ``ema/<name>`` where there is a moving average."""
+        ``stat/<name>``, for every parameter ``velocity/<name>`` with sgd, ``moment1/<name>`` and ``moment2/<name>``
+        with adamw (as common/training/recipe.py defines them), ``ema/<name>`` where there is a moving average."""
         ...
