@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +133,16 @@ def resolve(name: str) -> str:
         what = " and ".join(missing)
         raise BackendMissing(f"backend {full}: {what} not installed; run: pip install 'resnet-parity[{column.extra}]'")
     return full
+
+
+def start_here(name: str, threads: int) -> Backend:
+    """The backend in this very process, which must hold no other framework; for a training, which is a process's whole
+    work. Raises as `resolve`, and `BackendError`."""
+    column = COLUMNS[resolve(name)]
+    # For a check TensorFlow's own kernels are used; a training may use the quicker ones, which are deterministic too.
+    os.environ.update(_environment(column, threads) | {"TF_ENABLE_ONEDNN_OPTS": "1"})
+    backend: Backend = import_module(column.probe).start(threads)
+    return backend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,340 @@
+"""A run: one network trained by one recipe in one framework, in a folder of its own that a killed run goes on from.
+
+The folder holds ``run.json`` (what is trained, how and with what), ``metrics.jsonl`` and TensorBoard's event files,
+``checkpoints/``, and at the end ``final.safetensors``, canonical weights (``final-ema.safetensors`` too where the
+recipe averages them).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import architectures
+from common import weights as canonical
+from common.architectures import Spec
+from common.backend import Backend
+from common.datasets import Dataset
+from common.errors import TrainingError
+from common.files import reason, written
+from common.training import pipeline
+from common.training import recipe as recipes
+from common.training.checkpoints import Checkpoint, Checkpoints
+from common.training.metrics import Metrics
+from common.training.recipe import TrainingRecipe
+from common.training.trainer import SINGLE, Batch, Measured, Replica, Trainer
+
+_FORMAT = "resnet-parity run 1"
+FILE = "run.json"
+# What a run that goes on must have in common with what was begun: another one of these would be another path.
+_FIXED = ("spec", "data", "recipe", "backend", "init")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be trained. `init` are the weights to begin with; none are the recipe's own."""
+
+    variant: str
+    spec: Spec
+    dataset: Dataset
+    data: str  # as the user names it
+    recipe: TrainingRecipe
+    backend: str
+    init: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "format": _FORMAT,
+            "variant": self.variant,
+            "spec": architectures.to_dict(self.spec),
+            "data": self.data,
+            "recipe": recipes.to_dict(self.recipe),
+            "backend": self.backend,
+            "init": str(self.init) if self.init else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a run tells while it works."""
+
+    step: int
+    steps: int  # in all
+    epoch: float
+    measured: Measured
+    images_per_second: float
+    test: Measured | None = None  # at the end of an epoch
+
+
+@dataclass(kw_only=True)
+class Observer:
+    """Who listens to a run; `stop` is asked after every step whether it shall end there, resumable."""
+
+    step: Callable[[Event], None] = lambda event: None
+    warn: Callable[[str], None] = lambda message: None
+    stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(kw_only=True)
+class Result:
+    """How a run ended: at its last step, or earlier because it was told to stop."""
+
+    step: int
+    steps: int
+    test: Measured | None = None
+    ema: Measured | None = None
+    weights: Path | None = None
+    resumed: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.weights is not None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A plan under way in `folder`. `every` is the number of steps between checkpoints, an epoch's by default."""
+
+    plan: Plan
+    folder: Path
+    backend: Backend
+    replica: Replica = SINGLE
+    workers: int = 0  # processes that prepare images
+    keep: int = 3
+    every: int | None = None
+    observer: Observer = field(default_factory=Observer)
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self._epoch = pipeline.steps_per_epoch(plan.dataset, plan.recipe)
+        self._steps = plan.recipe.total_steps(self._epoch)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
+        self._trainer: Trainer = self.backend.trainer(plan.spec, plan.recipe, "float32", self.replica)
+
+    @property
+    def _leading(self) -> bool:
+        return self.replica.rank == 0
+
+    def train(self) -> Result:
+        """Train from the newest intact checkpoint, or from the beginning, to the end or until told to stop.
+
+        Raises `TrainingError` for a loss that is not finite, naming the first layer that is not, and for a folder that
+        cannot be written; the last good checkpoint stays.
+        """
+        started = time.perf_counter()
+        if self._leading:
+            self._checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            self._checkpoints.clean()
+        newest = self._checkpoints.newest(self.observer.warn)
+        step = self._begin(newest)
+        result = Result(step=step, steps=self._steps, resumed=step or None)
+        metrics = Metrics(self.folder, step) if self._leading else None
+        # One stream for all epochs, since its worker processes take a while to start.
+        batches = self._batches(step, self._steps)
+        try:
+            while step < self._steps:
+                stop = min(self._steps, step + self._epoch - step % self._epoch)
+                reached, last = self._fit(islice(batches, stop - step), step, metrics)
+                result.step = reached
+                if last is not None and not isfinite(last.measured.loss):
+                    raise self._diverged(reached, last.measured.loss)
+                if reached < stop:
+                    self._save(reached)
+                    return result
+                step = reached
+                result.test = self._trainer.evaluate(self._evaluation())
+                result.ema = self._trainer.evaluate(self._evaluation(), ema=True) if self._averaged else None
+                if metrics is not None and last is not None:
+                    metrics.add("test", step, {"epoch": step / self._epoch} | _values(result.test, result.ema))
+                    self.observer.step(replace(last, test=result.test))
+                if step == self._steps or not self.every:
+                    self._save(step)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if result.test is None:  # resumed at its end
+            result.test = self._trainer.evaluate(self._evaluation())
+            result.ema = self._trainer.evaluate(self._evaluation(), ema=True) if self._averaged else None
+        result.weights = self._finish()
+        result.seconds = time.perf_counter() - started
+        return result
+
+    @property
+    def _averaged(self) -> bool:
+        return self.plan.recipe.ema_decay is not None
+
+    def _begin(self, newest: Checkpoint | None) -> int:
+        if newest is not None:
+            self._trainer.restore(newest.state)
+            return newest.step
+        self._trainer.load(self._initial())
+        return 0
+
+    def _initial(self) -> canonical.Weights:
+        plan = self.plan
+        if plan.init is not None:
+            from common import checkpoints
+
+            return checkpoints.load_for(plan.spec, plan.init)[1]
+        return canonical.init(plan.spec, plan.recipe.seed, zero_gamma=plan.recipe.zero_gamma)
+
+    def _fit(
+        self, batches: Iterable[Batch], start: int, metrics: Metrics | None, *, silent: bool = False
+    ) -> tuple[int, Event | None]:
+        """Take the steps after `start`; the step reached, and what was measured last."""
+        step, last, before = start, None, time.perf_counter()
+
+        def after(measured: Measured) -> bool:
+            nonlocal step, last, before
+            step += 1
+            now = time.perf_counter()
+            speed, before = measured.count / (now - before), now
+            epoch = step / self._epoch
+            last = Event(
+                step=step, steps=self._steps, epoch=epoch, measured=measured, images_per_second=speed, test=None
+            )
+            if not isfinite(measured.loss):
+                return False
+            if silent:
+                return True
+            if metrics is not None:
+                rate = self._rate(step - 1)
+                values = _values(measured) | {"learning_rate": rate, "images_per_second": speed}
+                metrics.add("train", step, {"epoch": epoch} | values)
+            self.observer.step(last)
+            if self.every and step % self.every == 0 and step < self._steps:
+                self._save(step)
+                before = time.perf_counter()
+            return not self.observer.stop()
+
+        self._trainer.fit(batches, after)
+        return step, last
+
+    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
+        plan = self.plan
+        arrays = pipeline.training_batches(
+            plan.dataset, plan.recipe, start=start, stop=stop, replica=self.replica, workers=self.workers
+        )
+        for step, (images, labels) in enumerate(arrays, start):
+            yield Batch(images=images, labels=labels, learning_rate=self._rate(step))
+
+    def _rate(self, step: int) -> float:
+        return self.plan.recipe.learning_rate_at(step, self._epoch)
+
+    def _evaluation(self) -> Iterator[Batch]:
+        return evaluation(self.plan.dataset, self.plan.recipe, self.replica, self.workers)
+
+    def _save(self, step: int) -> None:
+        with self._checkpoints.writing(step, leading=self._leading) as folder:
+            self._trainer.save(folder)
+
+    def _finish(self) -> Path:
+        path = self.folder / "final.safetensors"
+        weights = self._trainer.export()
+        averaged = self._trainer.export(ema=True) if self._averaged else None
+        if self._leading:
+            canonical.save(path, self.plan.spec, weights)
+            if averaged is not None:
+                canonical.save(self.folder / "final-ema.safetensors", self.plan.spec, averaged)
+        return path
+
+    def _diverged(self, step: int, loss: float) -> TrainingError:
+        """The error of a step whose loss is not finite, with the place where it began.
+
+        By now the weights are spoilt too. Training is deterministic: the steps from the last good checkpoint are taken
+        again, up to the one before, and the batch is looked at layer by layer.
+        """
+        newest = self._checkpoints.newest(self.observer.warn)
+        start = self._begin(newest)
+        self._fit(self._batches(start, step - 1), start, None, silent=True)
+        weights = self._trainer.export()
+        (batch,) = self._batches(step - 1, step)
+        where = first_not_finite(self.backend, self.plan.spec, weights, batch)
+        kept = f"the checkpoint of step {newest.step} is kept" if newest else "no checkpoint had been written yet"
+        return TrainingError(
+            f"the loss is {loss} at step {step}: {where}; {kept}: "
+            "lower the learning rate, warm up longer or clip the gradient (--set lr=…, warmup_epochs=…, clip_norm=…)"
+        )
+
+
+def evaluation(
+    dataset: Dataset, recipe: TrainingRecipe, replica: Replica = SINGLE, workers: int = 0
+) -> Iterator[Batch]:
+    """The test images, or the training images that the recipe holds out, in order."""
+    for images, labels in pipeline.evaluation_batches(dataset, recipe, replica=replica, workers=workers):
+        yield Batch(images=images, labels=labels)
+
+
+def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, batch: Batch) -> str:
+    """In words, the first layer of a pass in training mode that is not finite, or the first weight that is not."""
+    for name in canonical.shapes(spec):
+        if not np.isfinite(weights[name]).all():
+            return f"the step before left {name} not finite"
+    model = backend.build(spec, "float32")
+    backend.load(model, weights)
+    arrays = backend.run(model, batch.images, batch.labels, training=True, gradients=False)
+    for layer in spec.layers:
+        if not np.isfinite(arrays[f"tap/{layer.path}"]).all():
+            return f"{layer.path} is the first layer whose output is not finite"
+    return "no layer's output is, taken alone in float32: it overflows in the loss or in the recipe's precision"
+
+
+def begin(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    """Make the folder of a new run. Raises `TrainingError` where there is something in it already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TrainingError(f"{folder}: is there already and not empty; give another --out, or --resume to go on in it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be made: {reason(error)}") from None
+    with written(folder / FILE, TrainingError) as beside:
+        beside.write_text(json.dumps({**plan.facts(), **facts}, indent=1) + "\n", encoding="utf-8")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What `begin` wrote of the run in `folder`. Raises `TrainingError`."""
+    try:
+        data: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if data["format"] != _FORMAT:
+            raise TrainingError(f"{folder}: the format of its {FILE} is {data['format']!r}, expected {_FORMAT!r}")
+        missing = [name for name in ("variant", *_FIXED) if name not in data]
+        if missing:
+            raise TrainingError(f"{folder}: its {FILE} lacks {', '.join(missing)}")
+    except OSError as error:
+        raise TrainingError(f"{folder}: not the folder of a run: {reason(error)}: {FILE}") from None
+    except (ValueError, KeyError, TypeError):
+        raise TrainingError(f"{folder}: its {FILE} is damaged; the run cannot go on") from None
+    found: dict[str, Any] = data
+    return found
+
+
+def check_same(folder: Path, plan: Plan) -> None:
+    """Raise `TrainingError` unless the run in `folder` was begun with this plan."""
+    begun, now = facts(folder), json.loads(json.dumps(plan.facts()))
+    for name in _FIXED:
+        if begun[name] != now[name]:
+            was, wanted = _differing(begun[name], now[name])
+            raise TrainingError(
+                f"{folder}: was begun with {name} {was}, not {wanted}; leave it out to go on, or begin anew"
+            )
+
+
+def _differing(begun: Any, now: Any) -> tuple[str, str]:
+    """The two values, of tables only the first field that differs."""
+    if isinstance(begun, dict) and isinstance(now, dict):
+        key = next(key for key in [*begun, *now] if begun.get(key) != now.get(key))
+        return f"{key}={begun.get(key)!r}", f"{key}={now.get(key)!r}"
+    return repr(begun), repr(now)
+
+
+def _values(measured: Measured, ema: Measured | None = None) -> dict[str, float]:
+    values = {"loss": measured.loss, "accuracy": measured.accuracy}
+    return values if ema is None else values | {"ema_loss": ema.loss, "ema_accuracy": ema.accuracy}
