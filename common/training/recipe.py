@@ -17,7 +17,7 @@ The update of a parameter p with gradient g at learning rate η, as `TrainingRec
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from math import cos, pi
 from pathlib import Path
@@ -233,6 +233,8 @@ def changed(recipe: TrainingRecipe, settings: list[str]) -> TrainingRecipe:
 
     Raises `RecipeError`.
     """
+    changes: dict[str, Any] = {}
+    inner: dict[str, Any] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
@@ -241,11 +243,11 @@ def changed(recipe: TrainingRecipe, settings: list[str]) -> TrainingRecipe:
             value: Any = None if text == "none" else json.loads(text)
         except ValueError:
             value = text
-        name = {"lr": "learning_rate"}.get(name, name)
-        outer, dot, inner = name.partition(".")
-        if dot and outer == "augmentation":
-            whole = known(Augmentation, asdict(recipe.augmentation) | {inner: value}, "augmentation.")
-            recipe = replace(recipe, augmentation=Augmentation(**whole))
+        if name.startswith("augmentation."):
+            inner[name.partition(".")[2]] = value
         else:
-            recipe = recipe.replace(**{name: value})
-    return recipe
+            changes[{"lr": "learning_rate"}.get(name, name)] = value
+    # All together: one alone may contradict what it replaces.
+    if inner:
+        changes["augmentation"] = asdict(recipe.augmentation) | inner
+    return recipe.replace(**changes)
