@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common.errors import TrainingError
+from common.files import written
 
 NAME = "metrics.jsonl"
 
@@ -21,7 +22,8 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / NAME
         kept = [line for line in read(folder) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with written(path, TrainingError) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
         # The framework's own writer would import TensorFlow wherever it is installed; the record format alone does not.
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{step}"
