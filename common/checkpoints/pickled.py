@@ -5,9 +5,10 @@ pickle asks for is looked up in a list, and those on it are *described* (a tenso
 The argument formats of the opcodes come from the standard library's `pickletools`, which executes nothing.
 """
 
+import codecs
 import pickletools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -60,6 +61,7 @@ _HARMLESS = {
     "torch.serialization._get_layout",
 }
 _TYPES = re.compile(r"torch\.((cuda|storage)\.)?\w+Storage|torch\.(bool|b?float\d+\w*|complex\d+|q?u?int\d+\w*)")
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _KNOWN = _CONTAINERS | _TENSORS | _PARAMETERS | {_SUBCLASS} | _HARMLESS
 
 
@@ -68,12 +70,18 @@ def read(stream: IO[bytes], persistent: Callable[[Any], Any]) -> Any:
 
     Raises `CheckpointError` for a damaged pickle, and for one that asks for anything but tensors and plain data.
     """
-    machine = _Machine(persistent)
+    return run(stream, Machine(persistent))
+
+
+def run(stream: IO[bytes], machine: "Machine") -> Any:
+    """What `machine` makes of the pickle next in `stream`, which is left behind it. Raises `CheckpointError`."""
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        for count, (name, argument) in enumerate(_operations(stream)):
             if count == _MOST_OPCODES:
-                raise CheckpointError(f"its pickle has more than {_MOST_OPCODES} opcodes; no state_dict needs as many")
-            machine.step(opcode.name, argument)
+                raise CheckpointError(
+                    f"its pickle has more than {_MOST_OPCODES} opcodes; plain data never needs as many"
+                )
+            machine.step(name, argument)
         return machine.result()
     except CheckpointError:
         raise
@@ -81,10 +89,28 @@ def read(stream: IO[bytes], persistent: Callable[[Any], Any]) -> Any:
         raise CheckpointError("its pickle is damaged; fetch or make the file again") from None
 
 
-class _Machine:
-    """The stack and the memo of a pickle."""
+def _operations(stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """The opcodes of the pickle next in `stream` by name, each with its argument."""
+    while True:
+        opcode = _OPCODES[stream.read(1)]
+        if opcode.name == "STRING":
+            # Python 2's text form of bytes; `pickletools` takes it for ASCII.
+            quoted = stream.readline().strip()
+            if len(quoted) < 2 or quoted[:1] not in (b"'", b'"') or quoted[:1] != quoted[-1:]:
+                raise ValueError("a string without its quotes")
+            argument: Any = codecs.escape_decode(quoted[1:-1])[0].decode("latin-1")
+        else:
+            argument = None if opcode.arg is None else opcode.arg.reader(stream)
+        yield opcode.name, argument
+        if opcode.name == "STOP":
+            return
+
+
+class Machine:
+    """The stack and the memo of a pickle; a subclass says what the names it knows stand for."""
 
     def __init__(self, persistent: Callable[[Any], Any]) -> None:
+        """`persistent` describes what is stored elsewhere."""
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._persistent = persistent
@@ -143,16 +169,46 @@ class _Machine:
                 items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._to_mark()
                 _set(stack[-1], items)
             case "GLOBAL" | "STACK_GLOBAL":
-                stack.append(_known(argument.replace(" ", ".", 1) if name == "GLOBAL" else self._joined()))
+                stack.append(self.known(argument.replace(" ", ".", 1) if name == "GLOBAL" else self._joined()))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_made(function, arguments))
+                stack.append(self.made(function, arguments))
             case "BUILD":
-                stack.pop()  # attributes, as a state_dict's `_metadata`; none matters to the numbers
+                state = stack.pop()
+                self.build(stack[-1], state)
             case "BINPERSID":
                 stack.append(self._persistent(stack.pop()))
             case _:
-                raise CheckpointError(f"its pickle uses the opcode {name}, which no state_dict needs; refused")
+                raise CheckpointError(f"its pickle uses the opcode {name}, which plain data never needs; refused")
+
+    def known(self, name: str) -> Named:
+        """What stands for a name that the pickle asks for. Raises `CheckpointError` for one that is not known."""
+        # Python 2 and 3 have different names for one module.
+        if name not in _KNOWN and not _TYPES.fullmatch(name):
+            raise refused(name, "Where you trust it, load it with its own library and save model.state_dict() alone")
+        return Named(name)
+
+    def made(self, function: Any, arguments: Any) -> Any:
+        """What a call would have made, described."""
+        if not isinstance(function, Named) or not isinstance(arguments, tuple):
+            raise ValueError("a call of what is no name")
+        if function.name in _CONTAINERS:
+            return _container(arguments)
+        if function.name in _TENSORS:
+            return _tensor(*arguments)
+        if function.name in _PARAMETERS:
+            return arguments[0]
+        if function.name == _SUBCLASS:
+            inner, _, inner_arguments, *_ = arguments
+            if inner == function:
+                raise ValueError("a subclass of itself")
+            return self.made(inner, inner_arguments)
+        if function.name == "torch.Size":
+            return _counts(arguments[0])
+        return function
+
+    def build(self, target: Any, state: Any) -> None:
+        """Take the attributes of what was made, as a state_dict's `_metadata`; none matters to the numbers."""
 
     def _to_mark(self) -> list[Any]:
         """What is above the last mark, which goes too."""
@@ -166,35 +222,10 @@ class _Machine:
         return f"{module}.{name}"
 
 
-def _known(name: str) -> Named:
-    # Python 2 and 3 have different names for one module.
-    if name not in _KNOWN and not _TYPES.fullmatch(name):
-        shown = "".join(c if c.isprintable() else "?" for c in name[:80])
-        raise CheckpointError(
-            f"carries code: asks for {shown}; refused. Where you trust it, load it with its own library and save "
-            "model.state_dict() alone"
-        )
-    return Named(name)
-
-
-def _made(function: Any, arguments: Any) -> Any:
-    """What a call would have made, described."""
-    if not isinstance(function, Named) or not isinstance(arguments, tuple):
-        raise ValueError("a call of what is no name")
-    if function.name in _CONTAINERS:
-        return _container(arguments)
-    if function.name in _TENSORS:
-        return _tensor(*arguments)
-    if function.name in _PARAMETERS:
-        return arguments[0]
-    if function.name == _SUBCLASS:
-        inner, _, inner_arguments, *_ = arguments
-        if inner == function:
-            raise ValueError("a subclass of itself")
-        return _made(inner, inner_arguments)
-    if function.name == "torch.Size":
-        return _counts(arguments[0])
-    return function
+def refused(name: str, advice: str) -> CheckpointError:
+    """The error for a pickle that asks for something by a name that is not data."""
+    shown = "".join(c if c.isprintable() else "?" for c in name[:80])
+    return CheckpointError(f"carries code: asks for {shown}; refused. {advice}")
 
 
 def _container(arguments: tuple[Any, ...]) -> dict[Any, Any]:

@@ -1,0 +1,169 @@
+"""Photographs in folders, one for each class: DIR/train/CLASS/* and DIR/test/CLASS/* (or val), or DIR/CLASS/* alone.
+
+Without a test folder a fifth of each class is kept for it, at least one photograph: those whose names have the smallest
+checksums (SHA-256). So the split is the same on every machine and in every year, and a photograph that is added moves
+at most one other.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+
+from common import images
+from common.backend import cores
+from common.datasets.base import Dataset, Examples, few
+from common.errors import DataError, InputError
+from common.files import reason
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+_TESTS = ("test", "val", "validation")
+Parts = dict[str, dict[str, list[str]]]  # file names by part and class
+
+
+@dataclass(frozen=True, eq=False)
+class Photographs(Examples):
+    """Image files, by name below a folder."""
+
+    root: Path
+    names: tuple[str, ...]
+    labels: np.ndarray
+
+    def images(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [self._image(self.root / self.names[index]) for index in indices]
+
+    def _image(self, path: Path) -> np.ndarray:
+        try:
+            return np.asarray(images.read(path))
+        except InputError as error:
+            raise DataError(f"{error}; it could be read when the training began") from None
+
+
+def find(folder: Path) -> bool:
+    """Whether a folder holds folders of classes."""
+    return any(_photographs(one) for one in _folders(folder)) or bool(_folders(folder / "train"))
+
+
+def load(folder: Path, *, skip_bad: bool = False) -> Dataset:
+    """The photographs below a folder, in RGB.
+
+    All are decoded once, in threads, since one that cannot be would end the training hours later: those are refused, a
+    few by name; with `skip_bad` they are left out, and `notes` says which. Raises `DataError`.
+    """
+    root = folder.absolute()
+    found = _listed(root)
+    sizes, notes = _examined(
+        root, [name for one in found.values() for names in one.values() for name in names], skip_bad
+    )
+    readable = {
+        part: {label: [name for name in names if name in sizes] for label, names in one.items()}
+        for part, one in found.items()
+    }
+    parts = readable if len(readable) == 2 else _split(root, readable["train"])
+    classes = sorted(parts["train"])
+    for part, one in parts.items():
+        if empty := [label for label in classes if not one[label]]:
+            raise DataError(
+                f"{root}: no readable image to {part} with in class {few(empty)}; add some, or remove the class"
+            )
+    used = {sizes[name] for one in parts.values() for names in one.values() for name in names}
+    return Dataset(
+        name=root.name,
+        train=_examples(root, parts["train"]),
+        test=_examples(root, parts["test"]),
+        classes=tuple(classes),
+        channels=3,
+        size=used.pop() if len(used) == 1 else None,
+        mean=tuple(images.IMAGENET_MEAN.tolist()),
+        std=tuple(images.IMAGENET_STD.tolist()),
+        notes=notes,
+    )
+
+
+def _listed(root: Path) -> Parts:
+    """The files by part and class; of the training part alone where there is no other."""
+    if not _folders(root / "train"):
+        return {"train": _classes(root, root)}
+    test = next((name for name in _TESTS if (root / name).is_dir()), None)
+    if test is None:
+        raise DataError(f"{root}: has train, and nothing to test with; expected one of {', '.join(_TESTS)} beside it")
+    parts = {"train": _classes(root, root / "train"), "test": _classes(root, root / test)}
+    for one, other, name in (("train", "test", test), ("test", "train", "train")):
+        if missing := sorted(set(parts[one]) - set(parts[other])):
+            raise DataError(f"{root / name}: has no folder for class {few(missing)}, which the other part has")
+    return parts
+
+
+def _classes(root: Path, folder: Path) -> dict[str, list[str]]:
+    """The image files in the folders of a folder, by class, named from `root` on."""
+    found = {one.name: _photographs(one) for one in _folders(folder)}
+    if empty := [name for name, paths in found.items() if not paths]:
+        raise DataError(
+            f"{folder}: no image in the folder of class {few(empty)}; add some, or remove it; "
+            f"images end in {', '.join(sorted(_ENDINGS))}"
+        )
+    if len(found) < 2:
+        raise DataError(f"{folder}: {len(found)} folders of classes; expected two or more")
+    return {name: [path.relative_to(root).as_posix() for path in paths] for name, paths in found.items()}
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _inside(folder) if path.is_dir()]
+
+
+def _photographs(folder: Path) -> list[Path]:
+    return [path for path in _inside(folder) if path.suffix.lower() in _ENDINGS and path.is_file()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is not hidden in a folder, in an order that no file system chooses."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {reason(error)}") from None
+
+
+def _examined(root: Path, names: list[str], skip_bad: bool) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Height and width of every image that can be read, and a note on the others."""
+
+    def examined(name: str) -> tuple[int, int] | InputError:
+        try:
+            return images.examine(root / name)
+        except InputError as error:
+            return error
+
+    with images.quiet(), ThreadPool(cores()) as pool:
+        sizes = dict(zip(names, pool.map(examined, names, chunksize=16), strict=True))
+    bad = [error for error in sizes.values() if isinstance(error, InputError)]
+    if bad and not skip_bad:
+        raise DataError(
+            f"{len(bad)} of {len(names)} images cannot be read: {few(bad)}; repair or remove them, or leave them out "
+            "with --skip-bad"
+        )
+    notes = (f"left out {len(bad)} of {len(names)} images, which cannot be read: {few(bad)}",) if bad else ()
+    return {name: size for name, size in sizes.items() if not isinstance(size, InputError)}, notes
+
+
+def _split(root: Path, found: dict[str, list[str]]) -> Parts:
+    """Each class in two."""
+    if few_ones := [label for label, names in found.items() if len(names) < 2]:
+        raise DataError(
+            f"{root}: too few readable images to test with too in class {few(few_ones)}; expected two or more"
+        )
+    parts: Parts = {"train": {}, "test": {}}
+    for label, names in found.items():
+        by_checksum = sorted(names, key=lambda name: sha256(name.encode("utf-8", "surrogateescape")).digest())
+        tested = set(by_checksum[: max(1, len(names) // 5)])
+        parts["train"][label] = [name for name in names if name not in tested]
+        parts["test"][label] = [name for name in names if name in tested]
+    return parts
+
+
+def _examples(root: Path, found: dict[str, list[str]]) -> Photographs:
+    names = tuple(name for label in sorted(found) for name in found[label])
+    counts = [len(found[label]) for label in sorted(found)]
+    return Photographs(root, names, np.repeat(np.arange(len(counts)), counts))

@@ -1,0 +1,266 @@
+"""The batches of a training, through grain: which examples, in which order, prepared by whom.
+
+**Order.** Of every epoch the training images are shuffled anew by a permutation that the recipe's seed and the number
+of the epoch name; its first `steps_per_epoch` batches are taken, and the rest, fewer than a batch, is left for other
+epochs. So an epoch holds no image twice, and each once where the batch divides their number. Batch k is a function of
+(data, recipe, k): a training that goes on at step k needs nothing else to know, on whatever processes it ran before.
+
+**Replicas.** Each takes its equal part of every batch, the first the first. **Workers** prepare whole batches each, in
+turn; the bytes do not depend on how many there are.
+
+**Augmentation.** Example i of batch k has position k * batch_size + i, and the random numbers of that place.
+
+**Validation.** The recipe's `validation` held-out images are the last of a fixed permutation of the training images,
+whatever the seed.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
+from common.errors import ParityError, RecipeError, TrainingError, framework
+from common.files import reason
+from common.training.augment import DRAWS, examples
+from common.training.recipe import Augmentation, TrainingRecipe
+from common.training.trainer import SINGLE, Replica
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+# What the seed is used for; each has random numbers of its own.
+_ORDER, _AUGMENTATION = 0, 1
+_WORDS = 4  # of a block of Philox
+
+
+def steps_per_epoch(dataset: Dataset, recipe: TrainingRecipe) -> int:
+    """Whole batches in the training images, without those held out. Raises `RecipeError` where there is none."""
+    count = len(dataset.train) - recipe.validation
+    if count < recipe.batch_size:
+        held = f" after {recipe.validation} held out" if recipe.validation else ""
+        raise RecipeError(f"batch_size={recipe.batch_size}; {dataset.name} has {max(0, count)} training images{held}")
+    return count // recipe.batch_size
+
+
+def training_batches(
+    dataset: Dataset,
+    recipe: TrainingRecipe,
+    *,
+    start: int,
+    stop: int,
+    replica: Replica = SINGLE,
+    workers: int = 0,
+    dtype: str = "float32",
+) -> Iterator[Arrays]:
+    """This replica's part of the batches of steps `start` … `stop` - 1: images (N, H, W, C) in `dtype`, holding float32
+    values, and labels (N,) in int64. None before `start` is computed.
+
+    With `workers` that many processes prepare them, otherwise a thread. Raises `RecipeError` for a batch that is larger
+    than the training set or cannot be shared evenly, `DataError` for an image that cannot be read, and `TrainingError`
+    for a worker that ended.
+    """
+    share = _share(recipe.batch_size, replica)
+    steps = steps_per_epoch(dataset, recipe)
+    trained, _ = _parts(dataset, recipe)
+    load = _load(dataset, recipe, trained, dtype, key=_seeds(recipe, _AUGMENTATION, 2, np.uint64))
+    grain = _grain()
+    batches = (
+        grain.MapDataset.range(len(trained))
+        .shuffle(seed=int(_seeds(recipe, _ORDER, 1, np.uint32)[0]))[: steps * recipe.batch_size]
+        .repeat()
+        .batch(share)[replica.rank :: replica.count]
+        .map_with_index(_Train(load, recipe.batch_size, replica.rank * share))[start:stop]
+    )
+    return _iterate(grain, batches, workers)
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    recipe: TrainingRecipe,
+    *,
+    replica: Replica = SINGLE,
+    workers: int = 0,
+    dtype: str = "float32",
+) -> Iterator[Arrays]:
+    """This replica's part of the test images in order, or of those held out where the recipe holds some out, in batches
+    of the recipe's size. All replicas have equally many; the last is filled up with zeros of label -1.
+
+    Raises as `training_batches`.
+    """
+    share = _share(recipe.batch_size, replica)
+    _, tested = _parts(dataset, recipe)
+    load = _load(dataset, recipe, tested, dtype, key=None)
+    grain = _grain()
+    count = -(-len(tested) // recipe.batch_size)
+    batches = grain.MapDataset.range(count).map(_Test(load, recipe.batch_size, replica.rank * share, share))
+    return _iterate(grain, batches, workers)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Examples by number, augmented where there is a key to random numbers, else as images to test with."""
+
+    examples: Examples
+    augmentation: Augmentation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: str
+    key: np.ndarray | None
+
+    def __call__(self, indices: np.ndarray, position: int) -> Arrays:
+        """The examples of these numbers, which stand at `position` and the places after it."""
+        draws = None if self.key is None else draws_at(self.key, position, len(indices))
+        images = self.examples.images(indices)
+        values = examples(images, self.augmentation, self.mean, self.std, draws)
+        return values.astype(self.dtype, copy=False), self.examples.labels[indices]
+
+
+@dataclass(frozen=True)
+class _Train:
+    """Of step k, the numbers of this replica's examples into these examples."""
+
+    load: _Load
+    batch_size: int
+    offset: int
+
+    def __call__(self, step: int, indices: np.ndarray) -> Arrays:
+        return self.load(indices, step * self.batch_size + self.offset)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Batch k into this replica's part of it."""
+
+    load: _Load
+    batch_size: int
+    offset: int
+    share: int
+
+    def __call__(self, number: int) -> Arrays:
+        first = number * self.batch_size + self.offset
+        indices = np.arange(first, min(first + self.share, len(self.load.examples)))
+        # A part that is empty takes its shape from some example.
+        images, labels = self.load(indices if len(indices) else np.zeros(1, np.int64), first)
+        images, labels = images[: len(indices)], labels[: len(indices)]
+        missing = self.share - len(indices)
+        filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+        return filled, np.concatenate([labels, np.full(missing, -1, np.int64)])
+
+
+def draws_at(key: np.ndarray, position: int, count: int) -> np.ndarray:
+    """The random numbers (count, `DRAWS`) of the examples at `position` and the places after it."""
+    generator = np.random.Generator(np.random.Philox(key=key, counter=position * (DRAWS // _WORDS)))
+    return generator.random((count, DRAWS))
+
+
+def _seeds(recipe: TrainingRecipe, use: int, count: int, dtype: type) -> np.ndarray:
+    """Seeds from the recipe's. Spread out: next to each other, two seeds would give nearly the same epochs."""
+    return np.random.SeedSequence(recipe.seed, spawn_key=(use,)).generate_state(count, dtype)
+
+
+def _share(batch_size: int, replica: Replica) -> int:
+    if batch_size % replica.count:
+        raise RecipeError(
+            f"batch_size={batch_size}; expected a multiple of the {replica.count} processes that share it"
+        )
+    return batch_size // replica.count
+
+
+def _parts(dataset: Dataset, recipe: TrainingRecipe) -> tuple[Examples, Examples]:
+    """The examples to train on and those to evaluate."""
+    if not recipe.validation:
+        return dataset.train, dataset.test
+    order = fixed_permutation(len(dataset.train))
+    if recipe.validation >= len(order):
+        raise RecipeError(f"validation={recipe.validation}; {dataset.name} has {len(order)} training images in all")
+    return Subset(dataset.train, order[: -recipe.validation]), Subset(dataset.train, order[-recipe.validation :])
+
+
+def _load(dataset: Dataset, recipe: TrainingRecipe, chosen: Examples, dtype: str, key: np.ndarray | None) -> _Load:
+    augmentation = recipe.augmentation
+    if dataset.size is None and augmentation.size is None:
+        raise RecipeError(f"the images of {dataset.name} differ in size; set augmentation.size, as 224")
+    mean, std = (augmentation.mean or dataset.mean), (augmentation.std or dataset.std)
+    if len(mean) != dataset.channels:
+        raise RecipeError(f"augmentation.mean={mean!r}; expected {dataset.channels} values for {dataset.name}, or none")
+    return _Load(chosen, augmentation, mean, std, dtype, key)
+
+
+def _iterate(grain: ModuleType, batches: Any, workers: int) -> Iterator[Arrays]:
+    """The batches of a `grain.MapDataset`, prepared ahead."""
+    workers = min(workers, len(batches))
+    if workers:
+        read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        stream = batches.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_guard)
+    else:
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    iterator = iter(stream)
+    try:
+        while True:
+            try:
+                images, labels = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if isinstance(error, ParityError) or "Worker process" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"a process that prepares images ended: {reason(error)}; often for want of memory, or of room in "
+                    "/dev/shm: use fewer workers"
+                ) from None
+            # A worker's are in shared memory, which stays taken for as long as something refers to them.
+            yield (np.array(images), np.array(labels)) if workers else (images, labels)
+    finally:
+        iterator.close()
+
+
+def _guard(worker: int, workers: int) -> None:
+    """In a worker: end with the process that started it, and not before."""
+    # A launcher's SIGTERM and the terminal's interrupt reach all processes of a group. The one that trains wants
+    # batches until it has written its checkpoint, and then ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _grain() -> ModuleType:
+    """The library, imported when it is first needed. Raises `BackendMissing` where it is not installed."""
+    with framework({"grain": ("grain", "training")}), _hidden("jax", "orbax"):
+        return import_module("grain")
+
+
+@contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """As if these were not installed, where they are not imported yet.
+
+    grain takes the functions of JAX for nested containers where it finds it, and has its own. A process of PyTorch or
+    TensorFlow would import a second framework for them: two more seconds, 140 MB.
+    """
+    absent = [name for name in names if name not in sys.modules]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # "Failed to load jax profiler"
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+        logging.disable(disabled)
