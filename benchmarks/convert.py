@@ -89,6 +89,8 @@ def write_h5(arrays: Mapping[str, Any], path: Path) -> None:
 def child(what: str, source: str, target: str, folder: Path) -> str:
     """One measurement: seconds, and for ours the peak in copies of the weights."""
     given = folder / FORMATS[source][0]
+    if what == "orbax process":
+        return orbax_process(folder)
     if what == "ours":
         import_libraries()
         from common import checkpoints
@@ -109,6 +111,27 @@ def child(what: str, source: str, target: str, folder: Path) -> str:
         started = time.perf_counter()
         write(content, folder / "made" / FORMATS[source][0])
     return f"{time.perf_counter() - started} 0"
+
+
+def orbax_process(folder: Path) -> str:
+    """The same of the process of its own that writes an orbax folder, from when its imports are done."""
+    import numpy as np
+
+    from common import architectures
+    from common import weights as canonical
+    from resnet_flax.probe import start
+
+    backend = start(os.cpu_count() or 1)
+    small = architectures.find("resnet20")
+    backend.save(small, canonical.init(small), folder / "made" / "small")  # what orbax imports at its first use
+    weights = canonical.mapped(folder / FORMATS["canonical"][0])
+    before = resident()
+    with Peak() as peak:
+        started = time.perf_counter()
+        backend.save(architectures.find(VARIANT), weights, folder / "made" / "orbax")
+        seconds = time.perf_counter() - started
+    size = sum(np.prod(shape) for shape in canonical.shapes(architectures.find(VARIANT)).values()) * 4
+    return f"{seconds} {(peak.bytes - before) / size}"
 
 
 def import_libraries() -> None:
@@ -145,6 +168,7 @@ def main() -> None:
     pairs = list(permutations(FORMATS, 2))
     plain_seconds: dict[tuple[str, str], list[float]] = {}
     ours: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    writing: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, to in FORMATS.values():
@@ -156,6 +180,7 @@ def main() -> None:
                     plain_seconds.setdefault((what, format_), []).append(measure(what, format_, format_, folder)[0])
             for pair in pairs:
                 ours.setdefault(pair, []).append(measure("ours", *pair, folder))
+            writing.append(measure("orbax process", "canonical", "orbax", folder))
     print(f"{VARIANT}, float32, median of {repeats}; at most 2 times and 2.2 copies are the aim")
     print(f"{'':30} {'ours':>8} {'plain':>10} {'ratio':>8} {'copies':>8}")
     for source, target in pairs:
@@ -163,6 +188,8 @@ def main() -> None:
         copies = max(c for _, c in ours[source, target])
         library = statistics.median(plain_seconds["read", source]) + statistics.median(plain_seconds["write", target])
         print(f"{source:>14} -> {target:<12} {seconds:7.3f} s {library:8.3f} s {seconds / library:8.2f} {copies:8.2f}")
+    seconds, copies = statistics.median(s for s, _ in writing), max(c for _, c in writing)
+    print(f"the process that writes an orbax folder, for its part, imports done: {seconds:.3f} s, {copies:.2f} copies")
 
 
 if __name__ == "__main__":
