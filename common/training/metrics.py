@@ -6,11 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
-from common.errors import TrainingError
+from common.errors import TrainingError, framework
 from common.files import written
 
 NAME = "metrics.jsonl"
@@ -25,7 +21,13 @@ class Metrics:
         with written(path, TrainingError) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
-        # The framework's own writer would import TensorFlow wherever it is installed; the record format alone does not.
+        # The usual writers import TensorFlow wherever it is installed, or PyTorch; the format of the records alone does
+        # not. Half a second, and an extra of its own: not before it is needed.
+        with framework({"tensorboard": ("TensorBoard", "training")}):
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        self._event, self._summary = Event, Summary
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{step}"
         self._events = (folder / name).open("wb")
         self._records = RecordWriter(self._events)
@@ -38,14 +40,14 @@ class Metrics:
         """One line, and one point in every curve ``<kind>/<name>``; `kind` is train or test."""
         self._lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._lines.flush()
-        points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+        points = [self._summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
         self._records.flush()
 
