@@ -7,59 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from common import architectures, images
-from common import weights as canonical
-from common.architectures import Spec
-from common.architectures.layers import output_shapes
 from common.backend import COLUMNS, Worker, cores, resolve
+from common.case import Case, Inputs, Task, tasks, told
 from common.compare import Comparison, compare
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
-from common.files import written
 from common.levels import DRAWS
-from common.record import MODES, Mode, Record, passes
-
-DTYPES = ("float64", "float32")
+from common.record import Record
 
 Progress = Callable[[str, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is checked: a network, its weights and its input. Raises `InputError` for a size the network cannot take."""
-
-    variant: str
-    spec: Spec
-    size: tuple[int, int] = (64, 64)  # height, width
-    batch: int = 2
-    photos: tuple[Path, ...] = ()  # random noise where there are none
-    weights: canonical.Weights | None = None  # random ones where none are given
-    seed: int = 0
-    dtypes: tuple[str, ...] = DTYPES
-    modes: tuple[Mode, ...] = MODES
-
-    def __post_init__(self) -> None:
-        size = f"{self.size[0]}x{self.size[1]}"
-        stride = self.spec.output_stride
-        if min(self.size) < stride:
-            raise InputError(
-                f"size {size} is too small for {self.variant}, whose strides multiply to {stride}; "
-                f"use --size {stride} or more"
-            )
-        shapes = output_shapes(self.spec.layers, (*self.size, self.spec.in_channels))
-        for layer in self.spec.layers if passes(self.modes) != ("eval",) else ():
-            if layer.kind == "norm" and self.batch * prod(shapes[layer.path][:-1]) < 2:
-                raise InputError(
-                    f"batch {self.batch} of size {size} leaves one value per channel at {layer.path}, which has no "
-                    "variance; use --mode eval, a larger --batch or a larger --size"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,86 +35,6 @@ class Result:
     @property
     def passed(self) -> bool:
         return bool(self.comparisons) and not self.failures and all(c.passed for c in self.comparisons)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One record to be made. `values` says to which precision weights and images are rounded beforehand."""
-
-    name: str
-    dtype: str
-    values: str
-    modes: tuple[Mode, ...]
-    draws: int = 0
-
-
-def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
-    """The records that one backend makes of a case.
-
-    Only the reference measures the response, and the exact value of the float32 network. `soft`: some column rounds
-    inside a float64 network, and is held to the float32 response.
-    """
-    draws = DRAWS if reference else 0
-    made = [Task(name="exact", dtype="float32", values="integers", modes=("exact",))]
-    if "float64" in case.dtypes:
-        made.append(Task(name="float64", dtype="float64", values="float64", modes=case.modes, draws=draws))
-    if "float32" in case.dtypes or (reference and soft):
-        made.append(Task(name="float32", dtype="float32", values="float32", modes=case.modes, draws=draws))
-    if "float32" in case.dtypes and reference and "eval" in case.modes:
-        made.append(Task(name="truth", dtype="float64", values="float32", modes=("eval",)))
-    return made
-
-
-class Inputs:
-    """Weights and images of a case, written once to `folder` for every backend to read. Raises `ParityError`."""
-
-    def __init__(self, case: Case, folder: Path, wanted: Sequence[Task]) -> None:
-        self.case = case
-        self.folder = folder
-        spec = case.spec
-        classes = output_shapes(spec.layers, (*case.size, spec.in_channels))[spec.layers[-1].path][-1]
-        batch = images.batch(case.photos, case.batch, case.size, spec.in_channels, classes, case.seed)
-        self.source = batch.source
-        self._digests: dict[str, tuple[str, str]] = {}
-        weights = case.weights if case.weights is not None else canonical.randomize(spec, case.seed)
-        for values in {task.values: None for task in wanted}:
-            if values == "integers":
-                pixels = images.integers(case.batch, case.size, spec.in_channels, case.seed)
-                self._write(values, canonical.integers(spec.exact_twin, case.seed), pixels, batch.labels)
-            else:
-                self._write(values, weights, batch.images, batch.labels)
-
-    def request(self, task: Task) -> dict[str, Any]:
-        """The part of a request to a backend that the case fixes."""
-        case, exact = self.case, task.values == "integers"
-        weights, inputs = self._digests[task.values]
-        manifest = {
-            "variant": case.variant,
-            "spec": architectures.to_dict(case.spec.exact_twin if exact else case.spec),
-            "dtype": task.dtype,
-            "modes": task.modes,
-            "seed": case.seed,
-            "inputs": inputs,
-            "weights": weights,
-            "source": "random integers" if exact else self.source,
-            "shape": (case.batch, *case.size, case.spec.in_channels),
-        }
-        paths = {what: str(self.path(what, task.values)) for what in ("weights", "inputs")}
-        return {"manifest": manifest, "draws": task.draws} | paths
-
-    def path(self, what: str, values: str) -> Path:
-        """The file of the ``weights`` or ``inputs`` that were rounded to `values`."""
-        return self.folder / f"{what}-{values}.safetensors"
-
-    def _write(self, values: str, weights: canonical.Weights, pixels: np.ndarray, labels: np.ndarray) -> None:
-        dtype = "float64" if values == "float64" else "float32"
-        # safetensors writes the memory as it lies: of a transposed view that would be another array.
-        arrays = {name: weights[name].astype(dtype, order="C") for name in weights}
-        batch = {"images": pixels.astype(dtype), "labels": labels}
-        for what, content in (("weights", arrays), ("inputs", batch)):
-            with written(self.path(what, values), RecordError) as beside:
-                save_file(content, beside)
-        self._digests[values] = canonical.digest(arrays), canonical.digest(batch)
 
 
 class Session:
@@ -257,11 +136,10 @@ class Session:
             raise
         return made
 
-    def steps(self, case: Case) -> int:
+    def told(self, case: Case) -> int:
         """How many steps `progress` will hear of, if all goes well."""
         return sum(
-            # build, load and write, beside the passes and draws; the import comes once.
-            3 + len(passes(task.modes)) + task.draws
+            told(case, task)
             for column in self.columns
             for task in tasks(case, reference=column == self.references[0], soft=self._soft)
         ) + sum(not self.workers[column].seconds for column in self.columns if column in self.workers)

@@ -7,15 +7,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from common import architectures, checkpoints, cli_checkpoints, images
+from common import architectures, checkpoints, cli_checkpoints, cli_training, images
 from common.architectures import Spec
 from common.backend import COLUMNS
-from common.check import DTYPES, Case, Result, Session, compare_files, make_record
+from common.case import DTYPES, Case
+from common.check import Result, Session, compare_files, make_record
 from common.errors import InputError, ParityError, SpecError
 from common.record import MODES
 from common.report import console as tables
 from common.report import files
 from common.terminal import check_writable, choices, err, out, progress_bar
+from common.training import recipe as recipes
+from common.training.recipe import TrainingRecipe, changed
+from common.training.steps import RECIPE
 
 app = typer.Typer(
     help="One ResNet specification, three native implementations, and the proof that they are the same function.",
@@ -27,11 +31,19 @@ app = typer.Typer(
 
 DIFFERENT, WRONG = 1, 2
 
-_ALL_DTYPES, _ALL_MODES = ",".join(DTYPES), ",".join(MODES)
+_USUAL_MODES = ",".join(MODES)
+_MODES = (*MODES, "steps")
 _SPEC = "A specification as a JSON file, instead of a named variant."
 Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
-Modes = Annotated[str, typer.Option(help=f"Of {','.join(MODES)}, separated by commas.")]
+Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps. [default: 20]")]
+RecipeName = Annotated[
+    str | None, typer.Option(metavar="FILE|PRESET", help="What mode steps trains by. [default: one for the check]")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
+]
 ImageFiles = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="A photograph; may be repeated. [default: two]")
 ]
@@ -69,25 +81,33 @@ def show(
 def check(
     variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT", help="Named variants.")] = None,
     backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
-    dtype: Annotated[str, typer.Option(help="Of float64,float32.")] = _ALL_DTYPES,
-    mode: Modes = _ALL_MODES,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of float64,float32. [default: both; float64 with mode steps]")
+    ] = None,
+    mode: Modes = _USUAL_MODES,
     size: Size = "64",
     batch: Batch = 2,
     image: ImageFiles = None,
     spec: SpecFile = None,
     weights: WeightsFile = None,
+    steps: Steps = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
     seed: Seed = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JUnit XML.")] = None,
     timings: Annotated[bool, typer.Option("--timings", help="Show where the time went.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Backends at work at a time. [default: one per core]")] = None,
 ) -> None:
-    """Check that backends compute the same function: every layer, gradient and statistic."""
+    """Check that backends compute the same function: every layer, gradient and statistic, or optimiser step."""
     names = choices("backends", backends, None)
     if len(names) < 2:
         raise InputError(f"--backends {backends} names one backend; a comparison needs at least two")
+    modes = choices("mode", mode, _MODES)
+    dtypes = choices("dtype", dtype, DTYPES) if dtype else DTYPES[:1] if "steps" in modes else DTYPES
+    training = _recipe(modes, steps, recipe, settings)
     cases = [
-        _case(name, found, size, batch, image, weights, seed, choices("dtype", dtype, DTYPES), mode)
+        _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
         for name, found in _specs(variants or [], spec)
     ]
     for path in (json, junit):
@@ -95,7 +115,7 @@ def check(
     results: list[Result] = []
     with Session(names, jobs) as session:
         for case in cases:
-            with progress_bar(case.variant, session.steps(case)) as progress:
+            with progress_bar(case.variant, session.told(case)) as progress:
                 results.append(session.check(case, progress=progress))
             out().print(tables.result(results[-1]))
         if timings:
@@ -116,12 +136,15 @@ def record(
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
-    mode: Modes = _ALL_MODES,
+    mode: Modes = _USUAL_MODES,
     size: Size = "64",
     batch: Batch = 2,
     image: ImageFiles = None,
     spec: SpecFile = None,
     weights: WeightsFile = None,
+    steps: Steps = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
     seed: Seed = 0,
     response: Annotated[
         bool, typer.Option(help="Measure the one-ulp response; one of the records that are compared needs it.")
@@ -132,7 +155,9 @@ def record(
     dtypes = choices("dtype", dtype, DTYPES)
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
-    case = _case(name, found, size, batch, image, weights, seed, dtypes, mode)
+    modes = choices("mode", mode, _MODES)
+    training = _recipe(modes, steps, recipe, settings)
+    case = _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
     check_writable(output)
     with progress_bar(name, None) as progress:
         made = make_record(case, backend, output, response=response, progress=progress)
@@ -155,6 +180,9 @@ def compare(
 app.command()(cli_checkpoints.inspect)
 app.command()(cli_checkpoints.convert)
 app.command("predict")(cli_checkpoints.predict_command)
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
+app.command()(cli_training.plot)
 
 
 def main() -> None:
@@ -199,7 +227,8 @@ def _case(
     weights: Path | None,
     seed: int,
     dtypes: Sequence[str],
-    mode: str,
+    modes: Sequence[str],
+    recipe: TrainingRecipe,
 ) -> Case:
     return Case(
         variant=name,
@@ -210,8 +239,17 @@ def _case(
         weights=checkpoints.load_for(spec, weights)[1] if weights else None,
         seed=seed,
         dtypes=tuple(dtypes),
-        modes=tuple(choices("mode", mode, MODES)),  # type: ignore[arg-type]
+        modes=tuple(modes),  # type: ignore[arg-type]
+        recipe=recipe,
     )
+
+
+def _recipe(modes: Sequence[str], steps: int | None, name: str | None, settings: list[str] | None) -> TrainingRecipe:
+    """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
+    given = {"--steps": steps, "--recipe": name, "--set": settings}
+    if unused := [option for option, value in given.items() if value and "steps" not in modes]:
+        raise InputError(f"{' and '.join(unused)} say what mode steps does; add --mode steps")
+    return changed(recipes.find(name) if name else RECIPE, settings or []).replace(steps=steps or RECIPE.steps)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -6,79 +6,20 @@ to theirs. All pairs are compared, not a star. Nothing here runs a network or im
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
-from math import inf, prod
 from statistics import median_low
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from common.architectures.layers import INPUT, Layer, Shape, output_shapes
+from common.architectures.layers import INPUT, Layer, Shape
 from common.backend import COLUMNS, cores
 from common.errors import RecordError
-from common.levels import (
-    DECIDABLE,
-    PRECISION_FACTOR,
-    RESPONSE_FACTOR,
-    UNIT,
-    ZERO_SHARE,
-    floor,
-)
+from common.gate import Difference, Gate, Level, rank
+from common.levels import PRECISION_FACTOR, UNIT, ZERO_SHARE
 from common.record import Record, distance, expected_arrays, norm
-
-Level = Literal["L0", "L1", "L2"]
-# `reported`: the response is too large for a gate at this level, and the level asks only for the figure.
-Verdict = Literal["same", "different", "undecided", "reported"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Two backends' difference in one array, and what it is held against."""
-
-    tensor: str  # name in the record, "<pass>/<kind>/<canonical name>"
-    pair: tuple[str, str]
-    level: Level
-    distance: float  # ‖a - b‖
-    norm: float  # ‖reference‖
-    response: float  # the limit over RESPONSE_FACTOR: ρ, or the floor of its kind of array; 0 at level L0
-    verdict: Verdict
-
-    @property
-    def error(self) -> float:
-        """Relative to the norm of the reference; absolute where that is zero."""
-        return self.distance / self.norm if self.norm else self.distance
-
-    @property
-    def ratio(self) -> float:
-        """The distance in one-ulp responses."""
-        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else inf)
-
-    @property
-    def mode(self) -> str:
-        """The mode of the check it belongs to: eval, train, grad or exact."""
-        return self.section.split(",")[0]
-
-    @property
-    def section(self) -> str:
-        """The mode, and for gradients the pass they were taken in."""
-        return section(self.tensor)
-
-    @property
-    def place(self) -> str:
-        """The canonical name alone."""
-        return place(self.tensor)
-
-
-def section(tensor: str) -> str:
-    """The part of a check that an array belongs to: a mode, for gradients with the pass; ``weights`` for a weight."""
-    run, _, rest = tensor.partition("/")
-    return "weights" if not rest else f"grad, {run}" if rest.startswith("grad/") else run
-
-
-def place(tensor: str) -> str:
-    """The canonical name in the name of an array."""
-    return tensor.split("/", 2)[-1]
+from common.training import steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +73,7 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first array that differs: in order of execution forward, then of the gradients' way back."""
+        """The first array that differs: in order of execution forward, then of gradients' way back, then of steps."""
         return next((d for d in self.differences if d.verdict == "different"), None)
 
     @property
@@ -159,14 +100,6 @@ class Comparison:
             if key not in worst or rank(d) > rank(worst[key]):
                 worst[key] = d
         return list(worst.values())
-
-
-_SEVERITY: tuple[Verdict, ...] = ("reported", "same", "undecided", "different")
-
-
-def rank(difference: Difference) -> tuple[int, float]:
-    """How much a difference matters in a report: first by its verdict, then by its size."""
-    return _SEVERITY.index(difference.verdict), difference.ratio
 
 
 def compare(records: Sequence[Record], *, float32: Record | None = None, truth: Record | None = None) -> Comparison:
@@ -199,7 +132,10 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         )
     spec = reference.spec
     modes = tuple(mode for mode in first.modes if all(mode in r.manifest.modes for r in records))
-    expected = expected_arrays(spec, modes, first.shape)
+    if "steps" in modes:
+        for other in records[1:]:
+            _check_same_recipe(records[0], other)
+    expected = expected_arrays(spec, modes, first.shape, records[0].recipe)
     problems = [
         Problem(backend=label, tensor=name, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()
@@ -230,7 +166,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for name, found in measured.items()
         for pair, apart in found.distances.items()
     ]
-    gate = _Gate(reference, float32, norms)
+    gate = Gate(reference, float32, norms)
     judged = tuple(gate.judge(difference) for difference in differences)
     if not judged and not problems:
         raise RecordError("the records have no arrays in common: nothing was compared")
@@ -249,8 +185,11 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of arrays in the order in which their values come about: every pass forward, then each one's gradients
-    from the last layer back to the input, since an error is handed on in these directions."""
+    from the last layer back to the input, since an error is handed on in these directions. Steps come last, and in
+    that order already."""
     names = list(names)
+    of_steps = [name for name in names if steps.number(name) is not None]
+    names = [name for name in names if steps.number(name) is None]
     forward = [name for name in names if "/grad/" not in name]
     backward = [name for name in names if "/grad/" in name]
     runs = dict.fromkeys(name.split("/")[0] for name in backward)
@@ -260,7 +199,7 @@ def in_order(names: Iterable[str]) -> list[str]:
         for name in reversed(backward)
         if name.startswith(f"{run}/") and not name.endswith(f"/{INPUT}")
     ]
-    return [*forward, *ordered, *(name for name in backward if name.endswith(f"/{INPUT}"))]
+    return [*forward, *ordered, *(name for name in backward if name.endswith(f"/{INPUT}")), *of_steps]
 
 
 def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ...]:
@@ -282,68 +221,6 @@ def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ..
             ):
                 lost[layer.path] = None
     return tuple(lost)
-
-
-class _Gate:
-    """Decides about differences, by the responses of the reference."""
-
-    def __init__(
-        self,
-        reference: Record,
-        float32: Record | None,
-        norms: Mapping[str, float],
-    ) -> None:
-        layers = reference.spec.layers
-        self._response = reference.manifest.response
-        self._dtype = reference.manifest.dtype
-        self._float32 = float32.manifest.response if float32 is not None else {}
-        self._norms = norms
-        self._layer_of = _layer_of(layers)
-        self._summed = _summed(layers, reference.manifest.shape)
-        self._flipping: dict[str, bool] = {}
-        self._largest: dict[tuple[str, str, str], float] = {}
-        for name, value in norms.items():
-            key = self._group(name)
-            self._largest[key] = max(self._largest.get(key, 0.0), value)
-
-    def _group(self, name: str) -> tuple[str, str, str]:
-        run, kind, *rest = name.split("/", 2)
-        return run, kind, self._layer_of.get(rest[0], rest[0]) if rest else ""
-
-    def _flips(self, name: str, responses: Mapping[str, float]) -> bool:
-        """Whether `name` is a gradient of a float32 pass in which rounding flips choices of ReLU or max-pool.
-
-        One flipped unit changes the gradients of its own layer by percents and of no other, and three draws show
-        some of those that may flip: where one gradient shows it, no other of the pass is safe.
-        """
-        part = section(name)
-        if "/grad/" in name and part not in self._flipping:
-            limit = DECIDABLE["float32"]
-            mine = (n for n in self._norms if section(n) == part)
-            self._flipping[part] = any(responses.get(n, 0.0) > limit * self._norms[n] for n in mine)
-        return self._flipping.get(part, False)
-
-    def judge(self, difference: Difference) -> Difference:
-        name, level = difference.tensor, difference.level
-        if level == "L0":
-            verdict: Verdict = "same" if difference.distance == 0 else "different"
-            return replace(difference, response=0.0, verdict=verdict)
-        dtype = "float32" if level == "L2" else self._dtype
-        responses = self._float32 if level == "L2" and self._dtype == "float64" else self._response
-        measured = responses.get(name, 0.0)
-        terms = self._summed.get(place(name), 1) if "/grad/" in name else 1
-        response = max(measured, floor(terms) * UNIT[dtype] * self._norms[name])
-        verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
-        too_large = DECIDABLE[dtype] * (self._largest[self._group(name)] if level == "L1" else self._norms[name])
-        if (
-            level == "L2"
-            and not name.startswith("eval/tap/")
-            and (measured > too_large or self._flips(name, responses))
-        ):
-            verdict = "reported"
-        elif verdict == "same" and (response == inf or (level == "L1" and measured > too_large)):
-            verdict = "undecided"
-        return replace(difference, response=response, verdict=verdict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,23 +283,6 @@ def _precision(name: str, errors: Mapping[str, float]) -> list[Precision]:
     return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
 
 
-def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
-    """Path of the layer that a canonical name of a parameter or statistic belongs to."""
-    return {name: layer.path for layer in layers for name in layer.arrays}
-
-
-def _summed(layers: Iterable[Layer], batch: Shape) -> dict[str, int]:
-    """How many terms the gradient of a bias sums over: one for every image and pixel of its layer's output."""
-    count, *image = batch
-    shapes = output_shapes(layers, tuple(image))
-    return {
-        name: count * prod(shapes[layer.path][:-1])
-        for layer in layers
-        for name in layer.parameters
-        if name.endswith(".bias")
-    }
-
-
 def _labels(records: Sequence[Record]) -> dict[str, Record]:
     """Names for the columns: the backend, with the file's name or path where one backend comes twice."""
     labels = [record.manifest.backend for record in records]
@@ -452,11 +312,23 @@ def _check_comparable(records: Sequence[Record]) -> None:
 
 def _check_same(first: Record, other: Record, keys: Mapping[str, str]) -> None:
     a, b = first.manifest, other.manifest
-    differing = [key for key in a.spec if a.spec[key] != b.spec.get(key)]
-    if differing:
-        found = ", ".join(f"{key} is {a.spec[key]!r} and {b.spec.get(key)!r}" for key in differing)
+    if found := _differing(a.spec, b.spec):
         raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
     for key, what in keys.items():
         if getattr(a, key) != getattr(b, key):
             found = f"{getattr(a, key)} and {getattr(b, key)}"
             raise RecordError(f"{first.path} and {other.path} are records of different {what}: {found}")
+
+
+def _check_same_recipe(first: Record, other: Record) -> None:
+    """The same steps: recipes alike in every field, and the same batches."""
+    a, b = first.manifest, other.manifest
+    if found := _differing(a.recipe, b.recipe):
+        raise RecordError(f"{first.path} and {other.path} are records of different recipes: {found}")
+    _check_same(first, other, {"batches": "batches"})
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """The fields that differ, in words; nothing where none does."""
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return ", ".join(f"{name} is {a.get(name)!r} and {b.get(name)!r}" for name in names)

@@ -45,6 +45,7 @@ def floor(terms: int) -> float:
     A sum of n terms, in any order, is off by at most (n - 1) u Σ|x| (Higham 2002, Accuracy and Stability of Numerical
     Algorithms, section 4.2). The response does not show that where rounding the weights moves all terms together:
     below a global average the terms of a bias's gradient are equal, and adding them one after another, as TensorFlow
-    does, errs to one side and reaches a tenth of the bound, where adding them in pairs errs by u.
+    does, errs to one side and reaches a tenth of the bound, where adding them in pairs errs by u. A velocity or moment
+    of an optimiser is a sum of such gradients, or of their squares, which are off by twice as much.
     """
     return max(FLOOR, terms / RESPONSE_FACTOR)

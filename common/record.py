@@ -1,7 +1,8 @@
 """Records: what one backend computed, as a file that can be compared anywhere, later, without any framework.
 
 A record is a safetensors file. Its arrays are named ``<pass>/<kind>/<name>``: pass ``eval``, ``train`` or ``exact``
-(integer weights, level L0), kind ``tap``, ``stat`` or ``grad``, and ``<pass>/loss``. Its metadata hold the manifest.
+(integer weights, level L0), kind ``tap``, ``stat`` or ``grad``, and ``<pass>/loss``; those of mode steps are in
+common/training/steps.py. Its metadata hold the manifest.
 """
 
 import json
@@ -20,14 +21,17 @@ from common.architectures.layers import INPUT, Shape, output_shapes
 from common.errors import RecordError
 from common.files import opened, reason, tensor, written
 from common.levels import UNIT
+from common.training import recipe as recipes
+from common.training import steps
+from common.training.recipe import TrainingRecipe
 
-Mode = Literal["eval", "train", "grad", "exact"]
-MODES: tuple[Mode, ...] = ("eval", "train", "grad")
+Mode = Literal["eval", "train", "grad", "steps", "exact"]
+MODES: tuple[Mode, ...] = ("eval", "train", "grad")  # unless others are asked for
 
 _FORMAT = "resnet-parity record 1"
 # What a field of the manifest is in JSON, where it is no string.
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("spec", "versions", "response"), dict),
+    **dict.fromkeys(("spec", "versions", "response", "recipe"), dict),
     **dict.fromkeys(("modes", "shape", "not_restored"), list),
     **dict.fromkeys(("threads", "seed", "draws"), int),
 }
@@ -50,6 +54,8 @@ class Manifest:
     weights: str  # digest of the weights, as float64
     source: str  # what the images show, for people
     shape: tuple[int, ...]  # of the batch: (N, H, W, C)
+    recipe: dict[str, Any] = field(default_factory=dict)  # of mode steps; its `steps` are those taken
+    batches: str = ""  # digest of the images and labels of all steps, as float64
     draws: int = 0
     response: dict[str, float] = field(default_factory=dict)
     not_restored: tuple[str, ...] = ()  # weights that did not come back bitwise after load and export
@@ -69,9 +75,12 @@ class Record(Mapping[str, np.ndarray]):
         try:
             self.manifest = _manifest(json.loads(metadata.get("manifest", "")))
             self.spec: Spec = architectures.from_dict(self.manifest.spec)
+            self.recipe = recipes.from_dict(self.manifest.recipe) if "steps" in self.manifest.modes else None
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
         self._names = set(self._file.keys())
+        if self.recipe is not None and (self.recipe.steps or 0) > len(self._names):
+            raise RecordError(f"{path}: holds {len(self._names)} arrays, and should of {self.recipe.steps} steps")
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
@@ -100,6 +109,8 @@ def _manifest(data: Any) -> Manifest:
         raise ValueError(f"dtype is {manifest.dtype!r}; expected one of {', '.join(UNIT)}")
     if not manifest.modes or not set(manifest.modes) <= set(get_args(Mode)):
         raise ValueError(f"modes are {manifest.modes}; expected some of {', '.join(get_args(Mode))}")
+    if "steps" in manifest.modes and not manifest.recipe.get("steps"):
+        raise ValueError(f"recipe is {manifest.recipe!r}; expected one with its number of steps")
     if len(manifest.shape) != 4 or not all(isinstance(n, int) and n > 0 for n in manifest.shape):
         raise ValueError(f"shape is {manifest.shape}; expected that of a batch, (N, H, W, C)")
     for name, change in manifest.response.items():
@@ -120,10 +131,12 @@ def write(path: Path | str, arrays: Mapping[str, np.ndarray], manifest: Manifest
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, beside, metadata)
 
 
-def expected_arrays(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> dict[str, Shape]:
-    """Name and shape of every array that a record of these modes holds, in the order of the walk.
+def expected_arrays(
+    spec: Spec, modes: tuple[Mode, ...], batch: Shape, recipe: TrainingRecipe | None = None
+) -> dict[str, Shape]:
+    """Name and shape of every array that a record of these modes holds, in the order of the walk, then of the steps.
 
-    `batch` is the shape of the images, (N, H, W, C).
+    `batch` is the shape of the images, (N, H, W, C); `recipe` is that of mode steps.
     """
     count, *image = batch
     outputs = output_shapes(spec.layers, tuple(image))
@@ -140,7 +153,7 @@ def expected_arrays(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> dict[s
             for layer in spec.layers:
                 expected |= {f"{run}/grad/{name}": shape for name, shape in layer.parameters.items()}
             expected[f"{run}/grad/{INPUT}"] = batch
-    return expected
+    return expected | (steps.expected(spec, recipe) if "steps" in modes and recipe is not None else {})
 
 
 def passes(modes: tuple[Mode, ...]) -> tuple[str, ...]:

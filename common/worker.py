@@ -13,115 +13,21 @@ import queue
 import resource
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common import architectures, record
+from common import architectures
 from common import weights as canonical
 from common.backend import COLUMNS, Backend
+from common.clock import Clock
 from common.errors import ParityError
 from common.files import reason
-from common.record import Manifest
-
-
-class Clock:
-    """Adds up the seconds spent on each thing, and tells the asking process what is being done."""
-
-    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
-        self.seconds: dict[str, float] = {}
-        self._say = say
-
-    @contextmanager
-    def step(self, what: str, detail: str = "") -> Iterator[None]:
-        self._say({"event": "step", "step": f"{what} {detail}".strip()})
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
-
-
-def make_record(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:
-    """Run a network and write its record.
-
-    The request holds `manifest` (the fields of `record.Manifest` that do not depend on the backend), `weights` and
-    `inputs` (paths), `output` (path), `draws` (of the one-ulp response; 0 for none), and `plant` (a defect that a test
-    plants, ``module:function``, or none).
-    """
-    given = request["manifest"]
-    spec = architectures.from_dict(given["spec"])
-    modes = tuple(given["modes"])
-    dtype = given["dtype"]
-    with _planted(request.get("plant"), backend):
-        # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
-        weights = canonical.mapped(request["weights"])
-        images, labels = (load_file(request["inputs"])[name] for name in ("images", "labels"))
-        images = images.astype(dtype)
-        with clock.step("build"):
-            model = backend.build(spec, dtype)
-        with clock.step("load"):
-            backend.load(model, weights)
-            exported = backend.export(model)
-            not_restored = [
-                name
-                for name in canonical.shapes(spec)
-                if name not in exported or not np.array_equal(exported[name], weights[name].astype(dtype))
-            ]
-            not_restored += [name for name in exported if name not in weights]
-        arrays: dict[str, np.ndarray] = {}
-        for run in record.passes(modes):
-            with clock.step(run):
-                arrays |= _run(backend, model, run, images, labels, gradients="grad" in modes)
-        response: dict[str, float] = {}
-        for draw in range(request["draws"]):
-            with clock.step("response", f"{draw + 1} of {request['draws']}"):
-                moved = canonical.perturb(weights, seed=draw)
-                backend.load(model, moved)
-                moved_images = canonical.perturb_array(images, draw, "input")
-                for run in record.passes(modes):
-                    changed = _run(backend, model, run, moved_images, labels, gradients="grad" in modes)
-                    for name, array in changed.items():
-                        change = record.distance(array, arrays[name])
-                        response[name] = max(response.get(name, 0.0), change)
-        described = backend.describe()
-    wanted = set(record.expected_arrays(spec, modes, images.shape))
-    device = described.pop("device")
-    manifest = Manifest(
-        **given,
-        backend=column,
-        versions=described,
-        device=device,
-        threads=threads,
-        draws=request["draws"],
-        response={name: change for name, change in response.items() if name in wanted},
-        not_restored=tuple(not_restored),
-    )
-    with clock.step("write"):
-        record.write(request["output"], {name: arrays[name] for name in arrays if name in wanted}, manifest)
-
-
-def _run(
-    backend: Backend, model: Any, run: str, images: np.ndarray, labels: np.ndarray, *, gradients: bool
-) -> dict[str, np.ndarray]:
-    gradients = gradients and run != "exact"
-    arrays = backend.run(model, images, labels, training=run == "train", gradients=gradients)
-    return {f"{run}/{name}": array for name, array in arrays.items()}
-
-
-def _planted(plant: str | None, backend: Backend) -> AbstractContextManager[None]:
-    """The context in which a planted defect is at work: `module:function`, called with the backend."""
-    if plant is None:
-        return nullcontext()
-    module, function = plant.split(":")
-    context: AbstractContextManager[None] = getattr(importlib.import_module(module), function)(backend)
-    return context
+from common.recording import make_record
 
 
 def save_checkpoint(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:

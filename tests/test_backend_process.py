@@ -12,7 +12,8 @@ import pytest
 from common.architectures import to_dict
 from common.architectures.resnet import ResNetSpec
 from common.backend import Worker, resolve
-from common.check import Case, Session
+from common.case import Case
+from common.check import Session
 from common.errors import BackendCrashed, BackendError, BackendMissing, InputError
 
 ROOT = Path(__file__).parent.parent

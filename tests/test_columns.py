@@ -9,7 +9,8 @@ from test_parity import PHOTOS, check, explain
 from common import architectures
 from common.architectures.resnet import ResNetSpec
 from common.backend import COLUMNS
-from common.check import Case, Session
+from common.case import Case
+from common.check import Session
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from rich.console import Console
 from common import architectures, record
 from common.architectures.layers import INPUT
 from common.architectures.resnet import ResNetSpec
-from common.check import Case, Result, compare_files
+from common.case import Case
+from common.check import Result, compare_files
 from common.compare import Comparison, compare, in_order, rounded_to_float32
 from common.errors import BackendCrashed, ParityError, RecordError
 from common.levels import UNIT

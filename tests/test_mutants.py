@@ -8,7 +8,8 @@ from mutants.catalogue import BASE, EQUIVALENTS, MUTANTS, SIZE, Equivalent, Muta
 
 from common.architectures.resnet import ResNetSpec
 from common.backend import ALIASES
-from common.check import DTYPES, Case, Inputs, Session, compare_case
+from common.case import DTYPES, Case, Inputs
+from common.check import Session, compare_case
 from common.compare import Comparison, place, section
 from common.images import sample_photos
 from common.record import Record

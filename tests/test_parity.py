@@ -4,7 +4,8 @@ import pytest
 
 from common import architectures
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.check import Case, Result, Session
+from common.case import Case
+from common.check import Result, Session
 from common.images import sample_photos
 from common.report.console import result as as_table
 

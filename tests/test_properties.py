@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from test_parity import explain
 
 from common.architectures.resnet import ResNetSpec
-from common.check import Case, Session
+from common.case import Case
+from common.check import Session
 from common.errors import InputError
 from common.images import sample_photos
 

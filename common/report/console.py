@@ -13,8 +13,11 @@ from common.architectures.layers import INPUT, output_shapes
 from common.architectures.layers import multiply_adds as multiply_adds_of
 from common.backend import Worker
 from common.check import Result
-from common.compare import Comparison, Difference
+from common.compare import Comparison
+from common.gate import Difference
 from common.levels import PRECISION_FACTOR, RESPONSE_FACTOR
+from common.training import recipe as recipes
+from common.training.recipe import TrainingRecipe
 
 _TITLES = {
     "L0": "L0 exact: names and layouts, integer arithmetic",
@@ -34,6 +37,8 @@ def result(found: Result) -> Group:
         Text(""),
         Text.assemble((case.variant, "bold"), f"  {photos}, {height}x{width}, batch {case.batch}, seed {case.seed}"),
     ]
+    if "steps" in case.modes:
+        parts.append(Text(f"  {case.recipe.steps} steps of {_in_words(case.recipe)}", style="dim"))
     parts += [comparison(compared) for compared in found.comparisons]
     parts += [Text(f"  {error}", style="bold red") for error in found.failures.values()]
     verdict = (
@@ -87,7 +92,7 @@ def _table(compared: Comparison) -> Table:
                 " | ".join(difference.pair),
                 Text(f"{difference.error:.1e}", style),
                 Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
-                Text(difference.place + note, style),
+                Text(_where(difference) + note, style),
             )
     return table
 
@@ -97,6 +102,18 @@ def _by_section(differences: Iterable[Difference]) -> dict[str, list[Difference]
     for difference in differences:
         sections.setdefault(difference.section, []).append(difference)
     return sections
+
+
+def _where(difference: Difference) -> str:
+    return f"{difference.place}, step {difference.step}" if difference.step else difference.place
+
+
+def _in_words(recipe: TrainingRecipe) -> str:
+    """What decides the steps and is not as it is without a word."""
+    usual, unseen = recipes.to_dict(TrainingRecipe()), ("steps", "batch_size", "epochs", "seed", "augmentation")
+    data = {name: value for name, value in recipes.to_dict(recipe).items() if name not in unseen}
+    words = [f"{name} {value}" for name, value in data.items() if usual.get(name) != value and name != "optimizer"]
+    return ", ".join([recipe.optimizer, *words])
 
 
 def _explain(compared: Comparison) -> Iterable[Text]:
@@ -114,7 +131,7 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         yield Text(f"… and {len(compared.problems) - _MOST} more problems of this kind", style="bold red")
     if (first := compared.first) is not None:
         yield Text(
-            f"first difference: {first.place} ({first.section}), {' | '.join(first.pair)}: relative error "
+            f"first difference: {_where(first)} ({first.section}), {' | '.join(first.pair)}: relative error "
             f"{first.error:.1e}, {first.ratio:.3g} responses; the limit is {RESPONSE_FACTOR:g}",
             style="bold red",
         )
@@ -122,8 +139,9 @@ def _explain(compared: Comparison) -> Iterable[Text]:
     if undecided:
         example = next(iter(undecided.values()))
         yield Text(
-            f"undecided: {len(undecided)} arrays, {example.place} ({example.section}) first: rounding alone moves "
-            "them too much to tell anything; use more images (--batch) or a larger --size",
+            f"undecided: {len(undecided)} arrays, {_where(example)} ({example.section}) first: rounding alone moves "
+            "them too much to tell anything; use more images (--batch) or a larger --size"
+            + (", a lower rate (--set lr=…) or fewer --steps" if example.step else ""),
             style="yellow",
         )
     imprecise = [p for p in compared.precision if not p.passed]

@@ -10,10 +10,12 @@ from xml.etree import ElementTree
 
 from common import architectures
 from common.check import Result
-from common.compare import Comparison, Difference, rank
+from common.compare import Comparison
 from common.errors import RecordError
 from common.files import written
+from common.gate import Difference, rank
 from common.levels import RESPONSE_FACTOR
+from common.training import recipe as recipes
 
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
@@ -28,7 +30,8 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
 
     An entry's `modes` hold, by mode and pair (``"torch | flax"``), the difference that is largest when measured in
     one-ulp responses, one that fails before one that does not: its relative error, the response (relative too) that it
-    is held against, and where it is.
+    is held against, and where it is. ``kind`` is tap, loss, stat, grad, or in mode steps one of those of
+    common/training/steps.py, and ``step`` the optimiser step after which it shows.
     """
     return {
         "passed": bool(results) and all(result.passed for result in results),
@@ -67,6 +70,7 @@ def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
         ],
         "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
         "spec": architectures.to_dict(case.spec),
+        "recipe": recipes.to_dict(case.recipe) if "steps" in compared.modes else None,
     }
 
 
@@ -84,6 +88,8 @@ def _difference(difference: Difference) -> dict[str, Any]:
         "ratio": _finite(difference.ratio),
         "tensor": difference.place,
         "pass": difference.tensor.split("/")[0],
+        "kind": difference.tensor.split("/")[1],
+        "step": difference.step,
         "pair": list(difference.pair),
         "level": difference.level,
         "verdict": difference.verdict,
@@ -121,7 +127,8 @@ def _add_cases(suite: ElementTree.Element, compared: Comparison) -> None:
         name = f"{difference.section} {' | '.join(difference.pair)}"
         case = ElementTree.SubElement(suite, "testcase", classname=classname, name=name)
         if difference.verdict in ("different", "undecided"):
-            message = f"{difference.verdict} at {difference.place}: relative error {difference.error:.2e}"
+            after = f" after step {difference.step}" if difference.step else ""
+            message = f"{difference.verdict} at {difference.place}{after}: relative error {difference.error:.2e}"
             ElementTree.SubElement(case, "failure", message=f"{message}, {difference.ratio:.3g} responses")
     for problem in compared.problems:
         case = ElementTree.SubElement(

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from common import checkpoints
 from common import weights as canonical
-from common.check import Case, Session
+from common.case import Case
+from common.check import Session
 from common.images import sample_photos
 from common.levels import FLOOR, RESPONSE_FACTOR, UNIT
 from common.record import distance, norm
