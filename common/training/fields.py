@@ -57,9 +57,8 @@ def _in_words(hint: Any) -> str:
         return " or ".join(_in_words(one) for one in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list, each {_in_words(get_args(hint)[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}.get(
-        hint, hint.__name__
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+    return words.get(hint, str(hint.__name__))
 
 
 def require(instance: Any, name: str, holds: bool, expected: str) -> None:
