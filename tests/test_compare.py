@@ -20,6 +20,9 @@ from common.errors import BackendCrashed, ParityError, RecordError
 from common.levels import UNIT
 from common.record import Manifest, Record, expected_arrays
 from common.report import console, files
+from common.training import recipe as recipes
+from common.training import steps
+from common.training.recipe import TrainingRecipe
 
 SPEC = ResNetSpec(
     block="basic", blocks=(1, 1), widths=(4, 8), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
@@ -31,13 +34,15 @@ THREE = ("torch", "keras:tensorflow", "flax")
 TWO = ("torch", "flax")
 ALL = ("eval", "train", "grad")
 CONV = "eval/tap/stages.0.blocks.0.conv1"
+RECIPE = TrainingRecipe(steps=3)
+STEPS = ("steps",)
 
 
 def arrays(modes=("eval",), dtype="float64"):
     """An array of every name and shape that a record holds, of random float32 numbers; the first value is 0, where a
     single difference of any size can be planted exactly."""
     made = {}
-    for name, shape in expected_arrays(SPEC, modes, SHAPE).items():
+    for name, shape in expected_arrays(SPEC, modes, SHAPE, RECIPE).items():
         value = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32).astype(dtype)
         if value.size > 1:
             value.flat[0] = 0
@@ -84,6 +89,8 @@ def writer(folder):
             "draws": 3,
             "response": reference,
         }
+        if "steps" in modes:
+            described |= {"recipe": recipes.to_dict(RECIPE), "batches": "90"}
         record.write(path, values, Manifest(**(described | manifest)))
         return Record(path)
 
@@ -130,10 +137,15 @@ class TestRecord:
             (("grad",), {"eval/grad", "train/grad"}),
             (("eval", "grad"), {"eval/tap", "eval/loss", "eval/grad", "train/grad"}),
             (("exact",), {"exact/tap"}),
+            (
+                ("eval", "steps"),
+                {"eval/tap", "eval/loss"}
+                | {f"step0{k}/{kind}" for k in (1, 2, 3) for kind in ("loss", "stat", "velocity", "param")},
+            ),
         ],
     )
     def test_the_arrays_expected_are_those_of_the_modes(self, modes, kinds):
-        expected = expected_arrays(SPEC, modes, SHAPE)
+        expected = expected_arrays(SPEC, modes, SHAPE, RECIPE)
         assert {"/".join(name.split("/")[:2]) for name in expected} == kinds
         taps = [name.split("/", 2)[2] for name in expected if "/tap/" in name]
         assert taps == ([layer.path for layer in SPEC.layers] if taps else [])
@@ -150,6 +162,32 @@ class TestRecord:
         assert expected["eval/grad/stem.conv.kernel"] == (3, 3, 3, 4)
         assert expected["train/grad/input"] == SHAPE
         assert expected["train/stat/stem.norm.var"] == (4,)
+
+    def test_a_record_from_before_there_were_steps_can_be_read(self, write):
+        path = write("torch", modes=ALL).path
+
+        def older(metadata):
+            manifest = json.loads(metadata["manifest"])
+            metadata["manifest"] = json.dumps({k: v for k, v in manifest.items() if k not in ("recipe", "batches")})
+
+        self.rewrite(path, older)
+        assert Record(path).recipe is None
+        assert compare([Record(path), write("flax", modes=(*ALL, "steps"))]).modes == ALL
+
+    def test_a_record_of_steps_holds_its_recipe(self, write):
+        made = write("torch", modes=STEPS)
+        assert (made.recipe, made.manifest.batches) == (RECIPE, "90")
+
+    @pytest.mark.parametrize(
+        "recipe", [None, {}, [], {"steps": 0}, {"steps": 10**12}, {"steps": 3, "momentum": "high"}]
+    )
+    def test_a_record_of_steps_with_a_damaged_recipe_is_refused(self, write, recipe):
+        path = write("torch", modes=STEPS).path
+        self.rewrite(path, lambda m: m.update(manifest=json.dumps(json.loads(m["manifest"]) | {"recipe": recipe})))
+        with pytest.raises(RecordError) as caught:
+            Record(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
 
     def test_a_file_cut_off_anywhere_is_refused(self, write):
         path = write("torch").path
@@ -215,6 +253,8 @@ class TestRecord:
             ("response", {"eval/loss": "small"}),
             ("response", {"eval/loss": -1.0}),
             ("not_restored", "all"),
+            ("recipe", "digits"),
+            ("batches", 3),
             ("backend", None),
             ("other", 1),
         ],
@@ -761,6 +801,158 @@ class TestOrder:
         assert ordered != names
 
 
+def of_step(number, kind, name="stages.0.blocks.0.conv1.kernel"):
+    return f"step{number:02d}/{kind}/{name}"
+
+
+class TestSteps:
+    """Mode steps."""
+
+    # As their values come about.
+    ORDER = (
+        "step01/loss",
+        of_step(1, "stat", "stem.norm.mean"),
+        of_step(1, "stat", "stages.1.blocks.0.norm2.var"),
+        of_step(1, "velocity", "head.fc.kernel"),
+        of_step(1, "velocity", "stem.conv.kernel"),
+        of_step(1, "param", "head.fc.kernel"),
+        of_step(1, "param", "stem.conv.kernel"),
+        "step02/loss",
+        of_step(3, "velocity", "stem.conv.kernel"),
+    )
+
+    @pytest.mark.parametrize("index", range(len(ORDER)))
+    def test_the_first_difference_is_the_first_step_and_there_the_first_value(self, write, index):
+        changes = {name: lambda a: a + 1.0 for name in self.ORDER[index:]}
+        compared = compare([write("torch", modes=STEPS), write("keras:tensorflow", modes=STEPS),
+                            write("flax", changes, modes=STEPS)])  # fmt: skip
+        first = compared.first
+        run, _, rest = self.ORDER[index].partition("/")
+        kind, _, name = rest.partition("/")
+        assert first.tensor == self.ORDER[index]
+        assert (first.step, first.section, first.mode) == (int(run[-2:]), f"steps, {kind}", "steps")
+        assert first.place == (name or "loss")
+        assert compared.odd_one_out == "flax"
+
+    def test_steps_come_after_the_other_modes(self, write):
+        changes = {name: lambda a: a + 1.0 for name in ("step01/loss", "train/grad/input")}
+        modes = (*ALL, "steps")
+        assert compare([write("torch", modes=modes), write("flax", changes, modes=modes)]).first.tensor == (
+            "train/grad/input"
+        )
+
+    @pytest.mark.parametrize("tensor", ORDER)
+    def test_the_limit_of_eight_responses_holds_for_every_array_of_every_step(self, write, tensor):
+        reference = write("torch", modes=STEPS)
+        for factor, verdict in ((7.9e-12, "same"), (8.1e-12, "different")):
+            moved = write("flax", {tensor: lambda a, factor=factor: a * (1 + factor)}, modes=STEPS)
+            compared = compare([reference, moved])
+            assert verdicts(compared, tensor) == {verdict}
+            assert compared.passed == (verdict == "same")
+
+    @pytest.mark.parametrize(("change", "what"), ACCIDENTS.values(), ids=ACCIDENTS)
+    def test_an_unfit_array_of_any_step_fails(self, write, change, what):
+        tensor = of_step(2, "velocity")
+        compared = compare([write("torch", modes=STEPS), write("flax", {tensor: change}, modes=STEPS)])
+        assert not compared.passed
+        (problem,) = compared.problems
+        assert (problem.backend, problem.tensor) == ("flax", tensor)
+        assert problem.what.split(" (")[0] == what.split(" (")[0]
+
+    def test_a_velocity_that_is_zero_but_for_rounding_is_judged_by_its_layer(self, write):
+        bias, kernel = of_step(2, "velocity", "stem.conv.bias"), of_step(2, "velocity", "stem.conv.kernel")
+        given = responses(arrays(STEPS), 1e-12) | {bias: 1e-16}
+        for size, verdict in ((1.0, "same"), (1e-12, "undecided")):
+            tiny = {bias: lambda a: a * 1e-16, kernel: lambda a, size=size: a * size}
+            compared = compare([write("torch", tiny, modes=STEPS, response=given), write("flax", tiny, modes=STEPS)])
+            assert verdicts(compared, bias) == {verdict}
+
+    @pytest.mark.parametrize(
+        ("optimizer", "kind", "terms"),
+        [("sgd", "velocity", 128), ("sgd", "param", 32), ("adamw", "moment1", 128), ("adamw", "moment2", 256)],
+    )
+    def test_what_comes_of_a_bias_gradient_may_be_off_by_one_rounding_a_term(
+        self, write, monkeypatch, optimizer, kind, terms
+    ):
+        monkeypatch.setitem(globals(), "RECIPE", RECIPE.replace(optimizer=optimizer))
+        tensor = of_step(2, kind, "stem.conv.bias")  # over 2 images of 8x8
+        size = record.norm(arrays(STEPS)[tensor])
+        reference = write("torch", modes=STEPS, response=responses(arrays(STEPS), 1e-18))
+        for factor, passed in ((0.99, True), (1.01, False)):
+            moved = write("flax", {tensor: put(factor * terms * UNIT["float64"] * size)}, modes=STEPS)
+            assert compare([reference, moved]).passed == passed
+
+    @pytest.mark.parametrize(
+        ("tensor", "verdict"),
+        [
+            (of_step(1, "param"), "different"),
+            ("step02/loss", "different"),  # the way forward of step 2 has not seen the flip
+            (of_step(2, "stat", "stem.norm.mean"), "different"),
+            (of_step(2, "velocity"), "reported"),
+            (of_step(2, "param"), "reported"),
+            ("step03/loss", "reported"),
+        ],
+    )
+    def test_in_float32_nothing_is_gated_that_comes_after_a_flip(self, write, tensor, verdict):
+        values = arrays(STEPS, "float32")
+        flip = of_step(2, "velocity", "head.fc.kernel")
+        flipped = {flip: 1.1e-4 * record.norm(values[flip])}
+        for response, expected in ((flipped, verdict), ({}, "different")):
+            given = responses(values, 1e-6) | response
+            reference = write("torch", modes=STEPS, dtype="float32", response=given)
+            moved = write("flax", {tensor: lambda a: a * 1.01}, modes=STEPS, dtype="float32")
+            compared = compare([reference, moved])
+            assert verdicts(compared, tensor) == {expected}
+            assert compared.passed == (expected == "reported")
+
+    def test_records_of_different_recipes_or_batches_are_refused(self, write):
+        other = recipes.to_dict(RECIPE.replace(momentum=0.8, steps=4))
+        for change, expected in (
+            ({"recipe": other}, "different recipes: momentum is 0.9 and 0.8, steps is 3 and 4"),
+            ({"batches": "91"}, "different batches: 90 and 91"),
+        ):
+            with pytest.raises(RecordError, match=expected):
+                compare([write("torch", modes=STEPS), write("flax", modes=STEPS, **change)])
+            # What both have beside is compared all the same.
+            modes = ("eval", "steps")
+            assert compare([write("torch"), write("flax", modes=modes, **change)]).modes == ("eval",)
+
+    @pytest.mark.parametrize(
+        ("changes", "kinds"),
+        [
+            ({}, ["loss", "stat", "velocity", "param"]),
+            ({"momentum": 0.0}, ["loss", "stat", "param"]),
+            ({"optimizer": "adamw", "ema_decay": 0.9}, ["loss", "stat", "moment1", "moment2", "param", "ema"]),
+        ],
+    )
+    def test_what_is_kept_of_a_step_is_what_its_recipe_has(self, changes, kinds):
+        expected = steps.expected(SPEC, RECIPE.replace(**changes))
+        assert list(dict.fromkeys(name.split("/")[1] for name in expected)) == kinds
+
+    def test_large_arrays_are_sampled_but_for_the_last_step(self):
+        spec = SPEC.replace(widths=(4, 32))
+        kernel = "stages.1.blocks.0.conv2.kernel"  # 9216 values
+        expected = steps.expected(spec, RECIPE)
+        shapes = [expected[of_step(number, "param", kernel)] for number in (1, 2, 3)]
+        assert shapes == [(steps.SAMPLE,), (steps.SAMPLE,), (3, 3, 32, 32)]
+        assert expected[of_step(1, "param", "stages.1.blocks.0.conv1.kernel")] == (3, 3, 4, 32)
+
+    @pytest.mark.parametrize("shape", [(4097,), (3, 3, 512, 512), (2048, 1000), (1, 1, 64, 256)])
+    def test_a_sample_meets_every_part_of_an_array_and_every_channel(self, shape):
+        array = np.arange(prod(shape), dtype=np.float64).reshape(shape)
+        places = steps.sample(array)
+        assert places.shape == (steps.SAMPLE,)
+        starts = np.arange(steps.SAMPLE + 1) * prod(shape) // steps.SAMPLE
+        assert (starts[:-1] <= places).all()
+        assert (places < starts[1:]).all()
+        if len(shape) > 1:
+            seen = np.bincount((places % shape[-1]).astype(int), minlength=shape[-1])
+            assert (seen > 0).all()
+            assert seen.max() <= 2 * steps.SAMPLE / shape[-1]
+        # The same values whatever the layout of memory.
+        assert np.array_equal(steps.sample(np.asfortranarray(array)), places)
+
+
 class TestComparable:
     @pytest.mark.parametrize(
         ("other", "expected"),
@@ -829,7 +1021,7 @@ class TestFiles:
 def outcomes(tmp_path_factory):
     """Results as a check gives them, by name: each of its kind."""
     write = writer(tmp_path_factory.mktemp("outcomes"))
-    case = Case(variant="tiny", spec=SPEC, size=(8, 8))
+    case = Case(variant="tiny", spec=SPEC, size=(8, 8), recipe=RECIPE)
 
     def result(*comparisons, failures=None):
         return Result(
@@ -875,6 +1067,10 @@ def outcomes(tmp_path_factory):
                 truth=write("torch", name="truth"),
             )
         ),
+        "steps": result(
+            compare([write(b, {of_step(2, "param"): lambda a: a * 1.1} if b == "flax" else None, modes=STEPS)
+                     for b in THREE])
+        ),
         "soft": result(compare([write("torch", modes=ALL), write("keras:jax", modes=ALL)], float32=float32)),
         "crashed": result(
             failures={"flax": BackendCrashed("backend flax: its process was killed; \x1b[31mlast\x00 words <&>\ufffe")}
@@ -886,7 +1082,7 @@ def outcomes(tmp_path_factory):
 PASSING = {"same", "soft"}
 OUTCOMES = (
     "same", "different", "not finite", "not finite anywhere", "undecided", "reported", "no response", "imprecise",
-    "soft", "crashed", "nothing",
+    "steps", "soft", "crashed", "nothing",
 )  # fmt: skip
 
 
@@ -910,7 +1106,7 @@ class TestReports:
                 assert pairs.keys() <= {" | ".join(d.pair) for d in compared.differences}
                 for found in pairs.values():
                     assert {"error", "response", "tensor"} <= found.keys()
-                    known = {n.split("/", 2)[-1] for n in expected_arrays(SPEC, compared.modes, SHAPE)}
+                    known = {n.split("/", 2)[-1] for n in expected_arrays(SPEC, compared.modes, SHAPE, RECIPE)}
                     assert found["tensor"] in known
 
     def test_json_gives_for_each_mode_and_pair_the_worst_error_its_response_and_its_tensor(self, outcomes):
@@ -925,6 +1121,24 @@ class TestReports:
         assert check["modes"]["grad"]["torch | flax"]["pass"] == "train"
         assert check["first_difference"]["tensor"] == "stages.0.blocks.0.conv1"
         assert check["odd_one_out"] == "flax"
+
+    def test_json_names_the_step_and_what_of_it_differs_first(self, outcomes):
+        (check,) = files.as_json([outcomes["steps"]])["checks"]
+        first = check["first_difference"]
+        assert (first["step"], first["kind"], first["tensor"]) == (2, "param", "stages.0.blocks.0.conv1.kernel")
+        assert check["modes"]["steps"]["torch | flax"]["verdict"] == "different"
+        assert check["recipe"] == recipes.to_dict(RECIPE)
+        assert files.as_json([outcomes["different"]])["checks"][0]["recipe"] is None
+
+    def test_junit_has_a_case_for_every_kind_of_array_of_the_steps(self, outcomes, tmp_path):
+        path = tmp_path / "out.xml"
+        files.write_junit(path, [outcomes["steps"]])
+        cases = {case.get("name"): case for case in ElementTree.parse(path).findall("./testsuite/testcase")}
+        failed = {name for name, case in cases.items() if case.find("failure") is not None}
+        assert failed == {"steps, param torch | flax", "steps, param keras:tensorflow | flax"}
+        assert len(cases) == 4 * 3
+        message = cases["steps, param torch | flax"].find("failure").get("message")
+        assert "different at stages.0.blocks.0.conv1.kernel after step 2" in message
 
     def test_json_shows_a_failure_before_a_larger_difference_that_is_only_reported(self, outcomes):
         (compared,) = outcomes["reported"].comparisons
@@ -984,6 +1198,7 @@ class TestReports:
             ("reported", ["(reported)", "head.fc.kernel (grad, eval)"]),
             ("no response", ["L0 exact", "first difference: head.fc"]),
             ("imprecise", ["imprecise: flax at stages.0.blocks.0.conv1 (eval)", "the limit is 5"]),
+            ("steps", ["first difference: stages.0.blocks.0.conv1.kernel, step 2 (steps, param)", "steps, velocity"]),
             ("soft", ["keras:jax rounds to float32 inside this float64 network", "SAME FUNCTION"]),
             ("crashed", ["its process was killed", "NOT SHOWN TO BE THE SAME"]),
             ("nothing", ["NOT SHOWN TO BE THE SAME"]),

@@ -39,8 +39,9 @@ _GOLDEN = (5**0.5 - 1) / 2
 def sample(array: np.ndarray) -> np.ndarray:
     """`SAMPLE` elements of a larger array, (SAMPLE,): one of each of so many equal parts, in the order of its axes."""
     parts = np.arange(SAMPLE)
+    starts = np.arange(SAMPLE + 1) * array.size // SAMPLE
     # Scattered within their parts: a constant stride would meet the same few channels again and again.
-    places = ((parts + parts * _GOLDEN % 1) * (array.size / SAMPLE)).astype(np.int64)
+    places = starts[:-1] + (parts * _GOLDEN % 1 * np.diff(starts)).astype(np.int64)
     sampled: np.ndarray = array[np.unravel_index(places, array.shape)]
     return sampled
 
