@@ -42,6 +42,6 @@ def load() -> Dataset:
         channels=1,
         size=(8, 8),
         # Of the 1442 scans to train on.
-        mean=(0.3053,),
-        std=(0.3760,),
+        mean=(0.3050,),
+        std=(0.3755,),
     )

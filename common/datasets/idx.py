@@ -76,23 +76,23 @@ def _read(path: Path, axes: int) -> tuple[tuple[int, ...], Bytes]:
                 expected = f"expected {bytes([0, 0, 8, axes]).hex()}, IDX of bytes with {axes} axes"
                 raise DataError(f"{path}: begins with {header[:4].hex() or 'nothing'}; {expected}")
             shape = struct.unpack(f">{axes}I", header[4:])
-            wanted = prod(shape)
+            wanted, claimed = prod(shape), f"{' x '.join(map(str, shape))} values"
             if not wanted:
-                raise DataError(f"{path}: its header says {' x '.join(map(str, shape))} values; expected some")
+                raise DataError(f"{path}: its header says {claimed}; expected some")
+            if not packed and size != head + wanted:
+                raise DataError(f"{path}: {size} bytes; its header says {head} and {claimed}")
             # Before memory is taken for what a header claims.
-            if wanted > (_DEFLATE * size if packed else size - head) or wanted > _MOST_BYTES:
-                raise DataError(f"{path}: its header says {' x '.join(map(str, shape))} values, more than it can hold")
+            if wanted > min(_DEFLATE * size, _MOST_BYTES):
+                raise DataError(f"{path}: its header says {claimed}, more than it can hold")
             rows = (shape[0], wanted // shape[0])
             if not packed:
-                if size != head + wanted:
-                    raise DataError(f"{path}: {size} bytes; its header says {head + wanted}")
                 return shape, Bytes(path, head, rows)
             content = file.read(wanted + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}; fetch it again") from None
     if len(content) != wanted:
-        found = "more" if len(content) > wanted else f"{len(content)}"
-        raise DataError(f"{path}: {found} values; its header says {wanted}")
+        found = "more" if len(content) > wanted else str(len(content))
+        raise DataError(f"{path}: {found} values; its header says {claimed}")
     return shape, Bytes.of(np.frombuffer(content, np.uint8).reshape(rows))
 
 

@@ -62,6 +62,7 @@ def example(
 ) -> np.ndarray:
     """One image (H, W, C) as an example, its random numbers from `generator`; none for one to test with."""
     draws = None if generator is None else generator.random((1, DRAWS))
+    made: np.ndarray
     (made,) = examples([image], augmentation, mean, std, draws)
     return made
 
