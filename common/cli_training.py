@@ -241,11 +241,11 @@ def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]
             bar.update(task, total=event.steps, completed=event.step, doing=doing)
             if event.test is not None and replica.rank == 0:
                 bar.console.print(
-                    f"epoch {event.epoch:6.1f}  step {event.step:7,}  train loss {m.loss:.4f}  "
-                    f"test loss {event.test.loss:.4f}  accuracy {event.test.accuracy:7.2%}  "
-                    f"{event.images_per_second:8,.0f} images/s",
+                    f"epoch {event.epoch:5.1f}  loss {m.loss:.4f}  test loss {event.test.loss:.4f}  "
+                    f"accuracy {event.test.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s",
                     markup=False,
                     highlight=False,
+                    soft_wrap=True,
                 )
 
         yield show

@@ -69,7 +69,7 @@ class Event:
     steps: int  # in all
     epoch: float
     measured: Measured
-    images_per_second: float
+    images_per_second: float  # since the epoch began, checkpoints left out
     test: Measured | None = None  # at the end of an epoch
 
 
@@ -190,13 +190,12 @@ class Run:
         self, batches: Iterable[Batch], start: int, metrics: Metrics | None, *, silent: bool = False
     ) -> tuple[int, Event | None]:
         """Take the steps after `start`; the step reached, and what was measured last."""
-        step, last, before = start, None, time.perf_counter()
+        step, last, began = start, None, time.perf_counter()
 
         def after(measured: Measured) -> bool:
-            nonlocal step, last, before
+            nonlocal step, last, began
             step += 1
-            now = time.perf_counter()
-            speed, before = measured.count / (now - before), now
+            speed = (step - start) * measured.count / (time.perf_counter() - began)
             epoch = step / self._epoch
             last = Event(
                 step=step, steps=self._steps, epoch=epoch, measured=measured, images_per_second=speed, test=None
@@ -211,8 +210,9 @@ class Run:
                 metrics.add("train", step, {"epoch": epoch} | values)
             self.observer.step(last)
             if self.every and step % self.every == 0 and step < self._steps:
+                paused = time.perf_counter()
                 self._save(step)
-                before = time.perf_counter()
+                began += time.perf_counter() - paused
             return not self.observer.stop()
 
         self._trainer.fit(batches, after)
