@@ -16,6 +16,8 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.errors import BackendError
+from common.training.recipe import TrainingRecipe
+from common.training.trainer import SINGLE, Replica
 from common.weights import Weights
 from resnet_torch import framework, from_spec
 
@@ -24,6 +26,7 @@ with framework():
     from torch import Tensor, nn
     from torch.nn import functional as F
 
+    from resnet_torch.training import TorchTrainer
     from resnet_torch.weights import canonical, export_weights, load_weights, slots
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -86,6 +89,9 @@ class TorchBackend:
 
     def export(self, model: nn.Module) -> Weights:
         return export_weights(model)
+
+    def trainer(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> TorchTrainer:
+        return TorchTrainer(spec, recipe, dtype, self._device, replica)
 
     def run(
         self, model: nn.Module, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
