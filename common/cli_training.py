@@ -84,21 +84,21 @@ def train(
         runs.facts(output)  # says what is missing
     threads = threads or max(1, cores() // (replica.count if distributed else 1))
     engine = backend.start_here(column, threads)
-    if not begun and replica.rank == 0:
-        runs.begin(output, plan, {"versions": engine.describe(), "threads": threads, "processes": replica.count})
     for note in dataset.notes if replica.rank == 0 else ():
         _say(note)
+    run = Run(
+        plan=plan,
+        folder=output,
+        backend=engine,
+        replica=replica,
+        workers=workers,
+        keep=keep,
+        every=checkpoint_every,
+    )
+    if not begun and replica.rank == 0:
+        runs.begin(output, plan, {"versions": engine.describe(), "threads": threads, "processes": replica.count})
     with _stoppable() as stopped, _progress(plan, replica) as show:
-        result = Run(
-            plan=plan,
-            folder=output,
-            backend=engine,
-            replica=replica,
-            workers=workers,
-            keep=keep,
-            every=checkpoint_every,
-            observer=Observer(step=show, warn=_say, stop=lambda: bool(stopped)),
-        ).train()
+        result = run.train(Observer(step=show, warn=_say, stop=lambda: bool(stopped)))
     if replica.rank == 0:
         _report(plan, output, result, stopped)
     if stopped == [signal.SIGINT]:

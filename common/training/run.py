@@ -8,7 +8,7 @@ recipe averages them).
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -73,13 +73,16 @@ class Event:
     test: Measured | None = None  # at the end of an epoch
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Observer:
     """Who listens to a run; `stop` is asked after every step whether it shall end there, resumable."""
 
     step: Callable[[Event], None] = lambda event: None
     warn: Callable[[str], None] = lambda message: None
     stop: Callable[[], bool] = lambda: False
+
+
+QUIET = Observer()
 
 
 @dataclass(kw_only=True)
@@ -110,12 +113,14 @@ class Run:
     workers: int = 0  # processes that prepare images
     keep: int = 3
     every: int | None = None
-    observer: Observer = field(default_factory=Observer)
 
     def __post_init__(self) -> None:
         plan = self.plan
+        self._observer = QUIET
         self._epoch = pipeline.steps_per_epoch(plan.dataset, plan.recipe)
         self._steps = plan.recipe.total_steps(self._epoch)
+        # Refuses what cannot be batched or shared, before anything is made; nothing is read yet.
+        pipeline.training_batches(plan.dataset, plan.recipe, start=0, stop=1, replica=self.replica)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
         self._trainer: Trainer = self.backend.trainer(plan.spec, plan.recipe, "float32", self.replica)
 
@@ -123,17 +128,18 @@ class Run:
     def _leading(self) -> bool:
         return self.replica.rank == 0
 
-    def train(self) -> Result:
+    def train(self, observer: Observer = QUIET) -> Result:
         """Train from the newest intact checkpoint, or from the beginning, to the end or until told to stop.
 
         Raises `TrainingError` for a loss that is not finite, naming the first layer that is not, and for a folder that
         cannot be written; the last good checkpoint stays.
         """
         started = time.perf_counter()
+        self._observer = observer
         if self._leading:
             self._checkpoints.folder.mkdir(parents=True, exist_ok=True)
             self._checkpoints.clean()
-        newest = self._checkpoints.newest(self.observer.warn)
+        newest = self._checkpoints.newest(self._observer.warn)
         step = self._begin(newest)
         result = Result(step=step, steps=self._steps, resumed=step or None)
         metrics = Metrics(self.folder, step) if self._leading else None
@@ -154,7 +160,7 @@ class Run:
                 result.ema = self._trainer.evaluate(self._evaluation(), ema=True) if self._averaged else None
                 if metrics is not None and last is not None:
                     metrics.add("test", step, {"epoch": step / self._epoch} | _values(result.test, result.ema))
-                    self.observer.step(replace(last, test=result.test))
+                    self._observer.step(replace(last, test=result.test))
                 if step == self._steps or not self.every:
                     self._save(step)
         finally:
@@ -208,12 +214,12 @@ class Run:
                 rate = self._rate(step - 1)
                 values = _values(measured) | {"learning_rate": rate, "images_per_second": speed}
                 metrics.add("train", step, {"epoch": epoch} | values)
-            self.observer.step(last)
+            self._observer.step(last)
             if self.every and step % self.every == 0 and step < self._steps:
                 paused = time.perf_counter()
                 self._save(step)
                 began += time.perf_counter() - paused
-            return not self.observer.stop()
+            return not self._observer.stop()
 
         self._trainer.fit(batches, after)
         return step, last
@@ -252,7 +258,7 @@ class Run:
         By now the weights are spoilt too. Training is deterministic: the steps from the last good checkpoint are taken
         again, up to the one before, and the batch is looked at layer by layer.
         """
-        newest = self._checkpoints.newest(self.observer.warn)
+        newest = self._checkpoints.newest(self._observer.warn)
         start = self._begin(newest)
         self._fit(self._batches(start, step - 1), start, None, silent=True)
         weights = self._trainer.export()
