@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from common.architectures.layers import Padding, output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
@@ -27,30 +26,11 @@ from common.checkpoints import adopted
 from common.checkpoints.base import Skeleton, skeleton_of
 from common.checkpoints.flax import block_name, module_path
 from common.errors import InputError
+from resnet_flax.layers import BatchNorm, convolve
 from resnet_flax.weights import read_variables
 
 ModuleDef = Callable[..., Any]
 Dtype = Any
-
-
-class BatchNorm(nn.BatchNorm):
-    """Batch norm whose running variance is unbiased, N / (N - 1) times that of the batch; Flax stores the biased one.
-
-    It is called as its parent is because Flax derives the names of variables (``BatchNorm_0``) from the class.
-    Raises `InputError` in training mode for a single value per channel, which has no unbiased variance.
-    """
-
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
-        before: jax.Array = self.get_variable("batch_stats", "var")
-        y: jax.Array = super().__call__(x, use_running_average)
-        training = not nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        if training and not self.is_initializing():
-            count = x.size // x.shape[-1] * (lax.psum(1, self.axis_name) if self.axis_name else 1)
-            if count < 2:
-                raise InputError("one value per channel has no unbiased variance; use more images or a larger size")
-            after: jax.Array = self.get_variable("batch_stats", "var")
-            self.put_variable("batch_stats", "var", after + (after - self.momentum * before) / (count - 1))
-        return y
 
 
 def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -75,7 +55,8 @@ def conv_layer(
 ) -> nn.Conv:
     """A square convolution; `kwargs` as in `nn.Conv`."""
     pads = window_padding(padding, kernel, dilation)
-    return nn.Conv(filters, (kernel, kernel), strides, pads, kernel_dilation=dilation, **kwargs)
+    kwargs |= {"kernel_dilation": dilation, "conv_general_dilated_cls": lambda: convolve}
+    return nn.Conv(filters, (kernel, kernel), strides, pads, **kwargs)
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:

@@ -20,6 +20,7 @@ from common.architectures.layers import output_shapes
 from common.architectures.resnet import ResNetSpec
 from common.errors import InputError, WeightsError
 from resnet_flax import probe
+from resnet_flax.layers import convolve
 from resnet_flax.resnet import native_paths
 from resnet_flax.weights import variable_paths
 
@@ -315,6 +316,25 @@ def test_a_module_whose_variables_are_not_those_of_the_table_is_refused(backend)
         backend.load(model, canonical.randomize(TINY))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding", "groups"),
+    [(1, (1, 1), "SAME", 1), (1, (2, 3), [(0, 0)] * 2, 1), (1, (2, 2), [(1, 0), (0, 2)], 1), (1, (1, 1), "VALID", 2)],
+)
+def test_a_convolution_of_one_pixel_is_that_of_lax_with_its_slopes(kernel, strides, padding, groups):
+    numbers = np.random.default_rng(0)
+    x, w = numbers.normal(size=(2, 5, 7, 4)), numbers.normal(size=(kernel, kernel, 4 // groups, 6))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+    own, of_lax = (
+        jax.vjp(lambda x, w, f=f: f(x, w, strides, padding, **options), x, w)
+        for f in (convolve, jax.lax.conv_general_dilated)
+    )
+    assert own[0].shape == of_lax[0].shape
+    np.testing.assert_allclose(own[0], of_lax[0], rtol=1e-13, atol=1e-14)
+    upstream = numbers.normal(size=own[0].shape)
+    for got, expected in zip(own[1](upstream), of_lax[1](upstream), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
+
+
 # Stage outputs and taps, natively
 
 
@@ -499,6 +519,7 @@ def test_an_unusable_device_is_one_line():
     code = """
 from common.errors import BackendError
 from resnet_flax import probe
+from resnet_flax.layers import convolve
 try:
     probe.start(1)
 except BackendError as error:
