@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from common.errors import TrainingError
 from common.training import metrics, run
 
+pytestmark = pytest.mark.training
+
 BACKENDS = ("torch", "keras", "flax")
 # Two epochs of 11 steps on the scans: short, and past the end of an epoch.
 SHORT = ["--set", "batch_size=128", "--set", "epochs=2", "--set", "ema_decay=0.9", "--checkpoint-every", "3"]
