@@ -1,9 +1,9 @@
 """Every tolerance of the project, each with its derivation. Nothing else in the tree holds one.
 
 A tolerance is measured, not chosen: the reference network is run again with every weight and input moved by -1, 0 or
-+1 unit in the last place, `DRAWS` times, and the largest change of a tensor is its one-ulp response ρ. Two
-implementations of one function differ by rounding alone, and rounding the weights once is the least that any
-implementation does.
++1 unit in the last place, `DRAWS` times, and the largest change of a tensor is its one-ulp response ρ. (In mode steps
+the powers of AdamW's betas are moved too: see `common.training.steps.rates`.) Two implementations of one function
+differ by rounding alone, and rounding the weights once is the least that any implementation does.
 """
 
 DRAWS = 3

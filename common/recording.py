@@ -117,11 +117,11 @@ class _Training:
     def __init__(
         self, backend: Backend, spec: Spec, recipe: TrainingRecipe, request: Mapping[str, Any], clock: Clock
     ) -> None:
-        dtype = request["manifest"]["dtype"]
         self._recipe, self._clock = recipe, clock
-        self._images, self._labels = _batch(request["batches"], dtype)
+        self._dtype = request["manifest"]["dtype"]
+        self._images, self._labels = _batch(request["batches"], self._dtype)
         with clock.step("build"):
-            self._trainer = backend.trainer(spec, recipe, dtype)
+            self._trainer = backend.trainer(spec, recipe, self._dtype)
 
     def load(self, weights: canonical.Weights) -> None:
         self._trainer.load(weights)
@@ -130,7 +130,7 @@ class _Training:
         return self._trainer.export()
 
     def run(self, keep: Keep, draw: int | None = None) -> None:
-        """As `_Network.run`; it tells of every step."""
+        """As `_Network.run`, with `draw` for rates that are moved too; it tells of every step."""
 
         def keep_and_tell(name: str, array: np.ndarray) -> None:
             if name.endswith("/loss"):
@@ -138,8 +138,9 @@ class _Training:
             keep(name, array)
 
         images = self._images if draw is None else canonical.perturb_array(self._images, draw, "batches")
+        rates = steps.rates(self._recipe, self._dtype, draw)
         with self._clock.step("steps") if draw is None else nullcontext():
-            steps.take(self._trainer, images, self._labels, self._recipe, keep_and_tell)
+            steps.take(self._trainer, images, self._labels, rates, keep_and_tell)
 
 
 def _batch(path: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:

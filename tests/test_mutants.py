@@ -2,51 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
+from mutants.bench import Bench
 from mutants.catalogue import BASE, EQUIVALENTS, MUTANTS, SIZE, Equivalent, Mutant
 
-from common.architectures.resnet import ResNetSpec
 from common.backend import ALIASES
-from common.case import DTYPES, Case, Inputs
-from common.check import Session, compare_case
-from common.compare import Comparison, place, section
+from common.case import DTYPES, Case
+from common.check import Session
+from common.compare import Comparison
+from common.gate import place, section
 from common.images import sample_photos
-from common.record import Record
-
-
-class Bench:
-    """Runs only the backend with the defect; what the others compute of the same case is kept."""
-
-    def __init__(self, session: Session, stack: ExitStack) -> None:
-        self._session = session
-        self._stack = stack
-        self._prepared: dict[tuple[ResNetSpec, tuple[str, ...]], Inputs] = {}
-        self._clean: dict[tuple[Inputs, str], dict[str, Record]] = {}
-
-    def check(self, spec: ResNetSpec, backend: str, plant: str, dtypes: tuple[str, ...]) -> list[Comparison]:
-        backend = ALIASES.get(backend, backend)
-        if (spec, dtypes) not in self._prepared:
-            case = Case(variant="mutant", spec=spec, size=SIZE, photos=tuple(sample_photos()), dtypes=dtypes)
-            self._prepared[spec, dtypes] = self._stack.enter_context(self._session.prepared(case))
-        inputs = self._prepared[spec, dtypes]
-        reference = self._session.references[0]
-        records = {}
-        for column in self._session.columns:
-            if column == backend:
-                module = f"tests.mutants.of_{backend.split(':')[0]}"
-                records[column] = self._session.run(column, inputs, column == reference, plant=f"{module}:{plant}")
-                continue
-            if (inputs, column) not in self._clean:
-                self._clean[inputs, column] = self._session.run(column, inputs, column == reference)
-            records[column] = self._clean[inputs, column]
-        return compare_case(inputs.case, records, reference)
 
 
 @pytest.fixture(scope="module")
 def bench(session: Session) -> Iterator[Bench]:
     with ExitStack() as stack:
         yield Bench(session, stack)
+
+
+def _case(changes: dict[str, Any], dtypes: tuple[str, ...]) -> Case:
+    spec = BASE.replace(**changes)
+    return Case(variant="mutant", spec=spec, size=SIZE, photos=tuple(sample_photos()), dtypes=dtypes)
 
 
 def _where(compared: Comparison) -> tuple[str, str]:
@@ -66,7 +44,7 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
 ) -> None:
     # Float32 is needed for what only float32 shows.
     dtypes = DTYPES if mutant.level == "L2" else ("float64",)
-    compared = bench.check(BASE.replace(**mutant.changes), mutant.backend, mutant.plant, dtypes)
+    compared = bench.check(_case(mutant.changes, dtypes), mutant.backend, mutant.path)
     failed = [comparison for comparison in compared if not comparison.passed]
     assert failed, "the defect was not caught"
     assert (failed[0].level, *_where(failed[0])) == (mutant.level, mutant.section, mutant.at)
@@ -75,7 +53,7 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
 
 @pytest.mark.parametrize("equivalent", EQUIVALENTS, ids=lambda equivalent: equivalent.name)
 def test_a_change_that_computes_the_same_function_is_not_a_defect(bench: Bench, equivalent: Equivalent) -> None:
-    compared = bench.check(BASE.replace(**equivalent.changes), equivalent.backend, equivalent.plant, DTYPES)
+    compared = bench.check(_case(equivalent.changes, DTYPES), equivalent.backend, equivalent.path)
     assert all(comparison.passed for comparison in compared), equivalent.why
 
 

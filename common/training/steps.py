@@ -6,13 +6,14 @@ network after each step would be tens of gigabytes, so that only the last step's
 more than `SAMPLE` elements is so many of them, spread evenly.
 """
 
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable, Iterator, Sequence
+from math import prod, sqrt
 
 import numpy as np
 
 from common.architectures import Spec
 from common.architectures.layers import Shape
+from common.levels import UNIT
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch, Measured, Trainer
 
@@ -83,22 +84,39 @@ def number(tensor: str) -> int | None:
     return int(digits) if digits != run and digits.isdecimal() else None
 
 
+def rates(recipe: TrainingRecipe, dtype: str, seed: int | None = None) -> list[float]:
+    """The learning rate of every step; an epoch of the recipe's schedule is one step.
+
+    With `seed` as for the one-ulp response: AdamW divides by ``1 - beta ** t``, which is 0.001 at first, so that one
+    rounding of the power is a thousand in what is left of it, and no other input of the steps shows that. The powers
+    are moved by -1, 0 or +1 ulp of `dtype` at random. They scale the step, and so are a factor of its rate.
+    """
+    plain = [recipe.learning_rate_at(step, steps_per_epoch=1) for step in range(recipe.steps or 0)]
+    if seed is None or recipe.optimizer != "adamw":
+        return plain
+    ulps = np.random.default_rng([seed, len(plain)]).integers(-1, 2, (len(plain), 2)) * UNIT[dtype]
+    left = [(1 - recipe.beta1**t, 1 - recipe.beta2**t) for t in range(1, len(plain) + 1)]
+    return [
+        float(rate * sqrt((second + by_second) / second) * first / (first + by_first))
+        for rate, (first, second), (by_first, by_second) in zip(plain, left, ulps, strict=True)
+    ]
+
+
 def take(
     trainer: Trainer,
     images: np.ndarray,
     labels: np.ndarray,
-    recipe: TrainingRecipe,
+    learning_rates: Sequence[float],
     keep: Callable[[str, np.ndarray], None],
 ) -> None:
-    """Take the recipe's steps with a trainer that has its weights; hand `keep` every array of `expected` as it comes.
+    """Take steps with a trainer that has its weights; hand `keep` every array of `expected` as it comes.
 
-    `images` are (steps, N, H, W, C) and `labels` (steps, N). An epoch of the recipe's schedule is one step.
+    `images` are (steps, N, H, W, C), `labels` (steps, N), and `learning_rates` one for each step.
     """
     last, done = len(images), 0
 
     def batches() -> Iterator[Batch]:
-        for step in range(last):
-            rate = recipe.learning_rate_at(step, steps_per_epoch=1)
+        for step, rate in enumerate(learning_rates):
             yield Batch(images=images[step], labels=labels[step], learning_rate=rate)
 
     def after(measured: Measured) -> bool:

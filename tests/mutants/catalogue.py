@@ -26,6 +26,29 @@ class Mutant:
     def name(self) -> str:
         return f"{self.backend}-{self.plant}"
 
+    @property
+    def path(self) -> str:
+        return f"tests.mutants.of_{self.backend}:{self.plant}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTraining:
+    """A defect in how `backend` trains, that must be caught first after `step`, in an array of `kind`."""
+
+    backend: str
+    plant: str
+    step: int
+    kind: str
+    changes: dict[str, Any] = field(default_factory=dict)  # to the recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.plant}"
+
+    @property
+    def path(self) -> str:
+        return f"tests.mutants.training_of_{self.backend}:{self.plant}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalent:
@@ -39,6 +62,10 @@ class Equivalent:
     @property
     def name(self) -> str:
         return f"{self.backend}-{self.plant}"
+
+    @property
+    def path(self) -> str:
+        return f"tests.mutants.of_{self.backend}:{self.plant}"
 
 
 def _of(backend: str, *rows: tuple[str, str, str, str] | tuple[str, str, str, str, dict[str, Any]]) -> list[Mutant]:
@@ -117,6 +144,65 @@ MUTANTS = [
         ("last_gammas_stay_zero", "L1", "weights", "stages.0.blocks.0.norm3.scale"),
         ("variance_taken_for_deviation", "L1", "eval", "stem.norm"),
         ("dense_bias_shifted", "L0", "exact", "head.fc"),
+    ),
+]
+
+_ADAMW = {"optimizer": "adamw", "decay": "decoupled", "ema_decay": 0.9, "clip_norm": 1.0}
+_NESTEROV = {"nesterov": True, "clip_norm": 1.0, "ema_decay": 0.9}
+
+
+def _of_training(backend: str, changes: dict[str, Any], *rows: tuple[str, int, str]) -> list[OfTraining]:
+    return [
+        OfTraining(backend=backend, plant=plant, step=step, kind=kind, changes=changes) for plant, step, kind in rows
+    ]
+
+
+# Few recipes, so that what the other backends make of each is made once.
+OF_TRAINING = [
+    *_of_training(
+        "torch",
+        {},
+        ("dampening", 1, "velocity"),
+        ("decoupled_decay", 1, "velocity"),
+        ("decay_of_norms_and_biases", 1, "velocity"),
+        ("smoothing_over_the_other_classes", 1, "loss"),
+        ("momentum_as_decay", 1, "stat"),
+        ("biased_variance", 1, "stat"),
+        ("rate_of_the_step_before", 2, "param"),
+        ("gradients_not_zeroed", 2, "velocity"),
+        ("optimizer_made_anew", 2, "velocity"),
+    ),
+    *_of_training(
+        "torch",
+        _NESTEROV,
+        ("without_nesterov", 1, "param"),
+        ("clipped_by_the_norm_and_1e_6", 1, "velocity"),
+        ("clipped_one_by_one", 1, "velocity"),
+        ("average_before_the_step", 1, "ema"),
+    ),
+    *_of_training(
+        "torch",
+        _ADAMW,
+        ("without_bias_correction", 1, "param"),
+        ("coupled_decay", 1, "moment1"),
+    ),
+    *_of_training(
+        "keras",
+        {},
+        ("rate_in_the_velocity", 2, "velocity"),
+        ("decoupled_decay", 1, "velocity"),
+        ("decay_of_norms_and_biases", 1, "velocity"),
+        ("default_momentum", 1, "stat"),
+        ("biased_variance", 1, "stat"),
+        ("smoothing_left_out", 1, "loss"),
+    ),
+    *_of_training("keras", _NESTEROV, ("without_nesterov", 1, "param"), ("clipped_one_by_one", 1, "velocity")),
+    *_of_training(
+        "keras",
+        _ADAMW,
+        ("eps_before_the_bias_correction", 1, "param"),
+        ("without_bias_correction", 1, "param"),
+        ("decay_of_norms_and_biases", 1, "param"),
     ),
 ]
 

@@ -1,0 +1,37 @@
+"""Runs a case with a defect in one backend; what the others compute of the same case is kept."""
+
+from contextlib import ExitStack
+
+from common.backend import ALIASES
+from common.case import Case, Inputs
+from common.check import Session, compare_case
+from common.compare import Comparison
+from common.record import Record
+
+
+class Bench:
+    """Of the backends of `session` only the one with the defect runs anew. What is kept lies in files until `stack`
+    ends."""
+
+    def __init__(self, session: Session, stack: ExitStack) -> None:
+        self._session = session
+        self._stack = stack
+        self._prepared: dict[Case, Inputs] = {}
+        self._clean: dict[tuple[Case, str], dict[str, Record]] = {}
+
+    def check(self, case: Case, backend: str, plant: str) -> list[Comparison]:
+        """Compare the records of `case`, that of `backend` made with the defect `plant`, ``module:function``."""
+        backend = ALIASES.get(backend, backend)
+        if case not in self._prepared:
+            self._prepared[case] = self._stack.enter_context(self._session.prepared(case))
+        inputs = self._prepared[case]
+        reference = self._session.references[0]
+        records = {}
+        for column in self._session.columns:
+            if column == backend:
+                records[column] = self._session.run(column, inputs, column == reference, plant=plant)
+                continue
+            if (case, column) not in self._clean:
+                self._clean[case, column] = self._session.run(column, inputs, column == reference)
+            records[column] = self._clean[case, column]
+        return compare_case(case, records, reference)
