@@ -79,8 +79,9 @@ def from_checkpoint(
 
 
 def framework() -> AbstractContextManager[None]:
-    """Around an import of JAX and Flax: raises `BackendMissing` if one is not installed."""
-    return errors.framework({"jax": ("JAX", "flax"), "jaxlib": ("JAX", "flax"), "flax": ("Flax", "flax")})
+    """Around an import of JAX, Flax and what belongs to them: raises `BackendMissing` if one is not installed."""
+    names = {"jax": "JAX", "jaxlib": "JAX", "flax": "Flax", "optax": "Optax", "orbax": "Orbax"}
+    return errors.framework({module: (name, "flax") for module, name in names.items()})
 
 
 def __getattr__(name: str) -> Any:

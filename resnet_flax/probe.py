@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import errors
 from common.architectures import Spec
 from common.errors import BackendError, WeightsError
+from common.training.recipe import TrainingRecipe
+from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
 
 if TYPE_CHECKING:
@@ -89,16 +90,15 @@ class FlaxBackend:
 
     def save(self, spec: Spec, weights: Weights, path: Path) -> None:
         """Write an orbax checkpoint, the folder `path`. Arrays keep their dtype: nothing goes through JAX."""
-        with errors.framework({"orbax": ("Orbax", "flax")}):
-            import orbax.checkpoint as ocp  # type: ignore[import-untyped]
-        from flax.traverse_util import unflatten_dict
-
+        from resnet_flax.checkpoints import write
         from resnet_flax.weights import variable_paths
 
-        tree = unflatten_dict({native: weights[name] for name, native in variable_paths(spec).items()})
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), tree)
-            checkpointer.wait_until_finished()
+        write(path, {native: weights[name] for name, native in variable_paths(spec).items()})
+
+    def trainer(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> Trainer:
+        from resnet_flax.training import FlaxTrainer
+
+        return FlaxTrainer(spec, recipe, dtype, replica)
 
     def run(
         self, model: Model, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool

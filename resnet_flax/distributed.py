@@ -1,0 +1,82 @@
+"""Training by several processes on JAX's own engine: `jax.distributed`, and jit over a mesh of all their devices.
+
+The state is replicated and the batch is split, so that XLA sums gradients, and the statistics of batch norm, over the
+whole batch: each process takes the step that one alone would take with it. A process may hold several devices.
+
+Where JAX knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU) `join` needs nothing to be set. Elsewhere every
+process is started with ``RESNET_PARITY_COORDINATOR=host:port`` (of process 0, a port that is free there),
+``RESNET_PARITY_PROCESSES`` and its own ``RESNET_PARITY_PROCESS``, counted from 0.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from common.errors import ParityError, TrainingError
+from common.files import reason
+from common.training.trainer import Replica
+from resnet_flax import framework
+
+with framework():
+    import jax
+    from jax._src.distributed import global_state
+    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Seconds without a sign of life after which a process counts as lost. One that was killed is noticed at once, by its
+# connections; a machine that lost its power by this.
+TIMEOUT = 30
+
+_SETTINGS = ("RESNET_PARITY_COORDINATOR", "RESNET_PARITY_PROCESSES", "RESNET_PARITY_PROCESS")
+
+
+def join() -> Replica:
+    """Join the other processes: those of the cluster that JAX finds, or that the variables above name.
+
+    On CPUs they talk over gloo. Raises `TrainingError` where there are none, or they cannot be reached.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = [os.environ.get(name) for name in _SETTINGS]
+    if any(given) and not all(given):
+        missing = ", ".join(name for name, value in zip(_SETTINGS, given, strict=True) if not value)
+        raise TrainingError(
+            f"{missing} not set; set all of {', '.join(_SETTINGS)}, or none where JAX knows the cluster"
+        )
+    address, *numbers = given
+    try:
+        count, rank = (int(number) if number else None for number in numbers)
+        jax.distributed.initialize(
+            address, count, rank, initialization_timeout=2 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        hint = f"are all processes running, and {address} reachable" if address else f"set {', '.join(_SETTINGS)}"
+        raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
+    # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
+    return Replica(rank=global_state.process_id, count=global_state.num_processes)
+
+
+@contextmanager
+def together(replica: Replica) -> Iterator[None]:
+    """Raises `TrainingError` where another process ends or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ParityError) or replica.count == 1:
+            raise
+        raise TrainingError(
+            f"process {replica.rank} of {replica.count}: another process ended or did not answer within "
+            f"{TIMEOUT} s; its own output says why; start all of them again with --resume"
+        ) from None
+
+
+def shardings() -> tuple[NamedSharding, NamedSharding]:
+    """Of an array that every device of every process holds whole, and of one whose first axis they share."""
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def agree(replica: Replica, yes: bool) -> bool:
+    """Whether all processes say yes."""
+    return yes if replica.count == 1 else bool(multihost_utils.process_allgather(np.array(yes)).all())
