@@ -18,7 +18,7 @@ from common.architectures import Spec
 from common.backend import COLUMNS, cores, resolve
 from common.datasets import Dataset
 from common.errors import InputError
-from common.terminal import check_writable, err, out
+from common.terminal import check_writable, err, native_silence, out
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
@@ -39,6 +39,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 
 
+@native_silence()
 def train(
     variant: Annotated[str, typer.Argument(help="A named variant, with as many channels and classes as the data.")],
     output: Annotated[Path, typer.Option("--out", metavar="RUN", help="The folder of the run.")],
@@ -105,6 +106,7 @@ def train(
         raise typer.Exit(130)
 
 
+@native_silence()
 def evaluate(
     weights: Annotated[str, typer.Option(metavar="FILE", help="A checkpoint of any format, a URL or a name.")],
     name: BackendName = "torch",

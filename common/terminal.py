@@ -1,6 +1,8 @@
 """What the command line prints with: results on standard output, everything else on standard error."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,22 @@ def out() -> Console:
 def err() -> Console:
     """The console of everything else."""
     return Console(stderr=True)
+
+
+@contextmanager
+def native_silence() -> Iterator[None]:
+    """While a framework works in this process, what its C++ writes to standard error is not shown; Python's own is."""
+    sys.stderr.flush()
+    before, python = os.dup(2), sys.stderr
+    with tempfile.TemporaryFile() as nowhere, os.fdopen(before, "w", encoding=python.encoding, errors="replace") as own:
+        os.dup2(nowhere.fileno(), 2)
+        sys.stderr = own
+        try:
+            yield
+        finally:
+            own.flush()
+            os.dup2(before, 2)
+            sys.stderr = python
 
 
 @contextmanager
