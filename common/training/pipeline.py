@@ -6,7 +6,7 @@ epochs. So an epoch holds no image twice, and each once where the batch divides 
 (data, recipe, k): a training that goes on at step k needs nothing else to know, on whatever processes it ran before.
 
 **Replicas.** Each takes its equal part of every batch, the first the first. **Workers** prepare whole batches each, in
-turn; the bytes do not depend on how many there are.
+turn; the bytes do not depend on how many there are. Without any a thread does.
 
 **Augmentation.** Example i of batch k has position k * batch_size + i, and the random numbers of that place.
 
@@ -14,27 +14,20 @@ turn; the bytes do not depend on how many there are.
 whatever the seed.
 """
 
-import logging
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
-from common.errors import ParityError, RecipeError, TrainingError, framework
-from common.files import reason
+from common.errors import RecipeError
 from common.training.augment import DRAWS, examples
 from common.training.recipe import Augmentation, TrainingRecipe
 from common.training.trainer import SINGLE, Replica
+from common.training.workers import Team
+from common.training.workers import grain as library
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -73,11 +66,13 @@ def training_batches(
     steps = steps_per_epoch(dataset, recipe)
     trained, _ = _parts(dataset, recipe)
     load = _load(dataset, recipe, trained, dtype, key=_seeds(recipe, _AUGMENTATION, 2, np.uint64))
-    grain = _grain()
+    grain = library()
+    # As many epochs as are needed: endless ones, in batches of one, are longer than Python's `len` can say.
+    epochs = max(1, -(-stop // steps))
     batches = (
         grain.MapDataset.range(len(trained))
         .shuffle(seed=int(_seeds(recipe, _ORDER, 1, np.uint32)[0]))[: steps * recipe.batch_size]
-        .repeat()
+        .repeat(epochs)
         .batch(share)[replica.rank :: replica.count]
         .map_with_index(_Train(load, recipe.batch_size, replica.rank * share))[start:stop]
     )
@@ -100,7 +95,7 @@ def evaluation_batches(
     share = _share(recipe.batch_size, replica)
     _, tested = _parts(dataset, recipe)
     load = _load(dataset, recipe, tested, dtype, key=None)
-    grain = _grain()
+    grain = library()
     count = -(-len(tested) // recipe.batch_size)
     batches = grain.MapDataset.range(count).map(_Test(load, recipe.batch_size, replica.rank * share, share))
     return _iterate(grain, batches, workers)
@@ -197,70 +192,14 @@ def _load(dataset: Dataset, recipe: TrainingRecipe, chosen: Examples, dtype: str
 
 
 def _iterate(grain: ModuleType, batches: Any, workers: int) -> Iterator[Arrays]:
-    """The batches of a `grain.MapDataset`, prepared ahead."""
-    workers = min(workers, len(batches))
-    if workers:
-        read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-        stream = batches.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_guard)
-    else:
-        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    iterator = iter(stream)
+    """The batches of a `grain.MapDataset`, prepared ahead of the one that is asked for."""
+    count = len(batches)
+    team = Team(batches, min(workers, count)) if workers and count else None
+    source = batches if team is None else grain.MapDataset.range(count).map(team)
+    iterator = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
     try:
-        while True:
-            try:
-                images, labels = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if isinstance(error, ParityError) or "Worker process" not in str(error):
-                    raise
-                raise TrainingError(
-                    f"a process that prepares images ended: {reason(error)}; often for want of memory, or of room in "
-                    "/dev/shm: use fewer workers"
-                ) from None
-            # A worker's are in shared memory, which stays taken for as long as something refers to them.
-            yield (np.array(images), np.array(labels)) if workers else (images, labels)
+        yield from iterator
     finally:
         iterator.close()
-
-
-def _guard(worker: int, workers: int) -> None:
-    """In a worker: end with the process that started it, and not before."""
-    # A launcher's SIGTERM and the terminal's interrupt reach all processes of a group. The one that trains wants
-    # batches until it has written its checkpoint, and then ends its workers itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _grain() -> ModuleType:
-    """The library, imported when it is first needed. Raises `BackendMissing` where it is not installed."""
-    with framework({"grain": ("grain", "training")}), _hidden("jax", "orbax"):
-        return import_module("grain")
-
-
-@contextmanager
-def _hidden(*names: str) -> Iterator[None]:
-    """As if these were not installed, where they are not imported yet.
-
-    grain takes the functions of JAX for nested containers where it finds it, and has its own. A process of PyTorch or
-    TensorFlow would import a second framework for them: two more seconds, 140 MB.
-    """
-    absent = [name for name in names if name not in sys.modules]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # "Failed to load jax profiler"
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-        logging.disable(disabled)
+        if team is not None:
+            team.close()
