@@ -12,14 +12,55 @@ class UnbiasedBatchNormalization(layers.BatchNormalization):  # type: ignore[mis
     """Batch normalisation whose running variance is the unbiased one, N / (N - 1), as in PyTorch and Caffe."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if not (training and self.trainable):
+            return super().call(inputs, training=training)
+        if self._fusible(inputs):
+            return self._fused(inputs)
         # Computed before the native update: on the torch backend that one writes in place.
         kept = ops.multiply(self.moving_variance, self.momentum)
         outputs = super().call(inputs, training=training)
-        if training and self.trainable:
-            count = ops.cast(math.prod(ops.shape(inputs)[:-1]), kept.dtype)
-            correction = ops.divide(count, ops.maximum(count - 1, 1))
-            self.moving_variance.assign(kept + (self.moving_variance - kept) * correction)
+        count = ops.cast(math.prod(ops.shape(inputs)[:-1]), kept.dtype) * self._replicas()
+        correction = ops.divide(count, ops.maximum(count - 1, 1))
+        self.moving_variance.assign(kept + (self.moving_variance - kept) * correction)
         return outputs
+
+    def _fusible(self, inputs: Any) -> bool:
+        """Whether TensorFlow has one operation for it all. Keras does it in a dozen, each a pass over the activations,
+        and a training step of ResNet-50 takes a quarter longer."""
+        return (
+            keras.backend.backend() == "tensorflow"
+            and len(inputs.shape) == 4
+            and self.axis in (-1, 3)
+            and self.scale
+            and self.center
+            and not self.synchronized
+            and self.variable_dtype == "float32"
+        )
+
+    def _fused(self, inputs: Any) -> Any:
+        import tensorflow as tf
+
+        # Not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5 for versions of cuDNN long gone.
+        outputs, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=ops.cast(inputs, "float32"),
+            scale=self.gamma.value,
+            offset=self.beta.value,
+            mean=tf.constant([], tf.float32),
+            variance=tf.constant([], tf.float32),
+            epsilon=self.epsilon,
+            is_training=True,
+        )
+        for kept, new in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
+            kept.assign(kept * self.momentum + new * (1 - self.momentum))
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _replicas(self) -> int:
+        """Among how many replicas of `tf.distribute` the batch is divided whose statistics these are."""
+        if not self.synchronized:
+            return 1
+        import tensorflow as tf
+
+        return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")

@@ -20,6 +20,8 @@ import numpy as np
 import resnet_keras
 from common import weights as canonical
 from common.architectures import Spec
+from common.training.recipe import TrainingRecipe
+from common.training.trainer import SINGLE, Replica, Trainer
 
 Tensors = dict[str, Any]
 # A function of (parameters, images, running statistics, labels) that returns the loss and (taps, new statistics).
@@ -113,6 +115,11 @@ class KerasBackend:
         if path.name.endswith(".keras_applications.keras"):
             model = _renamed(model, spec)
         model.save(path)
+
+    def trainer(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> Trainer:
+        from resnet_keras.training import KerasTrainer
+
+        return KerasTrainer(spec, recipe, dtype, replica)
 
     def run(
         self, model: Any, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool

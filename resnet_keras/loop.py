@@ -1,0 +1,122 @@
+"""What stands between batches and `Model.fit`: how Keras is given them, and what it is asked after every step."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import keras
+import numpy as np
+
+from common.training.trainer import Batch, Measured
+from resnet_keras import distributed
+
+
+class Feed:
+    """Batches as `Model.fit` takes them, held until their step ends.
+
+    Keras takes batches ahead of the step it is at, TensorFlow in a thread of its own, and under `tf.distribute` begins
+    twice. So one batch more is read before one is given away: the learning rate is known when a step begins, and
+    whether there is another one when it ends. An error while reading ends the batches; those before it are trained.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.error: Exception | None = None
+        self._batches = iter(batches)
+        self._held: deque[Batch] = deque()
+        self._done = 0
+        self._lock = threading.Lock()
+        self._read()
+
+    def __bool__(self) -> bool:
+        """Whether there is a step to be taken."""
+        return bool(self._held)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that is to be taken."""
+        return self._held[0].learning_rate
+
+    def done(self) -> None:
+        """The step is taken."""
+        with self._lock:
+            self._done += 1
+            self._held.popleft()
+
+    def close(self) -> None:
+        """From here on nothing more is read: a thread of TensorFlow's may outlive `fit` by a moment."""
+        with self._lock:
+            self._batches = iter(())
+
+    def examples(self) -> Any:
+        """What `fit` and `evaluate` take."""
+        if keras.backend.backend() != "tensorflow":
+            return self._generate()
+        import tensorflow as tf
+
+        first = self._held[0]
+        signature = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in (first.images, first.labels)]
+        return tf.data.Dataset.from_generator(self._generate, output_signature=tuple(signature)).prefetch(2)
+
+    def _generate(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        position = 0
+        while (batch := self._at(position)) is not None:
+            position += 1
+            yield batch.images, batch.labels
+
+    def _at(self, position: int) -> Batch | None:
+        with self._lock:
+            index = position - self._done
+            if index == len(self._held) - 1:
+                self._read()
+            return self._held[index] if index < len(self._held) else None
+
+    def _read(self) -> None:
+        try:
+            self._held.extend(islice(self._batches, 1))
+        except Exception as error:  # raised again where `fit` ends: TensorFlow would make it one of its own
+            self.error = error
+            self._batches = iter(())
+
+
+class Steps(keras.callbacks.Callback):  # type: ignore[misc]
+    """Gives every step the learning rate of its batch, and tells `after` what it measured."""
+
+    def __init__(self, model: keras.Model, feed: Feed, after: Callable[[Measured], bool]) -> None:
+        super().__init__()
+        self.stopped = False
+        self._trained = model  # asking for `self.model` costs a copy of the state on JAX
+        self._feed = feed
+        self._after = after
+        self._rate: float | None = None
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        rate = self._feed.learning_rate
+        if rate != self._rate:
+            self.model.optimizer.learning_rate = self._rate = rate
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._feed.done()
+        self.stopped = not self._after(measured(logs, distributed.replicas(self._trained)))
+        # Keras warns where a generator ends before it was told to stop.
+        self._trained.stop_training = self.stopped or not self._feed
+
+
+class Evaluation(keras.callbacks.Callback):  # type: ignore[misc]
+    """Ends an evaluation with its last batch: Keras warns where a generator just ends."""
+
+    def __init__(self, model: keras.Model, feed: Feed) -> None:
+        super().__init__()
+        self._evaluated = model
+        self._feed = feed
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._feed.done()
+        self._evaluated.stop_evaluating = not self._feed
+
+
+def measured(found: dict[str, Any], replicas: int = 1) -> Measured:
+    """What a `Tally` found, of each of so many replicas on average."""
+    loss, correct, count = (float(found[name]) * replicas for name in ("loss_sum", "correct", "count"))
+    return Measured(loss=loss / count if count else 0.0, correct=round(correct), count=round(count))
