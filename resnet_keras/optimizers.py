@@ -6,6 +6,7 @@
 | decay that is added to the gradient | none (a regulariser would enter the loss and be clipped) | `coupled_decay` |
 | Adam's epsilon | is added before the bias of the second moment is corrected | after |
 | Adam's correction 1 - β^t | from a rounded β^t: off by 5e-5 at the first step in float32 | to the last digit |
+| momentum and decay in float64, on TensorFlow | rounded to float32 first (`tf.cast` of a float of Python) | float64 |
 | moving average of the weights | replaces the weights when `fit` ends | stays beside them |
 
 Everything else is Keras' own: clipping by the global norm, decoupled decay (`weight_decay`), exemption from both decays
@@ -16,6 +17,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -23,10 +25,14 @@ class _Recipe:
     """What both optimisers have in common; the other base is one of Keras."""
 
     global_clipnorm: float | None
+    weight_decay: float | None
 
     def __init__(self, *args: Any, coupled_decay: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.coupled_decay = coupled_decay
+        if self.weight_decay is not None:
+            # Keras casts it to the variable's dtype, which on TensorFlow makes a float32 of a float of Python first.
+            self.weight_decay = np.float64(self.weight_decay)
 
     def _decayed(self, gradient: Any, variable: Any) -> Any:
         """The gradient in the variable's dtype, with what `coupled_decay` adds to it."""
@@ -73,11 +79,10 @@ class SGD(_Recipe, keras.optimizers.SGD):  # type: ignore[misc]
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         step = gradient = self._decayed(gradient, variable)
         if self.momentum:
-            momentum = ops.cast(self.momentum, variable.dtype)
             kept = self.momentums[self._get_variable_index(variable)]
-            velocity = momentum * kept + gradient
+            velocity = self.momentum * kept + gradient
             self.assign(kept, velocity)
-            step = gradient + momentum * velocity if self.nesterov else velocity
+            step = gradient + self.momentum * velocity if self.nesterov else velocity
         self.assign_sub(variable, ops.cast(learning_rate, variable.dtype) * step)
 
     @property
