@@ -457,6 +457,23 @@ class TestWorkers:
         alone = list(pipeline.evaluation_batches(DATA, PLAIN))
         assert same(list(pipeline.evaluation_batches(DATA, PLAIN, workers=5)), alone)  # two batches
 
+    def test_photographs_of_all_sizes_make_the_same_batches(self, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for n in range(8):
+                pixels = RNG.integers(0, 256, (9 + n, 20 - n, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / name / f"{n}.png")
+        data = datasets.open(str(tmp_path))
+        assert data.size is None
+        recipe = PLAIN.replace(
+            batch_size=5, augmentation={"size": 8, "resized_crop": True, "flip": True, "color_jitter": 0.4}
+        )
+        alone = batches(recipe, stop=4, data=data)
+        assert {made.shape for made, _ in alone} == {(5, 8, 8, 3)}
+        assert same(batches(recipe, stop=4, data=data, workers=2), alone)
+        (tested,) = pipeline.evaluation_batches(data, recipe)
+        assert tested[1].tolist() == [0, 1, -1, -1, -1]
+
     def test_an_error_inside_one_arrives_as_it_is(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
