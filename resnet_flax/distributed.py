@@ -8,7 +8,10 @@ process is started with ``RESNET_PARITY_COORDINATOR=host:port`` (of process 0, a
 ``RESNET_PARITY_PROCESSES`` and its own ``RESNET_PARITY_PROCESS``, counted from 0.
 """
 
+import atexit
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,9 +51,14 @@ def join() -> Replica:
     try:
         count, rank = (int(number) if number else None for number in numbers)
         jax.distributed.initialize(
-            address, count, rank, initialization_timeout=2 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
+            address,
+            count,
+            rank,
+            initialization_timeout=2 * TIMEOUT,
+            heartbeat_timeout_seconds=TIMEOUT,
+            shutdown_timeout_seconds=4 * TIMEOUT,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # the last of a JAX too old to know them all
         hint = f"are all processes running, and {address} reachable" if address else f"set {', '.join(_SETTINGS)}"
         raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
     # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
@@ -59,16 +67,30 @@ def join() -> Replica:
 
 @contextmanager
 def together(replica: Replica) -> Iterator[None]:
-    """Raises `TrainingError` where another process ends or does not answer."""
+    """Raises `TrainingError` where another process ends or does not answer. Any error within ends the others too."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, ParityError) or replica.count == 1:
+    except BaseException as error:
+        if replica.count == 1:
+            raise
+        atexit.register(_leave)
+        # A collective that fails while it is dispatched raises a bare ValueError, later one of JAX's own.
+        lost = any(name in str(error) for name in ("Gloo", "gloo", "NCCL", "coordination service"))
+        if not lost or not isinstance(error, RuntimeError | ValueError) or isinstance(error, ParityError):
             raise
         raise TrainingError(
             f"process {replica.rank} of {replica.count}: another process ended or did not answer within "
             f"{TIMEOUT} s; its own output says why; start all of them again with --resume"
         ) from None
+
+
+def _leave() -> None:
+    """End this process without JAX's own ending, which waits for the others, who wait for this one in a step."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(2)
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:

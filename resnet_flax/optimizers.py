@@ -13,7 +13,7 @@ with framework():
 MOMENTS = {"sgd": {"trace": "velocity"}, "adamw": {"mu": "moment1", "nu": "moment2"}}
 
 
-def make(recipe: TrainingRecipe) -> optax.GradientTransformation:
+def optimizer(recipe: TrainingRecipe) -> optax.GradientTransformation:
     """The updates that common/training/recipe.py defines, at the learning rate in the ``hyperparams`` of the state."""
 
     def decaying(params: Any) -> Any:

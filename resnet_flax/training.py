@@ -27,8 +27,9 @@ with framework():
     from flax.training import train_state
     from flax.traverse_util import flatten_dict, unflatten_dict
 
-    from resnet_flax import checkpoints, distributed, optimizers
+    from resnet_flax import checkpoints, distributed
     from resnet_flax.distributed import together
+    from resnet_flax.optimizers import MOMENTS, optimizer
     from resnet_flax.weights import from_collection, to_variables
 
 FOLDER = "orbax"  # in the folder of a checkpoint, since orbax makes its own
@@ -88,7 +89,7 @@ class FlaxTrainer:
         self._dtype = np.dtype(dtype)
         narrow = recipe.precision == "bfloat16" and dtype == "float32"
         module = from_spec(_with_logits(spec), dtype=jnp.bfloat16 if narrow else dtype, param_dtype=dtype)
-        self._apply, self._optimizer = module.apply, optimizers.make(recipe)
+        self._apply, self._optimizer = module.apply, optimizer(recipe)
         self._whole, self._split = distributed.shardings()
         self._step = jax.jit(
             partial(train_step, recipe),
@@ -167,7 +168,7 @@ class FlaxTrainer:
     def arrays(self) -> dict[str, np.ndarray]:
         state = self._state
         kinds = {"param": state.params} | ({} if state.ema is None else {"ema": state.ema})
-        for native, kind in optimizers.MOMENTS[self._recipe.optimizer].items():
+        for native, kind in MOMENTS[self._recipe.optimizer].items():
             found = optax.tree_utils.tree_get(state.opt_state, native)
             kinds |= {} if found is None else {kind: found}
         named = {kind: self._named("params", tree) for kind, tree in kinds.items()}
