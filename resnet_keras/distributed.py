@@ -122,12 +122,9 @@ def agree(replica: Replica, yes: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(yes)).all())
 
 
-def wait(replica: Replica, what: str) -> None:
+def wait(replica: Replica) -> None:
     """Until all processes are here."""
-    if replica.count > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
+    agree(replica, True)
 
 
 def scope(batch_size: int) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ On TensorFlow and JAX. A checkpoint is a `.keras` archive of the compiled model,
 this package; to go on from one, the model is built from its spec and only arrays are read.
 """
 
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import keras
 import numpy as np
 
@@ -25,7 +27,7 @@ from resnet_keras import distributed
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
 from resnet_keras.objective import CrossEntropy, Tally
 from resnet_keras.optimizers import SGD, AdamW
-from resnet_keras.weights import variables
+from resnet_keras.weights import read, variables
 
 _STATE = "state.keras"
 
@@ -92,24 +94,33 @@ class KerasTrainer:
 
     def save(self, folder: Path) -> None:
         model = self._synced()
-        if self._replica.rank == 0:
-            model.save(folder / _STATE)
-        with distributed.together(self._replica):
-            distributed.wait(self._replica, "saved")
+        with distributed.together(self._replica), tempfile.TemporaryDirectory() as own:
+            # Every process: what Keras puts on the devices meanwhile, JAX compares over all of them.
+            model.save((folder if self._replica.rank == 0 else Path(own)) / _STATE)
+            distributed.wait(self._replica)
 
     def restore(self, folder: Path) -> None:
         path = folder / _STATE
         try:
             with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise CheckpointError(f"{path}: {damaged} in it was changed after it was written")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # Keras only warns where an optimiser's variables are not these
-                self._synced().load_weights(path)
-        except CheckpointError:
-            raise
+                damaged = archive.testzip()
+                dtypes = set() if damaged else _dtypes(archive)
         except Exception as error:
-            raise CheckpointError(f"{path}: cannot be restored: {reason(error)}") from None
+            raise CheckpointError(f"{path}: cannot be read as an archive of Keras: {reason(error)}") from None
+        if damaged:
+            raise CheckpointError(f"{path}: {damaged} in it was changed after it was written")
+        if dtypes != {self._dtype}:
+            found = f"its arrays are {' and '.join(sorted(dtypes)) or 'none'}, expected {self._dtype}"
+            raise CheckpointError(f"{path}: not the state of this training: {found}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # all that Keras does where an optimiser's variables differ
+                self._synced().load_weights(path)
+        except (ValueError, UserWarning) as error:
+            # Keras counts what failed, and then shows the first of them, at length.
+            first = (str(error).split("\n\n")[1:2] or [str(error)])[0].splitlines()[0]
+            found = first.partition(". ")[0].rstrip(". ")
+            raise CheckpointError(f"{path}: not the state of this training: {found}") from None
 
     def export(self, *, ema: bool = False) -> canonical.Weights:
         self._check_averaged(ema)
@@ -188,5 +199,17 @@ def _set(variable: Any, value: Any) -> None:
 
 
 def _copied(variable: Any) -> np.ndarray:
-    # A copy always: NumPy shares the memory of some tensors, and training writes to it.
-    return np.array(keras.ops.convert_to_numpy(variable))
+    return np.array(read(variable))  # training writes to the memory of which that may be a view
+
+
+def _dtypes(archive: zipfile.ZipFile) -> set[str]:
+    """The floating-point types of the arrays in an archive of Keras."""
+    found: set[str] = set()
+
+    def look(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
+            found.add(item.dtype.name)
+
+    with archive.open("model.weights.h5") as file, h5py.File(file, "r") as arrays:
+        arrays.visititems(look)
+    return found

@@ -47,7 +47,7 @@ def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.We
     a model that was not made here but read from a file. Raises `WeightsError` where the model's layers are not the
     spec's.
     """
-    return canonical.LazyWeights({name: partial(_read, variable) for name, variable in variables(model, spec).items()})
+    return canonical.LazyWeights({name: partial(read, variable) for name, variable in variables(model, spec).items()})
 
 
 def load_file(model: keras.Model, reference: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
@@ -111,7 +111,7 @@ def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:
         raise WeightsError(f"{name} has shape {array.shape}; variable {variable.path} has {tuple(variable.shape)}")
 
 
-def _read(variable: Any) -> np.ndarray:
+def read(variable: Any) -> np.ndarray:
     """The variable as a read-only array: a view where the framework allows one (`convert_to_numpy` always copies)."""
     # PyTorch gives no array of a tensor that asks for gradients.
     tensor = keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable))
