@@ -62,6 +62,11 @@ class Case:
         if trains and (last := self.spec.layers[-1]).kind not in ("dense", "softmax"):
             raise RecipeError(f"{self.variant} ends with {last.path} and has no classes to learn; leave out mode steps")
 
+    @property
+    def training(self) -> TrainingRecipe:
+        """The recipe with the size of the batches that it gets here."""
+        return self.recipe.replace(batch_size=self.batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -138,8 +143,7 @@ class Inputs:
             "shape": (case.batch, *case.size, case.spec.in_channels),
         }
         if "steps" in task.modes:
-            recipe = case.recipe.replace(batch_size=case.batch)
-            manifest |= {"recipe": recipes.to_dict(recipe), "batches": digests["batches"]}
+            manifest |= {"recipe": recipes.to_dict(case.training), "batches": digests["batches"]}
         paths = {what: str(self.path(what, task.values)) for what in digests}
         return {"manifest": manifest, "draws": task.draws} | paths
 

@@ -184,7 +184,7 @@ def _broken(path: Path, how: str) -> Path:
 )
 def test_a_bad_weights_file_is_one_line_and_exit_2(spec_file: Path, weights_file: Path, how: str, says: str) -> None:
     path = _broken(weights_file, how)
-    _refused(run("check", "--spec", spec_file, "--weights", path, "--size", 32), says, str(path))
+    refused(run("check", "--spec", spec_file, "--weights", path, "--size", 32), says, str(path))
 
 
 def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
@@ -235,7 +235,7 @@ def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
-    _refused(run(*arguments), says)
+    refused(run(*arguments), says)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> No
 def test_a_bad_spec_file_is_one_line_and_exit_2(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
-    _refused(run("show", "--spec", path), says, str(path))
+    refused(run("show", "--spec", path), says, str(path))
 
 
 def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     done = run("record", "torch", "--spec", spec_file, "--size", 64, "-o", target, preexec_fn=limited)
-    _refused(done, "cannot be written")
+    refused(done, "cannot be written")
     assert [path.name for path in folder.iterdir()] == ["record.safetensors"]
     assert target.read_text() == "what was there before"
 
@@ -318,7 +318,7 @@ def test_the_installed_command_is_this_command() -> None:
     assert shown.stdout == run("list", "resnet50").stdout
 
 
-def _refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr

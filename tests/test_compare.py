@@ -1127,7 +1127,7 @@ class TestReports:
         first = check["first_difference"]
         assert (first["step"], first["kind"], first["tensor"]) == (2, "param", "stages.0.blocks.0.conv1.kernel")
         assert check["modes"]["steps"]["torch | flax"]["verdict"] == "different"
-        assert check["recipe"] == recipes.to_dict(RECIPE)
+        assert check["recipe"] == recipes.to_dict(RECIPE.replace(batch_size=2))
         assert files.as_json([outcomes["different"]])["checks"][0]["recipe"] is None
 
     def test_junit_has_a_case_for_every_kind_of_array_of_the_steps(self, outcomes, tmp_path):

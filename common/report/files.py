@@ -70,7 +70,7 @@ def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
         ],
         "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
         "spec": architectures.to_dict(case.spec),
-        "recipe": recipes.to_dict(case.recipe) if "steps" in compared.modes else None,
+        "recipe": recipes.to_dict(case.training) if "steps" in compared.modes else None,
     }
 
 

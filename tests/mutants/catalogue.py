@@ -39,11 +39,11 @@ class OfTraining:
     plant: str
     step: int
     kind: str
-    changes: dict[str, Any] = field(default_factory=dict)  # to the recipe
+    recipe: str  # one of RECIPES
 
     @property
     def name(self) -> str:
-        return f"{self.backend}-{self.plant}"
+        return f"{self.backend}-{self.plant}-{self.recipe}"
 
     @property
     def path(self) -> str:
@@ -147,21 +147,22 @@ MUTANTS = [
     ),
 ]
 
-_ADAMW = {"optimizer": "adamw", "decay": "decoupled", "ema_decay": 0.9, "clip_norm": 1.0}
-_NESTEROV = {"nesterov": True, "clip_norm": 1.0, "ema_decay": 0.9}
+# Changes to the recipe of the check. Every option that changes a step is in one of them.
+RECIPES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "nesterov": {"nesterov": True, "clip_norm": 1.0, "ema_decay": 0.9, "decay_norms_and_biases": True},
+    "adamw": {"optimizer": "adamw", "decay": "decoupled", "clip_norm": 1.0, "ema_decay": 0.9},
+}
 
 
-def _of_training(backend: str, changes: dict[str, Any], *rows: tuple[str, int, str]) -> list[OfTraining]:
-    return [
-        OfTraining(backend=backend, plant=plant, step=step, kind=kind, changes=changes) for plant, step, kind in rows
-    ]
+def _of_training(backend: str, recipe: str, *rows: tuple[str, int, str]) -> list[OfTraining]:
+    return [OfTraining(backend=backend, plant=plant, step=step, kind=kind, recipe=recipe) for plant, step, kind in rows]
 
 
-# Few recipes, so that what the other backends make of each is made once.
 OF_TRAINING = [
     *_of_training(
         "torch",
-        {},
+        "sgd",
         ("dampening", 1, "velocity"),
         ("decoupled_decay", 1, "velocity"),
         ("decay_of_norms_and_biases", 1, "velocity"),
@@ -174,7 +175,7 @@ OF_TRAINING = [
     ),
     *_of_training(
         "torch",
-        _NESTEROV,
+        "nesterov",
         ("without_nesterov", 1, "param"),
         ("clipped_by_the_norm_and_1e_6", 1, "velocity"),
         ("clipped_one_by_one", 1, "velocity"),
@@ -182,27 +183,44 @@ OF_TRAINING = [
     ),
     *_of_training(
         "torch",
-        _ADAMW,
+        "adamw",
         ("without_bias_correction", 1, "param"),
         ("coupled_decay", 1, "moment1"),
     ),
     *_of_training(
         "keras",
-        {},
+        "sgd",
         ("rate_in_the_velocity", 2, "velocity"),
         ("decoupled_decay", 1, "velocity"),
-        ("decay_of_norms_and_biases", 1, "velocity"),
-        ("default_momentum", 1, "stat"),
         ("biased_variance", 1, "stat"),
         ("smoothing_left_out", 1, "loss"),
     ),
-    *_of_training("keras", _NESTEROV, ("without_nesterov", 1, "param"), ("clipped_one_by_one", 1, "velocity")),
+    *_of_training("keras", "nesterov", ("clipped_one_by_one", 1, "velocity")),
     *_of_training(
         "keras",
-        _ADAMW,
+        "adamw",
         ("eps_before_the_bias_correction", 1, "param"),
-        ("without_bias_correction", 1, "param"),
         ("decay_of_norms_and_biases", 1, "param"),
+    ),
+    *_of_training(
+        "flax",
+        "sgd",
+        ("decay_of_norms_and_biases", 1, "velocity"),
+        ("momentum_in_float32", 2, "velocity"),
+        ("momentum_averages", 1, "velocity"),
+        ("rate_of_the_step_after", 1, "param"),
+        ("default_momentum", 1, "stat"),
+        ("statistics_not_kept", 1, "stat"),
+    ),
+    *_of_training(
+        "flax",
+        "nesterov",
+        ("average_a_step_late", 2, "ema"),
+    ),
+    *_of_training(
+        "flax",
+        "adamw",
+        ("eps_below_the_root", 1, "param"),
     ),
 ]
 
