@@ -61,12 +61,13 @@ class KerasTrainer:
             self._evaluator.compile(loss=plain, metrics=[Tally(plain, of_all=True)], jit_compile=jit)
 
     def load(self, weights: canonical.Weights) -> None:
-        resnet_keras.load_weights(self._synced(), weights)
-        for variable in self._optimizer.variables:
-            _set(variable, np.zeros(variable.shape))
-        # Before the first step there is no average; until then the weights themselves stand for it.
-        for average, variable in zip(self._optimizer.averages, self._model.trainable_variables, strict=False):
-            _set(average, variable)
+        with distributed.together(self._replica):
+            resnet_keras.load_weights(self._synced(), weights)
+            for variable in self._optimizer.variables:
+                _set(variable, np.zeros(variable.shape))
+            # Before the first step there is no average; until then the weights themselves stand for it.
+            for average, variable in zip(self._optimizer.averages, self._model.trainable_variables, strict=False):
+                _set(average, variable)
 
     def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
         self._set_types()
@@ -113,7 +114,7 @@ class KerasTrainer:
             found = f"its arrays are {' and '.join(sorted(dtypes)) or 'none'}, expected {self._dtype}"
             raise CheckpointError(f"{path}: not the state of this training: {found}")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), distributed.together(self._replica):
                 warnings.simplefilter("error", UserWarning)  # all that Keras does where an optimiser's variables differ
                 self._synced().load_weights(path)
         except (ValueError, UserWarning) as error:
