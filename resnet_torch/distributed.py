@@ -99,7 +99,6 @@ def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Mod
     return DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # synchronised norms hold the same ones everywhere
         gradient_as_bucket_view=True,
     )
 

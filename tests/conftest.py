@@ -15,7 +15,11 @@ os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
 
 # The longest first, so that two workers end together.
-LONGEST = ("test_parity.py", "test_mutants.py", "test_properties.py", "test_checkpoints_keras.py", "test_columns.py")
+LONGEST = (
+    *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py"),
+    *("test_parity.py", "test_mutants.py", "test_properties.py", "test_checkpoints_keras.py", "test_columns.py"),
+    *("test_steps.py", "test_training_keras.py", "test_training_flax.py", "test_training_torch.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

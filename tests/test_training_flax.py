@@ -623,6 +623,7 @@ def check_saved_and_measured(folder, found, parts):
         assert expected.count == 16 + 2 * len(parts)
 
 
+@pytest.mark.training
 def test_two_processes_take_the_steps_of_one_at_l1(alone, pair):
     folder, _ = pair
     found, other = (dict(np.load(folder / f"{rank}.npz")) for rank in range(2))
@@ -631,6 +632,7 @@ def test_two_processes_take_the_steps_of_one_at_l1(alone, pair):
     check_saved_and_measured(folder, found, parts=[slice(3), slice(4, 7)])
 
 
+@pytest.mark.training
 def test_two_devices_of_one_process_take_the_steps_of_one_at_l1(alone, tmp_path):
     python(WORKER, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     found = dict(np.load(tmp_path / "0.npz"))
@@ -638,6 +640,7 @@ def test_two_devices_of_one_process_take_the_steps_of_one_at_l1(alone, tmp_path)
     check_saved_and_measured(tmp_path, found, parts=[slice(3)])
 
 
+@pytest.mark.training
 def test_a_process_that_is_killed_ends_the_other_with_an_error(pair):
     _, (code, errors, seconds) = pair
     assert code != 0
@@ -645,6 +648,7 @@ def test_a_process_that_is_killed_ends_the_other_with_an_error(pair):
     assert "another process ended or did not answer" in errors
 
 
+@pytest.mark.training
 def test_killing_the_process_that_coordinates_ends_the_other_too():
     code, _, seconds = killed(
         processes("""

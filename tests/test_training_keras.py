@@ -565,7 +565,7 @@ def test_a_full_disk_is_what_the_system_says(saved, tmp_path):
 # --- Several devices, several processes ----------------------------------------------------------------------------
 
 LONG = 10
-SMALL = TINY.replace(blocks=(1, 1), widths=(8, 16))
+SMALL = TINY.replace(blocks=(1, 1), widths=(16, 32))
 SHARED = {
     "sgd": RECIPES["nesterov"].replace(learning_rate=0.01, steps=LONG),
     "adamw": RECIPES["adamw"].replace(learning_rate=1e-3, clip_norm=0.5, steps=LONG),
@@ -638,6 +638,7 @@ for name, recipe in SHARED.items():
 """
 
 
+@pytest.mark.training
 def test_two_devices_of_tensorflow_take_the_steps_of_one(backend, tmp_path):
     run("-c", MIRRORED, tmp_path)
     for name, recipe in SHARED.items():
@@ -742,15 +743,18 @@ def on_jax(tmp_path_factory):
     return folder
 
 
+@pytest.mark.training
 def test_two_devices_of_jax_take_the_steps_of_one(on_jax):
     devices, expected, response = (dict(np.load(on_jax / f"{n}.npz")) for n in ("devices", "sgd", "sgd-response"))
     check_same_path(devices, expected, response, "float32")
 
 
+@pytest.mark.training
 def test_another_process_goes_on_bit_by_bit_on_jax(on_jax):
     run("-c", RESTORED_ALONE, on_jax, KERAS_BACKEND="jax")
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(("name", "victim"), [("sgd", 1), ("adamw", 0)])
 def test_two_processes_of_jax_take_the_steps_of_one_and_end_together(on_jax, tmp_path, name, victim):
     port, other = free_port(), 1 - victim

@@ -188,7 +188,7 @@ def test_every_step_is_the_recipe_s_own_update(backend, recipe):
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         worst = max(ours, key=lambda name: relative(ours[name], theirs[name]))
-        assert relative(ours[worst], theirs[worst]) < 1e-13, (step, worst)
+        assert relative(ours[worst], theirs[worst]) < 1e-14, (step, worst)
 
 
 def test_clipping_and_decay_are_at_work_in_these_recipes(backend):
@@ -211,10 +211,9 @@ def test_float32_takes_the_same_path(backend, recipe):
     single, double = (trained(begun(backend, recipe, dtype), batches)[-1] for dtype in ("float32", "float64"))
     assert single.keys() == double.keys()
     assert {array.dtype for name, array in single.items() if name != "loss"} == {np.dtype("float32")}
-    # Gradients in float32 differ by some 1e-5; moments in another order than their parameters, by everything.
+    # Rounding leaves some 1e-6; moments that lie in memory otherwise than their parameters would leave nothing.
     for name in single:
-        if name.startswith(("param/", "ema/", "stat/")):
-            assert relative(single[name], double[name]) < 1e-3, name
+        assert relative(single[name], double[name]) < 1e-5, name
 
 
 def test_the_state_is_whole_before_the_first_step(backend):
@@ -542,7 +541,8 @@ trainer.save(folder)
 np.savez(folder / f"{replica.rank}.npz", **trainer.arrays())
 np.savez(folder / f"export{replica.rank}.npz", **trainer.export())
 losses = [one.loss for one in measured]
-facts = [losses, [one.correct for one in measured], measured[0].count, [test.loss, test.correct, test.count]]
+spread = any("DTensor" in type(p).__name__ for p in trainer._model.parameters())
+facts = [spread, losses, [one.correct for one in measured], measured[0].count, [test.loss, test.correct, test.count]]
 (folder / f"{replica.rank}.json").write_text(json.dumps(facts))
 """
 STEPS = 10
@@ -561,6 +561,7 @@ def share(batch, replica):
     return Batch(images=batch.images[every], labels=batch.labels[every], learning_rate=batch.learning_rate)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_take_the_steps_of_one(backend, tmp_path, case):
     recipe, spec, more = CASES[case]
@@ -568,8 +569,9 @@ def test_two_processes_take_the_steps_of_one(backend, tmp_path, case):
     (tmp_path / "worker.py").write_text(WORKER)
     run(*torchrun, tmp_path / "worker.py", tmp_path, case, **more)
     facts, others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    losses, correct, count, test = facts
+    spread, losses, correct, count, test = facts
     assert facts == others
+    assert spread == case.startswith("fsdp")
 
     alone = backend.trainer(spec, recipe, "float64")
     batches = made(recipe, STEPS + 2, spec)
@@ -632,6 +634,7 @@ except ParityError as error:
 """
 
 
+@pytest.mark.training
 def test_a_killed_process_ends_the_others_within_a_minute():
     with socket.socket() as probing:
         probing.bind(("127.0.0.1", 0))
