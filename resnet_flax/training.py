@@ -4,7 +4,7 @@ The step is the same for one device and for many: the state is replicated over a
 the batch is split (resnet_flax/distributed.py). A checkpoint is the orbax folder of the state.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ with framework():
     from resnet_flax.distributed import together
     from resnet_flax.optimizers import MOMENTS, optimizer
     from resnet_flax.weights import from_collection, to_variables
+
+Arguments = tuple[jax.Array, jax.Array, jax.Array]  # of a step: images, labels, learning rate
 
 FOLDER = "orbax"  # in the folder of a checkpoint, since orbax makes its own
 _PADDING = -1  # the label of an example that an evaluation does not count
@@ -110,15 +112,17 @@ class FlaxTrainer:
     def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
         with together(self._replica):
             ahead = map(self._arguments, batches)
-            arguments = next(ahead, None)
+            arguments, failure = _taken(ahead)
             while arguments is not None:
                 self._state, measured = self._step(self._state, *arguments)
                 count = len(arguments[1])
-                arguments = next(ahead, None)  # made ready while the devices work
+                arguments, failure = _taken(ahead)  # made ready while the devices work
                 loss, correct = jax.device_get((measured["loss"], measured["correct"]))
                 going = after(Measured(loss=float(loss), correct=int(correct), count=count))
                 if not distributed.agree(self._replica, going):
-                    break
+                    return
+            if failure is not None:
+                raise failure
 
     def evaluate(self, batches: Iterable[Batch], *, ema: bool = False) -> Measured:
         variables = {"params": self._params(ema), "batch_stats": self._state.batch_stats}
@@ -206,7 +210,7 @@ class FlaxTrainer:
         """Copies: the next step takes the buffers."""
         return {name: array.copy() for name, array in from_collection(self._spec, collection, tree).items()}
 
-    def _arguments(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _arguments(self, batch: Batch) -> Arguments:
         devices = jax.local_device_count()
         if len(batch.labels) % devices:
             raise TrainingError(
@@ -224,6 +228,14 @@ class FlaxTrainer:
         missing = -len(batch.labels) % jax.local_device_count()
         images = np.pad(batch.images, [(0, missing), (0, 0), (0, 0), (0, 0)])
         return images, np.pad(batch.labels, (0, missing), constant_values=_PADDING)
+
+
+def _taken(ahead: Iterator[Arguments]) -> tuple[Arguments | None, Exception | None]:
+    """The next of `ahead`, or the error in its place, which is for after the step before."""
+    try:
+        return next(ahead, None), None
+    except Exception as error:
+        return None, error
 
 
 def _with_logits(spec: Spec) -> Spec:

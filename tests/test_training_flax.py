@@ -17,7 +17,7 @@ import pytest
 import resnet_flax
 from common import weights as canonical
 from common.architectures import find
-from common.errors import CheckpointError, TrainingError
+from common.errors import CheckpointError, DataError, TrainingError
 from common.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch
@@ -298,6 +298,22 @@ def test_fit_ends_after_the_step_that_says_so(histories):
     trainer.fit(iter(batches[3:]), lambda measured: True)
     same(trainer.arrays(), {name: array for name, array in history[-1].items() if name != "loss"})
     trainer.fit(iter([]), lambda measured: True)
+
+
+@pytest.mark.parametrize("wanted", [2, 1])
+def test_an_error_of_the_batches_comes_after_the_step_before_it(histories, wanted):
+    batches, history = histories("nesterov")
+    trainer, seen = begun(RECIPES["nesterov"]), []
+
+    def failing():
+        yield from batches[:wanted]
+        raise DataError("an image cannot be read")
+
+    with pytest.raises(DataError, match="an image cannot be read"):
+        trainer.fit(failing(), lambda measured: seen.append(measured) or True)
+    assert len(seen) == wanted
+    same(trainer.arrays(), {name: array for name, array in history[wanted - 1].items() if name != "loss"})
+    trainer.fit(failing(), lambda measured: seen.append(measured) or len(seen) < 2 * wanted)  # enough before it
 
 
 def test_a_step_measures_its_batch_before_the_update():
