@@ -6,6 +6,7 @@ batch, and so all processes take the step that one alone would take with it.
 
 import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,8 +48,15 @@ def join() -> Replica:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingError(f"the other processes cannot be reached at {where}: {reason(error)}") from None
-    atexit.register(distributed.destroy_process_group)
+    atexit.register(_leave)
     return Replica(rank=distributed.get_rank(), count=distributed.get_world_size())
+
+
+def _leave() -> None:
+    distributed.destroy_process_group()
+    # gloo's threads let go of their last tensors a moment later, and need the interpreter for that: where it is already
+    # being taken down the process ends with an abort.
+    time.sleep(0.1)
 
 
 @contextmanager
@@ -85,7 +93,11 @@ def sharding(replica: Replica) -> bool:
 
 
 def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Module:
-    """The model as it is to be called in training: its gradients are then those of the global batch."""
+    """The model as it is to be called in training: its gradients are then those of the global batch.
+
+    DistributedDataParallel lays gradients out anew after its first step. Of three or more processes the order of a sum
+    depends on that: a run that goes on from a checkpoint differs there, for a step, by roundings.
+    """
     if replica.count == 1:
         return model
     if sharding(replica):

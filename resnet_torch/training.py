@@ -53,9 +53,9 @@ class TorchTrainer:
         self._average = None
         if recipe.ema_decay is not None:
             self._average = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-            if sharded:
-                distributed.parallel(self._average.module, replica, device)
         with together(replica):
+            if sharded and self._average is not None:
+                distributed.parallel(self._average.module, replica, device)
             self._parallel = distributed.parallel(self._model, replica, device)
         self._optimizer = optimizers.make(self._model, spec, recipe, fused=None if sharded else True)
 
@@ -164,11 +164,11 @@ class TorchTrainer:
         images, labels = self._tensors(batch)
         output = self._forward(self._parallel, images)
         loss = F.cross_entropy(output, labels, label_smoothing=self._recipe.label_smoothing)
-        self._optimizer.zero_grad()
         loss.backward()
         if self._recipe.clip_norm is not None:
             optimizers.clip(self._model, self._recipe.clip_norm)
         self._optimizer.step()
+        self._optimizer.zero_grad()
         if self._average is not None:
             self._average.update_parameters(self._model)
         correct = output.argmax(1).eq(labels).sum()
