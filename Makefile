@@ -35,6 +35,11 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/port.py
 	$(BIN)/python benchmarks/check.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/train_keras.py
+	$(BIN)/python benchmarks/train_flax.py
+	$(BIN)/python benchmarks/scaling.py
+	@echo "benchmarks/train_torch.py compares with torchvision: run it with $(PEERS)/python after make test-peers"
 
 # constraints.txt pins torch to a release whose CPU build is small; a range could take a CUDA build of several GB.
 .venv/installed: pyproject.toml constraints.txt

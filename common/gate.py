@@ -6,7 +6,7 @@ from math import inf, prod
 from typing import Literal
 
 from common.architectures.layers import Layer, Shape, output_shapes
-from common.levels import DECIDABLE, RESPONSE_FACTOR, UNIT, floor
+from common.levels import DECIDABLE, RESPONSE_FACTOR, UNIT, floor, floor_of_mean
 from common.record import Record
 from common.training import steps
 
@@ -136,6 +136,12 @@ class Gate:
             self._flipped[part] = min((found[1] for found in shown if found and found[0] == part), default=inf)
         return time >= self._flipped[part]
 
+    def _floor(self, name: str) -> float:
+        kind, terms = self._group(name)[1], self._summed.get(place(name), 1)
+        if kind == "stat" and steps.number(name) is not None:
+            return floor_of_mean(terms)
+        return floor(terms * _GRADIENTS.get(kind, 0))
+
     def judge(self, difference: Difference) -> Difference:
         name, level = difference.tensor, difference.level
         if level == "L0":
@@ -144,8 +150,7 @@ class Gate:
         dtype = "float32" if level == "L2" else self._dtype
         responses = self._float32 if level == "L2" and self._dtype == "float64" else self._response
         measured = responses.get(name, 0.0)
-        terms = self._summed.get(place(name), 1) * _GRADIENTS.get(self._group(name)[1], 0)
-        response = max(measured, floor(terms) * UNIT[dtype] * self._norms[name])
+        response = max(measured, self._floor(name) * UNIT[dtype] * self._norms[name])
         verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
         too_large = DECIDABLE[dtype] * (self._largest[self._group(name)] if level == "L1" else self._norms[name])
         if (
@@ -165,12 +170,13 @@ def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
 
 
 def _summed(layers: Iterable[Layer], batch: Shape) -> dict[str, int]:
-    """How many terms the gradient of a bias sums over: one for every image and pixel of its layer's output."""
+    """How many terms the gradient of a bias sums over, or a running statistic: one for every image and pixel of its
+    layer's output."""
     count, *image = batch
     shapes = output_shapes(layers, tuple(image))
     return {
         name: count * prod(shapes[layer.path][:-1])
         for layer in layers
-        for name in layer.parameters
-        if name.endswith(".bias")
+        for name in layer.arrays
+        if name.endswith(".bias") or name in layer.statistics
     }

@@ -882,6 +882,17 @@ class TestSteps:
             moved = write("flax", {tensor: put(factor * terms * UNIT["float64"] * size)}, modes=STEPS)
             assert compare([reference, moved]).passed == passed
 
+    @pytest.mark.parametrize(("kind", "passed"), [("stat", True), ("param", False)])
+    def test_a_running_statistic_of_n_values_may_be_off_by_two_roots_of_n_roundings(self, write, kind, passed):
+        shape = (64, 8, 8, 3)  # 4096 values a channel: 128 roundings, where the floor is 32
+        tensor = of_step(2, kind, "stem.norm.mean" if kind == "stat" else "stem.norm.scale")
+        size = record.norm(arrays(STEPS)[tensor])
+        given = {"shape": shape, "modes": STEPS}
+        reference = write("torch", **given, response=responses(arrays(STEPS), 1e-18))
+        for roundings, expected in ((127, passed), (129, False)):
+            moved = write("flax", {tensor: put(roundings * UNIT["float64"] * size)}, **given)
+            assert compare([reference, moved]).passed == expected
+
     @pytest.mark.parametrize(
         ("tensor", "verdict"),
         [

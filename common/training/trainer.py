@@ -73,7 +73,10 @@ class Trainer(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the whole state in the framework's own format into an existing empty `folder`: model, optimiser, moving
-        average, random numbers. Every process calls it with the same folder, and it returns when all is written."""
+        average, random numbers. Every process calls it with the same folder, and it returns when all is written.
+
+        Raises `OSError` where the system refuses, a full disk included; in the other processes `TrainingError`.
+        """
         ...
 
     def restore(self, folder: Path) -> None:
@@ -86,6 +89,7 @@ class Trainer(Protocol):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state, copied, in canonical names and layouts and the dtype it was computed in: ``param/<name>``,
-        ``stat/<name>``, for every parameter ``velocity/<name>`` with sgd, ``moment1/<name>`` and ``moment2/<name>``
-        with adamw (as common/training/recipe.py defines them), ``ema/<name>`` where there is a moving average."""
+        ``stat/<name>``, for every parameter ``velocity/<name>`` with sgd and momentum, ``moment1/<name>`` and
+        ``moment2/<name>`` with adamw (as common/training/recipe.py defines them), ``ema/<name>`` where there is a
+        moving average."""
         ...
