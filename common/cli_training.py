@@ -75,13 +75,13 @@ def train(
         backend=column,
         init=init.absolute() if init else _begun_with(output) if resume else None,
     )
-    if plan.init is not None:
-        checkpoints.load_for(plan.spec, plan.init)  # refused before anything is made
     replica = _join(column) if distributed else SINGLE
     begun = resume and (output / runs.FILE).exists()
     if begun:
         runs.check_same(output, plan)
-    elif resume and output.exists() and any(output.iterdir()):
+    elif plan.init is not None:
+        checkpoints.load_for(plan.spec, plan.init)  # refused before anything is made
+    if resume and not begun and output.exists() and any(output.iterdir()):
         runs.facts(output)  # says what is missing
     threads = threads or max(1, cores() // (replica.count if distributed else 1))
     engine = backend.start_here(column, threads)

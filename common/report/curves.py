@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import TrainingError
+from common.errors import TrainingError, framework
 from common.files import written
 from common.training import metrics, run
 
@@ -16,8 +16,8 @@ def draw(folders: Sequence[Path], output: Path) -> None:
 
     Raises `TrainingError` for a folder that is no run, has no metrics yet, or a kind of picture that is unknown.
     """
-    import matplotlib.figure
-
+    with framework({"matplotlib": ("Matplotlib", "training")}):
+        import matplotlib.figure
     kind = output.suffix.lstrip(".").lower()
     if kind not in _FORMATS:
         raise TrainingError(f"{output}: expected a name that ends in {', '.join('.' + one for one in _FORMATS)}")
