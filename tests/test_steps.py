@@ -64,6 +64,7 @@ def bench(session: Session) -> Iterator[Bench]:
         yield Bench(session, stack)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("mutant", OF_TRAINING, ids=lambda mutant: mutant.name)
 def test_a_defect_in_training_is_caught_at_its_step_and_kind_of_array(bench: Bench, mutant: OfTraining) -> None:
     compared = bench.check(case(TINY, steps=3, **RECIPES[mutant.recipe]), mutant.backend, mutant.path)[-1]
