@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_reference import RECIPES as SHARED
+from training_reference import noise, reference, relative, same, trained
 
 import resnet_flax
 from common import weights as canonical
@@ -26,41 +28,9 @@ from resnet_flax import probe
 ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1,), widths=(8,), stem_width=4, in_channels=1, classes=5)
 
-# Between them every option of the update, each with a value that shows.
-RECIPES = {
-    "nesterov": TrainingRecipe(
-        nesterov=True,
-        weight_decay=0.05,
-        decay_norms_and_biases=False,
-        label_smoothing=0.1,
-        clip_norm=0.5,
-        ema_decay=0.8,
-        schedule="cosine",
-        warmup_steps=2,
-        steps=6,
-    ),
-    "decoupled sgd": TrainingRecipe(weight_decay=0.3, decay="decoupled", decay_norms_and_biases=False, clip_norm=1e3),
-    "no momentum": TrainingRecipe(weight_decay=0.05, momentum=0.0, schedule="linear", steps=6),
-    "adamw": TrainingRecipe(
-        optimizer="adamw",
-        learning_rate=0.01,
-        beta1=0.8,
-        beta2=0.95,
-        eps=1e-3,
-        weight_decay=0.5,
-        decay="decoupled",
-        ema_decay=0.6,
-        warmup_steps=3,
-    ),
-    "coupled adam": TrainingRecipe(
-        optimizer="adamw",
-        learning_rate=0.01,
-        eps=1e-6,
-        weight_decay=0.05,
-        decay_norms_and_biases=False,
-        label_smoothing=0.2,
-        clip_norm=0.3,
-    ),
+RECIPES = SHARED | {
+    "adamw": SHARED["adamw"].replace(decay_norms_and_biases=True),
+    "coupled adam": SHARED["coupled adam"].replace(decay_norms_and_biases=False),
 }
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -87,16 +57,7 @@ def histories():
 
 
 def made(recipe, steps=6, spec=TINY, count=8, size=8, dtype="float64"):
-    """Batches of noise, with the rates of the recipe."""
-    generator = np.random.default_rng(0)
-    return [
-        Batch(
-            images=generator.standard_normal((count, size, size, spec.in_channels)).astype(dtype),
-            labels=generator.integers(0, spec.classes, count),
-            learning_rate=recipe.learning_rate_at(step, steps),
-        )
-        for step in range(steps)
-    ]
+    return noise(recipe, spec, steps, count, size, dtype)
 
 
 @cache
@@ -109,30 +70,6 @@ def begun(recipe, dtype="float64", spec=TINY, weights=None):
     trainer = compiled(recipe, dtype, spec)
     trainer.load(canonical.randomize(spec) if weights is None else weights)
     return trainer
-
-
-def trained(trainer, batches):
-    """The arrays after every step, and its loss."""
-    history = []
-
-    def after(measured):
-        history.append(trainer.arrays() | {"loss": np.float64(measured.loss)})
-        return True
-
-    trainer.fit(batches, after)
-    return history
-
-
-def same(found, expected):
-    """Bitwise, type and all."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array), name
-
-
-def relative(a, b):
-    return np.linalg.norm(np.ravel(a - b)) / max(np.linalg.norm(np.ravel(b)), 1e-300)
 
 
 # The update, against common/training/recipe.py written in NumPy
@@ -151,54 +88,20 @@ def slopes(params, batch_stats, images, labels, smoothing):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def reference(recipe, batches):
-    """The arrays after every step, and its loss. JAX computes the gradients and running statistics alone."""
-    weights = canonical.randomize(TINY)
-    names = [name for layer in TINY.layers for name in layer.parameters]
-    first = {name: np.zeros_like(weights[name]) for name in names}
-    second, average, history = dict(first), {}, []
-    for t, batch in enumerate(batches, 1):
-        rate, variables = batch.learning_rate, resnet_flax.to_variables(TINY, weights, "float64")
-        (loss, statistics), tree = slopes(
-            variables["params"], variables["batch_stats"], batch.images, batch.labels, recipe.label_smoothing
-        )
-        gradients = resnet_flax.weights.from_collection(TINY, "params", tree)
-        weights |= resnet_flax.weights.from_collection(TINY, "batch_stats", statistics)
-        if recipe.clip_norm is not None:
-            norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
-            gradients = {n: g * (recipe.clip_norm / max(norm, recipe.clip_norm)) for n, g in gradients.items()}
-        for name in names:
-            before, gradient = weights[name], gradients[name]
-            decays = recipe.decay_norms_and_biases or name.endswith(".kernel")
-            decay = recipe.weight_decay if decays else 0.0
-            if recipe.decay == "coupled":
-                gradient = gradient + decay * before
-            if recipe.optimizer == "sgd":
-                velocity = first[name] = recipe.momentum * first[name] + gradient
-                step = gradient + recipe.momentum * velocity if recipe.nesterov else velocity
-            else:
-                first[name] = recipe.beta1 * first[name] + (1 - recipe.beta1) * gradient
-                second[name] = recipe.beta2 * second[name] + (1 - recipe.beta2) * gradient**2
-                unbiased = first[name] / (1 - recipe.beta1**t), second[name] / (1 - recipe.beta2**t)
-                step = unbiased[0] / (np.sqrt(unbiased[1]) + recipe.eps)
-            weights[name] = before - rate * step
-            if recipe.decay == "decoupled":
-                weights[name] = weights[name] - rate * decay * before
-        if recipe.ema_decay is not None:
-            share = recipe.ema_decay if t > 1 else 0.0
-            average = {name: share * average.get(name, 0) + (1 - share) * weights[name] for name in names}
-        moments = {"moment1": first, "moment2": second} if recipe.optimizer == "adamw" else {"velocity": first}
-        arrays = {f"{'param' if name in first else 'stat'}/{name}": array for name, array in weights.items()}
-        for kind, found in (moments if recipe.optimizer == "adamw" or recipe.momentum else {}).items():
-            arrays |= {f"{kind}/{name}": found[name] for name in names}
-        history.append(arrays | {f"ema/{name}": array for name, array in average.items()} | {"loss": np.asarray(loss)})
-    return history
+def passed(weights, batch, smoothing):
+    """Loss and gradients of one pass in training mode, whose running statistics are put into `weights`."""
+    variables = resnet_flax.to_variables(TINY, weights, "float64")
+    (loss, statistics), tree = slopes(
+        variables["params"], variables["batch_stats"], batch.images, batch.labels, smoothing
+    )
+    weights |= resnet_flax.weights.from_collection(TINY, "batch_stats", statistics)
+    return loss, resnet_flax.weights.from_collection(TINY, "params", tree)
 
 
 @each_recipe
 def test_every_step_is_the_recipe_s_own_update(histories, name):
     batches, found = histories(name)
-    for step, (ours, theirs) in enumerate(zip(found, reference(RECIPES[name], batches), strict=True)):
+    for step, (ours, theirs) in enumerate(zip(found, reference(RECIPES[name], TINY, batches, passed), strict=True)):
         assert ours.keys() == theirs.keys()
         worst = max(ours, key=lambda key: relative(ours[key], theirs[key]))
         assert relative(ours[worst], theirs[worst]) < 1e-14, (step, worst)
@@ -215,7 +118,7 @@ def test_every_step_is_the_recipe_s_own_update(histories, name):
 )
 def test_what_an_option_changes_shows_in_these_recipes(name, change):
     recipe = RECIPES[name]
-    one, other = (reference(r, made(recipe)[:2])[-1] for r in (recipe, recipe.replace(**change)))
+    one, other = (reference(r, TINY, made(recipe)[:2], passed)[-1] for r in (recipe, recipe.replace(**change)))
     assert max(relative(one[key], other[key]) for key in one) > 1e-9
 
 
@@ -427,7 +330,7 @@ def python(code, *arguments, wait=True, **environment):
     """Runs it in a process of its own, with the packages of this tree."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -21,6 +21,10 @@ import pytest
 keras = pytest.importorskip("keras")
 # ruff: noqa: E402
 
+from training_reference import RECIPES as EVERYWHERE
+from training_reference import noise, reference, relative, same
+from training_reference import trained as taken
+
 import resnet_keras
 from common import weights as canonical
 from common.architectures import find
@@ -36,47 +40,8 @@ ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1, 1, 1), in_channels=1)
 STEPS = 5
 
-# Between them every option of the update, each with a value that shows.
-RECIPES = {
-    "nesterov": TrainingRecipe(
-        nesterov=True,
-        weight_decay=0.05,
-        decay_norms_and_biases=False,
-        label_smoothing=0.1,
-        clip_norm=0.5,
-        ema_decay=0.8,
-        schedule="cosine",
-        warmup_steps=2,
-        steps=STEPS,
-        batch_size=8,
-    ),
-    "decoupled": TrainingRecipe(
-        weight_decay=0.3, decay="decoupled", decay_norms_and_biases=False, clip_norm=1e3, batch_size=8
-    ),
-    "no momentum": TrainingRecipe(weight_decay=0.05, momentum=0.0, schedule="linear", steps=STEPS + 1, batch_size=8),
-    "adamw": TrainingRecipe(
-        optimizer="adamw",
-        learning_rate=0.01,
-        beta1=0.8,
-        beta2=0.95,
-        eps=1e-3,
-        weight_decay=0.5,
-        decay="decoupled",
-        decay_norms_and_biases=False,
-        ema_decay=0.6,
-        warmup_steps=3,
-        batch_size=8,
-    ),
-    "coupled adam": TrainingRecipe(
-        optimizer="adamw",
-        learning_rate=0.01,
-        eps=1e-6,
-        weight_decay=0.05,
-        label_smoothing=0.2,
-        clip_norm=0.3,
-        batch_size=8,
-    ),
-}
+RECIPES = {name: recipe.replace(batch_size=8) for name, recipe in EVERYWHERE.items()}
+RECIPES["nesterov"] = RECIPES["nesterov"].replace(steps=STEPS)
 
 
 @pytest.fixture(scope="module", autouse=True)  # threads are set before TensorFlow is first used
@@ -85,16 +50,7 @@ def backend():
 
 
 def made(recipe, steps=STEPS, dtype="float64", seed=0):
-    """Batches of noise, with the rates of the recipe."""
-    generator = np.random.default_rng(seed)
-    return [
-        Batch(
-            images=generator.standard_normal((recipe.batch_size, 8, 8, TINY.in_channels)).astype(dtype),
-            labels=generator.integers(0, TINY.classes, recipe.batch_size),
-            learning_rate=recipe.learning_rate_at(step, steps),
-        )
-        for step in range(steps)
-    ]
+    return noise(recipe, TINY, steps, recipe.batch_size, dtype=dtype, seed=seed)
 
 
 def begun(backend, recipe, dtype="float64", spec=TINY):
@@ -104,75 +60,13 @@ def begun(backend, recipe, dtype="float64", spec=TINY):
 
 
 def trained(trainer, batches):
-    """The arrays after every step. Keras, TensorFlow and JAX may say nothing meanwhile."""
-    history = []
-
-    def after(measured):
-        history.append(trainer.arrays() | {"loss": np.float64(measured.loss)})
-        return True
-
+    """As for every framework. Keras, TensorFlow and JAX may say nothing meanwhile."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        trainer.fit(iter(batches), after)
-    return history
-
-
-def relative(a, b):
-    return np.linalg.norm(np.ravel(a - b)) / max(np.linalg.norm(np.ravel(b)), 1e-300)
-
-
-def same(found, expected):
-    """Bitwise, type and all."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array, equal_nan=True), name
+        return taken(trainer, iter(batches))
 
 
 # --- The update, against common/training/recipe.py written in NumPy ------------------------------------------------
-
-
-def reference(recipe, batches):
-    """The arrays after every step; TensorFlow computes the gradients alone."""
-    weights = dict(canonical.randomize(TINY))
-    names = [name for layer in TINY.layers for name in layer.parameters]
-    statistics = [name for layer in TINY.layers for name in layer.statistics]
-    first, second, average = ({name: np.zeros_like(weights[name]) for name in names} for _ in range(3))
-    history = []
-    for t, batch in enumerate(batches, 1):
-        rate, loss, gradients = batch.learning_rate, *passed(weights, batch, recipe.label_smoothing)
-        if recipe.clip_norm is not None:
-            norm = np.sqrt(sum(np.sum(gradients[name] ** 2) for name in names))
-            gradients = {n: g * (recipe.clip_norm / max(norm, recipe.clip_norm)) for n, g in gradients.items()}
-        for name in names:
-            before, gradient = weights[name], gradients[name]
-            decays = recipe.decay_norms_and_biases or name.endswith(".kernel")
-            decay = recipe.weight_decay if decays else 0.0
-            if recipe.decay == "coupled":
-                gradient = gradient + decay * before
-            if recipe.optimizer == "sgd":
-                velocity = first[name] = recipe.momentum * first[name] + gradient
-                step = gradient + recipe.momentum * velocity if recipe.nesterov else velocity
-            else:
-                first[name] = recipe.beta1 * first[name] + (1 - recipe.beta1) * gradient
-                second[name] = recipe.beta2 * second[name] + (1 - recipe.beta2) * gradient**2
-                unbiased = first[name] / (1 - recipe.beta1**t), second[name] / (1 - recipe.beta2**t)
-                step = unbiased[0] / (np.sqrt(unbiased[1]) + recipe.eps)
-            weights[name] = before - rate * step
-            if recipe.decay == "decoupled":
-                weights[name] = weights[name] - rate * decay * before
-            share = (recipe.ema_decay or 0.0) if t > 1 else 0.0
-            average[name] = share * average[name] + (1 - share) * weights[name]
-        kept = {"param": weights}
-        if recipe.optimizer == "adamw":
-            kept |= {"moment1": first, "moment2": second}
-        elif recipe.momentum:
-            kept["velocity"] = first
-        if recipe.ema_decay is not None:
-            kept["ema"] = average
-        arrays = {f"{kind}/{name}": values[name] for kind, values in kept.items() for name in names}
-        history.append(arrays | {f"stat/{name}": weights[name] for name in statistics} | {"loss": loss})
-    return history
 
 
 @cache
@@ -201,7 +95,7 @@ def passed(weights, batch, smoothing):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_step_is_the_recipe_s_own_update(backend, name):
     batches = made(RECIPES[name])
-    found, expected = trained(begun(backend, RECIPES[name]), batches), reference(RECIPES[name], batches)
+    found, expected = trained(begun(backend, RECIPES[name]), batches), reference(RECIPES[name], TINY, batches, passed)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         worst = max(ours, key=lambda name: relative(ours[name], theirs[name]))
@@ -212,7 +106,7 @@ def test_every_step_is_the_recipe_s_own_update(backend, name):
 def test_float32_takes_the_same_path(backend, name):
     recipe = RECIPES[name]
     single = trained(begun(backend, recipe, "float32"), made(recipe, 3, "float32"))[-1]
-    double = reference(recipe, made(recipe, 3, "float32"))[-1]
+    double = reference(recipe, TINY, made(recipe, 3, "float32"), passed)[-1]
     assert {array.dtype for name, array in single.items() if name != "loss"} == {np.dtype("float32")}
     for key in double:
         assert relative(single[key], double[key]) < 1e-5, key
@@ -275,7 +169,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(backend):
     recipe = TrainingRecipe(learning_rate=0.01, precision="bfloat16", batch_size=8)
     trainer = begun(backend, recipe, "float32")
     mixed = trained(trainer, made(recipe, 3, "float32"))[-1]
-    full = reference(recipe, made(recipe, 3, "float32"))[-1]
+    full = reference(recipe, TINY, made(recipe, 3, "float32"), passed)[-1]
     assert trainer._model.get_layer("conv1").compute_dtype == "bfloat16"
     assert all(array.dtype == np.float32 for name, array in mixed.items() if name != "loss")
     assert 1e-4 < relative(mixed["velocity/stem.conv.kernel"], full["velocity/stem.conv.kernel"]) < 0.5
@@ -289,7 +183,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(backend):
 def test_fit_ends_after_the_step_that_says_so(backend):
     recipe = RECIPES["nesterov"]
     batches = made(recipe)
-    expected = reference(recipe, batches)
+    expected = reference(recipe, TINY, batches, passed)
     trainer, seen, read = begun(backend, recipe), [], []
 
     def stream():
@@ -387,14 +281,17 @@ def test_evaluations_between_steps_count_no_padding_and_change_nothing(backend):
     assert trainer.evaluate([padding]).count == 0
     assert trainer.evaluate([]).count == 0
     # Training went on as if there had been none.
-    expected, state = reference(recipe, batches)[-1], trainer.arrays()
+    expected, state = reference(recipe, TINY, batches, passed)[-1], trainer.arrays()
     assert max(relative(state[name], expected[name]) for name in state) < 1e-13
 
 
 def test_a_softmax_head_is_trained_on_its_log_probabilities(backend):
     recipe = RECIPES["nesterov"]
     batches, softmax = made(recipe, 3), TINY.replace(head="softmax")
-    found, expected = trained(begun(backend, recipe, spec=softmax), batches)[-1], reference(recipe, batches)[-1]
+    found, expected = (
+        trained(begun(backend, recipe, spec=softmax), batches)[-1],
+        reference(recipe, TINY, batches, passed)[-1],
+    )
     assert max(relative(found[name], expected[name]) for name in found) < 1e-12
     # Without smoothing, probabilities that are 0 in float32 are nobody's loss but their own label's.
     plain, weights = recipe.replace(label_smoothing=0.0), canonical.randomize(TINY)
@@ -476,7 +373,7 @@ print(weights.digest(trainer.arrays()))
 
 def environment(**more):
     threads = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return os.environ | threads | {"PYTHONPATH": str(ROOT)} | more
+    return os.environ | threads | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | more
 
 
 def run(*arguments, **more):

@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 # ruff: noqa: E402
 
 from torch.nn import functional as F
+from training_reference import RECIPES as SHARED
+from training_reference import noise, reference, relative, same, trained
 
 import resnet_torch
 from common import weights as canonical
@@ -31,37 +33,8 @@ ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1, 1, 1), in_channels=1)
 BOTTLENECK = TINY.replace(block="bottleneck", running_variance="biased", bn_momentum=0.95)
 
-# Between them every option of the update, each with a value that shows.
-RECIPES = {
-    "nesterov": TrainingRecipe(
-        nesterov=True,
-        weight_decay=0.05,
-        decay_norms_and_biases=False,
-        label_smoothing=0.1,
-        clip_norm=0.5,
-        ema_decay=0.8,
-        schedule="cosine",
-        warmup_steps=2,
-        steps=6,
-    ),
-    "decoupled sgd": TrainingRecipe(weight_decay=0.3, decay="decoupled", decay_norms_and_biases=False, clip_norm=1e3),
+RECIPES = SHARED | {
     "decoupled nesterov": TrainingRecipe(weight_decay=0.3, decay="decoupled", nesterov=True, momentum=0.7),
-    "no momentum": TrainingRecipe(weight_decay=0.05, momentum=0.0, schedule="linear", steps=6),
-    "adamw": TrainingRecipe(
-        optimizer="adamw",
-        learning_rate=0.01,
-        beta1=0.8,
-        beta2=0.95,
-        eps=1e-3,
-        weight_decay=0.5,
-        decay="decoupled",
-        decay_norms_and_biases=False,
-        ema_decay=0.6,
-        warmup_steps=3,
-    ),
-    "coupled adam": TrainingRecipe(
-        optimizer="adamw", learning_rate=0.01, eps=1e-6, weight_decay=0.05, label_smoothing=0.2, clip_norm=0.3
-    ),
 }
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -72,16 +45,7 @@ def backend():
 
 
 def made(recipe, steps=6, spec=TINY, count=8, size=8, seed=0):
-    """Batches of noise, with the rates of the recipe."""
-    generator = np.random.default_rng(seed)
-    return [
-        Batch(
-            images=generator.standard_normal((count, size, size, spec.in_channels)),
-            labels=generator.integers(0, spec.classes, count),
-            learning_rate=recipe.learning_rate_at(step, steps),
-        )
-        for step in range(steps)
-    ]
+    return noise(recipe, spec, steps, count, size, seed=seed)
 
 
 def begun(backend, recipe, dtype="float64", spec=TINY):
@@ -90,77 +54,7 @@ def begun(backend, recipe, dtype="float64", spec=TINY):
     return trainer
 
 
-def trained(trainer, batches):
-    """The arrays after every step."""
-    history = []
-
-    def after(measured):
-        history.append(trainer.arrays() | {"loss": np.float64(measured.loss)})
-        return True
-
-    trainer.fit(batches, after)
-    return history
-
-
-def relative(a, b):
-    return np.linalg.norm(np.ravel(a - b)) / max(np.linalg.norm(np.ravel(b)), 1e-300)
-
-
-def same(found, expected):
-    """Bitwise, type and all."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array, equal_nan=True), name
-
-
 # --- The update, against common/training/recipe.py written in NumPy ------------------------------------------------
-
-
-def reference(recipe, batches):
-    """The arrays after every step; PyTorch computes the gradients alone."""
-    weights = dict(canonical.randomize(TINY))
-    names = [name for layer in TINY.layers for name in layer.parameters]
-    statistics = [name for layer in TINY.layers for name in layer.statistics]
-    first = {name: np.zeros_like(weights[name]) for name in names}
-    second = {name: np.zeros_like(weights[name]) for name in names}
-    average, history = first, []
-    for t, batch in enumerate(batches, 1):
-        rate, loss, gradients = batch.learning_rate, *passed(weights, batch, recipe.label_smoothing)
-        if recipe.clip_norm is not None:
-            norm = np.sqrt(sum(np.sum(gradients[name] ** 2) for name in names))
-            gradients = {n: g * (recipe.clip_norm / max(norm, recipe.clip_norm)) for n, g in gradients.items()}
-        for name in names:
-            before, gradient = weights[name], gradients[name]
-            decays = recipe.decay_norms_and_biases or name.endswith(".kernel")
-            decay = recipe.weight_decay if decays else 0.0
-            if recipe.decay == "coupled":
-                gradient = gradient + decay * before
-            if recipe.optimizer == "sgd":
-                velocity = first[name] = recipe.momentum * first[name] + gradient
-                step = gradient + recipe.momentum * velocity if recipe.nesterov else velocity
-            else:
-                first[name] = recipe.beta1 * first[name] + (1 - recipe.beta1) * gradient
-                second[name] = recipe.beta2 * second[name] + (1 - recipe.beta2) * gradient**2
-                unbiased = first[name] / (1 - recipe.beta1**t), second[name] / (1 - recipe.beta2**t)
-                step = unbiased[0] / (np.sqrt(unbiased[1]) + recipe.eps)
-            weights[name] = before - rate * step
-            if recipe.decay == "decoupled":
-                weights[name] = weights[name] - rate * decay * before
-        if recipe.ema_decay is not None:
-            share = recipe.ema_decay if t > 1 else 0.0
-            average = {n: share * average[n] + (1 - share) * weights[n] for n in names}
-        kinds = {"param": names, "stat": statistics}
-        arrays = {f"{kind}/{name}": weights[name] for kind, found in kinds.items() for name in found}
-        if recipe.optimizer == "adamw":
-            arrays |= {f"moment1/{name}": first[name] for name in names}
-            arrays |= {f"moment2/{name}": second[name] for name in names}
-        elif recipe.momentum:
-            arrays |= {f"velocity/{name}": first[name] for name in names}
-        if recipe.ema_decay is not None:
-            arrays |= {f"ema/{name}": average[name] for name in names}
-        history.append(arrays | {"loss": loss})
-    return history
 
 
 def passed(weights, batch, smoothing):
@@ -184,7 +78,7 @@ def passed(weights, batch, smoothing):
 @each_recipe
 def test_every_step_is_the_recipe_s_own_update(backend, recipe):
     batches = made(recipe)
-    found, expected = trained(begun(backend, recipe), batches), reference(recipe, batches)
+    found, expected = trained(begun(backend, recipe), batches), reference(recipe, TINY, batches, passed)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         worst = max(ours, key=lambda name: relative(ours[name], theirs[name]))
@@ -435,7 +329,7 @@ for threads in (1, 2):
 
 
 def environment(**more):
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **more}
 
 
 def run(*arguments, **more):
