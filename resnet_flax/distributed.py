@@ -19,6 +19,7 @@ import numpy as np
 
 from common.errors import ParityError, TrainingError
 from common.files import reason
+from common.training import cluster
 from common.training.trainer import Replica
 from resnet_flax import framework
 
@@ -32,8 +33,6 @@ with framework():
 # connections; a machine that lost its power by this.
 TIMEOUT = 30
 
-_SETTINGS = ("RESNET_PARITY_COORDINATOR", "RESNET_PARITY_PROCESSES", "RESNET_PARITY_PROCESS")
-
 
 def join() -> Replica:
     """Join the other processes: those of the cluster that JAX finds, or that the variables above name.
@@ -41,13 +40,7 @@ def join() -> Replica:
     On CPUs they talk over gloo. Raises `TrainingError` where there are none, or they cannot be reached.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = [os.environ.get(name) for name in _SETTINGS]
-    if any(given) and not all(given):
-        missing = ", ".join(name for name, value in zip(_SETTINGS, given, strict=True) if not value)
-        raise TrainingError(
-            f"{missing} not set; set all of {', '.join(_SETTINGS)}, or none where JAX knows the cluster"
-        )
-    address, *numbers = given
+    address, *numbers = cluster.complete()
     try:
         count, rank = (int(number) if number else None for number in numbers)
         jax.distributed.initialize(
@@ -59,7 +52,9 @@ def join() -> Replica:
             shutdown_timeout_seconds=4 * TIMEOUT,
         )
     except (RuntimeError, ValueError, TypeError) as error:  # the last of a JAX too old to know them all
-        hint = f"are all processes running, and {address} reachable" if address else f"set {', '.join(_SETTINGS)}"
+        hint = (
+            f"are all processes running, and {address} reachable" if address else f"set {', '.join(cluster.SETTINGS)}"
+        )
         raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
     # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
     return Replica(rank=global_state.process_id, count=global_state.num_processes)

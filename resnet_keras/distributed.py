@@ -20,14 +20,13 @@ import numpy as np
 
 from common.errors import RecipeError, TrainingError
 from common.files import reason
+from common.training import cluster
 from common.training.trainer import Replica
 from resnet_keras import framework
 
 # Seconds after which a process that gives no sign of life is taken for dead. One that was killed is noticed at once, by
 # its connections.
 TIMEOUT = 30
-
-_SETTINGS = ("RESNET_PARITY_COORDINATOR", "RESNET_PARITY_PROCESSES", "RESNET_PARITY_PROCESS")
 
 
 class _State:
@@ -44,9 +43,9 @@ def join() -> Replica:
     Raises `TrainingError` where the others cannot be reached, and for what the engine cannot do.
     """
     engine = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    given = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+    given = cluster.given()
     if engine == "jax":
-        replica = _join_jax(given)
+        replica = _join_jax()
     elif engine == "tensorflow":
         if given or "TF_CONFIG" in os.environ:
             raise TrainingError(
@@ -60,26 +59,23 @@ def join() -> Replica:
     return replica
 
 
-def _join_jax(given: dict[str, str]) -> Replica:
-    if given and len(given) < len(_SETTINGS):
-        missing = ", ".join(name for name in _SETTINGS if name not in given)
-        raise TrainingError(
-            f"{missing} not set; set all of {', '.join(_SETTINGS)}, or none where JAX knows the cluster"
-        )
+def _join_jax() -> Replica:
+    address, *numbers = cluster.complete()
     with framework():
         import jax
         from jax._src.distributed import global_state
     atexit.register(_leave)  # at once: what is registered first is done last
     # JAX would take SIGTERM for purposes of its own; a run ends by it, with a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
-    address, *numbers = (given.get(name) for name in _SETTINGS)
     try:
         count, rank = (None if number is None else int(number) for number in numbers)
         jax.distributed.initialize(
             address, count, rank, initialization_timeout=2 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
-        hint = f"are all running, and is {address} reachable" if address else f"is this no cluster? Set {_SETTINGS}"
+        hint = (
+            f"are all running, and is {address} reachable" if address else f"is this no cluster? Set {cluster.SETTINGS}"
+        )
         raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
     # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
     return Replica(rank=global_state.process_id, count=global_state.num_processes)

@@ -156,9 +156,8 @@ class Run:
                     self._save(reached)
                     return result
                 step = reached
-                result.test = self._trainer.evaluate(self._evaluation())
-                result.ema = self._trainer.evaluate(self._evaluation(), ema=True) if self._averaged else None
-                if metrics is not None and last is not None:
+                self._evaluate(result)
+                if metrics is not None and last is not None and result.test is not None:
                     metrics.add("test", step, {"epoch": step / self._epoch} | _values(result.test, result.ema))
                     self._observer.step(replace(last, test=result.test))
                 if step == self._steps or not self.every:
@@ -167,8 +166,7 @@ class Run:
             if metrics is not None:
                 metrics.close()
         if result.test is None:  # resumed at its end
-            result.test = self._trainer.evaluate(self._evaluation())
-            result.ema = self._trainer.evaluate(self._evaluation(), ema=True) if self._averaged else None
+            self._evaluate(result)
         result.weights = self._finish()
         result.seconds = time.perf_counter() - started
         return result
@@ -235,8 +233,14 @@ class Run:
     def _rate(self, step: int) -> float:
         return self.plan.recipe.learning_rate_at(step, self._epoch)
 
-    def _evaluation(self) -> Iterator[Batch]:
-        return evaluation(self.plan.dataset, self.plan.recipe, self.replica, self.workers)
+    def _evaluate(self, result: Result) -> None:
+        result.test = self._measured(ema=False)
+        if self._averaged:
+            result.ema = self._measured(ema=True)
+
+    def _measured(self, *, ema: bool) -> Measured:
+        batches = evaluation(self.plan.dataset, self.plan.recipe, self.replica, self.workers)
+        return self._trainer.evaluate(batches, ema=ema)
 
     def _save(self, step: int) -> None:
         with self._checkpoints.writing(step, leading=self._leading) as folder:
