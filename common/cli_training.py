@@ -18,7 +18,7 @@ from common.architectures import Spec
 from common.backend import COLUMNS, cores, resolve
 from common.datasets import Dataset
 from common.errors import InputError
-from common.terminal import check_writable, err, native_silence, out
+from common.terminal import check_writable, counting, err, native_silence, out
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
@@ -64,7 +64,8 @@ def train(
 ) -> None:
     """Train a network natively in one framework; a run that was killed goes on with --resume."""
     column = resolve(name)
-    dataset = datasets.open(data, skip_bad=skip_bad)
+    with counting("looking at images") as seen:
+        dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
     chosen = recipes.changed(_recipe(recipe, data, output if resume else None), settings or [])
     plan = Plan(
         variant=variant,
@@ -122,7 +123,8 @@ def evaluate(
     from common.downloads import fetch
 
     column = resolve(name)
-    dataset = datasets.open(data, skip_bad=skip_bad)
+    with counting("looking at images") as seen:
+        dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
     chosen = recipes.changed(_recipe(recipe, data, None), settings or [])
     found = load_fetched(fetch(weights))
     _fits(found.spec, weights, dataset)

@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, unquote, urldefrag, urlsplit
 
 from common import known_weights
 from common.errors import DownloadError, framework
-from common.files import reason
+from common.files import cache_folder, reason
 from common.known_weights import KnownWeights
 
 _TIMEOUT = (10, 30)  # seconds to connect, and without a single byte
@@ -77,16 +77,6 @@ def fetch(reference: str | Path, *, variant: str | None = None, progress: bool |
             raise DownloadError(f"the weights' URL is none: {reason(error)}") from None
         return _downloaded(url, known_weights.find(url), progress, fragment)
     raise DownloadError(f"weights {reference!r}: there is no such file; expected {_EXPECTED}")
-
-
-def cache_folder() -> Path:
-    """Where downloads of URLs are kept: $RESNET_PARITY_CACHE, or the user's cache folder."""
-    asked = os.environ.get("RESNET_PARITY_CACHE")
-    if asked:
-        return Path(asked).expanduser()
-    with framework(_LIBRARIES):
-        import pooch
-    return Path(pooch.os_cache("resnet-parity"))
 
 
 def _local(path: Path) -> Fetched:

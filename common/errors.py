@@ -1,6 +1,7 @@
 """One error hierarchy: every error a user can cause is a `ParityError` whose message is one line.
 
-A message says what was found, what was expected and what to do. The command line prints it and exits with 2.
+A message says what was found, what was expected and what to do; where many files are at fault, a list of them follows.
+The command line prints it and exits with 2.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all, and opening safetensors so that a bad one is one line."""
+"""Writing a file so that it is there whole or not at all, safetensors of which a bad one is one line, and the cache."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from common.errors import ParityError
@@ -24,6 +25,12 @@ _DTYPES = {
     "BOOL": "?",
     "C64": "<c8",
 }
+
+
+def cache_folder() -> Path:
+    """Where what can be had again is kept: $RESNET_PARITY_CACHE, or the user's cache folder."""
+    asked = os.environ.get("RESNET_PARITY_CACHE")
+    return Path(asked).expanduser() if asked else user_cache_path("resnet-parity")
 
 
 @contextmanager

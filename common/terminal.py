@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from common.errors import InputError
 
@@ -63,6 +71,16 @@ def progress_bar(title: str, total: int | None) -> Iterator[Callable[[str, str],
             bar.update(task, advance=1, doing=" | ".join(f"{b} {w}" for b, w in doing.items()))
 
         yield step
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of how many of how many things are done, once there are some; nothing without a terminal."""
+    console = err()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def choices(option: str, text: str, allowed: list[str] | tuple[str, ...] | None) -> list[str]:

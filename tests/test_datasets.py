@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from common import datasets
+from common import images as photographs
 from common.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -27,12 +30,12 @@ def everything(examples):
     return examples.images(np.arange(len(examples))), examples.labels
 
 
-def refused(name, **options):
-    """The message of the error that opening raises: a `DataError` of one line that names the file."""
+def refused(name, lines=1, **options):
+    """The message of the error that opening raises: a `DataError` that names the file, in one line and a list."""
     with pytest.raises(DataError) as caught:
         datasets.open(str(name), **options)
     message = str(caught.value)
-    assert "\n" not in message
+    assert len(message.splitlines()) == lines
     assert str(name) in message
     return message
 
@@ -418,6 +421,12 @@ def colour(value, size=(24, 16)):
 
 
 class TestFolder:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path_factory, monkeypatch):
+        folder = tmp_path_factory.mktemp("cache")
+        monkeypatch.setenv("RESNET_PARITY_CACHE", str(folder))
+        return folder
+
     @pytest.fixture
     def tree(self, tmp_path):
         """Two classes of ten photographs each, told by their colour."""
@@ -509,11 +518,16 @@ class TestFolder:
 
     def test_images_that_cannot_be_read_are_listed_and_refused(self, tree):
         names = self.harmed(tree)
-        message = refused(tree)
-        assert message.startswith("4 of 24 images cannot be read: ")
-        assert "--skip-bad" in message
-        assert sum(name in message for name in names) == 3
-        assert " and 1 more;" in message
+        first, *listed = refused(tree, lines=5).splitlines()
+        assert first.startswith("4 of 24 images cannot be read")
+        assert first.endswith("--skip-bad:")
+        assert len(listed) == 4
+        assert all(any(name in line for line in listed) for name in names)
+
+    def test_of_very_many_that_cannot_be_read_a_hundred_are_listed(self, tree):
+        for n in range(102):
+            (tree / "cats" / f"bad{n}.jpg").write_bytes(b"")
+        assert refused(tree, lines=102).splitlines()[-1] == "  and 2 more"
 
     def test_with_skip_bad_they_are_left_out_and_noted(self, tree):
         whole = self.values(datasets.open(str(tree)).train)
@@ -522,7 +536,67 @@ class TestFolder:
         assert self.values(found.train) == whole
         (note,) = found.notes
         assert note.startswith("left out 4 of 24 images")
-        assert sum(name in note for name in names) == 3
+        assert all(name in note for name in names)
+
+    @pytest.fixture
+    def looked_at(self, monkeypatch):
+        """The names of the images that are decoded."""
+        names, examine = [], photographs.examine
+
+        def noted(path):
+            names.append(path.name)
+            return examine(path)
+
+        monkeypatch.setattr(photographs, "examine", noted)
+        return names
+
+    def test_a_second_time_only_what_has_changed_is_decoded(self, tree, looked_at):
+        sizes = datasets.open(str(tree)).size
+        assert len(looked_at) == 20
+        looked_at.clear()
+        assert datasets.open(str(tree)).size == sizes
+        assert not looked_at
+        changed = next((tree / "cats").iterdir())
+        changed.write_bytes(b"no image")
+        (tree / "dogs" / "new.png").write_bytes((tree / "cats" / sorted(os.listdir(tree / "cats"))[-1]).read_bytes())
+        assert changed.name in refused(tree, lines=2)
+        assert sorted(looked_at) == sorted([changed.name, "new.png"])
+
+    def test_one_that_could_not_be_read_is_looked_at_again(self, tree, looked_at):
+        self.harmed(tree)
+        datasets.open(str(tree), skip_bad=True)
+        looked_at.clear()
+        datasets.open(str(tree), skip_bad=True)
+        assert sorted(looked_at) == ["bomb.png", "cut.jpg", "empty.jpg", "text.png"]
+
+    def test_another_folder_is_not_the_one_that_is_remembered(self, tree, tmp_path_factory, looked_at):
+        datasets.open(str(tree))
+        copy = shutil.copytree(tree, tmp_path_factory.mktemp("copy") / "of-it")
+        looked_at.clear()
+        datasets.open(str(copy))
+        assert len(looked_at) == 20
+
+    @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"pillow": "0.0", "images": []}', b'{"images": [1]}'])
+    def test_a_damaged_memory_is_none(self, tree, looked_at, cache, content):
+        datasets.open(str(tree))
+        (memory,) = cache.iterdir()
+        memory.write_bytes(content)
+        looked_at.clear()
+        datasets.open(str(tree))
+        assert len(looked_at) == 20
+
+    def test_without_a_place_to_remember_all_is_looked_at_each_time(self, tree, looked_at, cache, monkeypatch):
+        (cache / "file").write_bytes(b"")
+        monkeypatch.setenv("RESNET_PARITY_CACHE", str(cache / "file" / "below"))
+        for _ in range(2):
+            looked_at.clear()
+            datasets.open(str(tree))
+            assert len(looked_at) == 20
+
+    def test_how_many_were_looked_at_is_told(self, tree):
+        told = []
+        datasets.open(str(tree), seen=lambda done, total: told.append((done, total)))
+        assert told == [(n, 20) for n in range(1, 21)]
 
     def test_a_class_without_a_readable_image_is_refused_even_then(self, tree):
         for path in (tree / "dogs").iterdir():

@@ -1,5 +1,6 @@
 """Data sets: scikit-learn's digits, CIFAR, MNIST and its like, and folders of photographs. Nothing is downloaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from common.datasets import cifar, digits, folder, idx
@@ -15,11 +16,12 @@ _KNOWN = (
 )
 
 
-def open(name: str, *, skip_bad: bool = False) -> Dataset:
+def open(name: str, *, skip_bad: bool = False, seen: Callable[[int, int], None] = lambda done, total: None) -> Dataset:
     """The data set of this name, ``digits``, or in this folder or archive, told by what is in it.
 
     Raises `DataError` for one that is missing, damaged or of no known form, and for images that cannot be read unless
-    `skip_bad`: then they are left out and the notes say which.
+    `skip_bad`: then they are left out and the notes say which. `seen` is told how many of how many images of a folder
+    were looked at.
     """
     if name == "digits":
         return digits.load()
@@ -36,5 +38,5 @@ def open(name: str, *, skip_bad: bool = False) -> Dataset:
     if idx.find(path):
         return idx.load(path)
     if folder.find(path):
-        return folder.load(path, skip_bad=skip_bad)
+        return folder.load(path, skip_bad=skip_bad, seen=seen)
     raise DataError(f"{name}: holds no data set of a known form; expected {_KNOWN}")

@@ -5,22 +5,27 @@ checksums (SHA-256). So the split is the same on every machine and in every year
 at most one other.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from common import images
 from common.backend import cores
 from common.datasets.base import Dataset, Examples, few
 from common.errors import DataError, InputError
-from common.files import reason
+from common.files import cache_folder, reason, written
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _TESTS = ("test", "val", "validation")
+_MOST_LISTED = 100
 Parts = dict[str, dict[str, list[str]]]  # file names by part and class
+Seen = Callable[[int, int], None]  # is told how many images of how many were looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +51,17 @@ def find(folder: Path) -> bool:
     return any(_photographs(one) for one in _folders(folder)) or bool(_folders(folder / "train"))
 
 
-def load(folder: Path, *, skip_bad: bool = False) -> Dataset:
+def load(folder: Path, *, skip_bad: bool = False, seen: Seen = lambda done, total: None) -> Dataset:
     """The photographs below a folder, in RGB.
 
-    All are decoded once, in threads, since one that cannot be would end the training hours later: those are refused, a
-    few by name; with `skip_bad` they are left out, and `notes` says which. Raises `DataError`.
+    All are decoded once, in threads, since one that cannot be would end the training hours later: those are refused by
+    name; with `skip_bad` they are left out, and `notes` says which. Those that could be read are remembered in the
+    user's cache folder, by size and time of change. Raises `DataError`.
     """
     root = folder.absolute()
     found = _listed(root)
-    sizes, notes = _examined(
-        root, [name for one in found.values() for names in one.values() for name in names], skip_bad
-    )
+    names = [name for one in found.values() for names in one.values() for name in names]
+    sizes, notes = _readable(root, names, skip_bad, seen)
     readable = {
         part: {label: [name for name in names if name in sizes] for label, names in one.items()}
         for part, one in found.items()
@@ -127,25 +132,82 @@ def _inside(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: cannot be read: {reason(error)}") from None
 
 
-def _examined(root: Path, names: list[str], skip_bad: bool) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+def _readable(
+    root: Path, names: list[str], skip_bad: bool, seen: Seen
+) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
     """Height and width of every image that can be read, and a note on the others."""
+    sizes = _examined(root, names, seen)
+    bad = [error for error in sizes.values() if isinstance(error, InputError)]
+    if bad:
+        count = f"{len(bad)} of {len(names)} images"
+        listed = "".join(f"\n  {error}" for error in bad[:_MOST_LISTED])
+        if len(bad) > _MOST_LISTED:
+            listed += f"\n  and {len(bad) - _MOST_LISTED} more"
+        if not skip_bad:
+            raise DataError(
+                f"{count} cannot be read; repair or remove them, or leave them out with --skip-bad:{listed}"
+            )
+        notes = (f"left out {count}, which cannot be read:{listed}",)
+    return {name: size for name, size in sizes.items() if not isinstance(size, InputError)}, notes if bad else ()
+
+
+def _examined(root: Path, names: list[str], seen: Seen) -> dict[str, tuple[int, int] | InputError]:
+    """Height and width of every image, or why it cannot be read: decoded, or as remembered of a file not changed since.
+
+    Decoding ImageNet takes hours of a core, and each process of each start would.
+    """
+    memory = _Memory(root)
 
     def examined(name: str) -> tuple[int, int] | InputError:
         try:
-            return images.examine(root / name)
+            state = _state(root / name)
+            size = memory.sizes.get((name, *state)) or images.examine(root / name)
         except InputError as error:
             return error
+        now[name, *state] = size
+        return size
 
+    now: dict[tuple[str, int, int], tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, int] | InputError] = {}
     with images.quiet(), ThreadPool(cores()) as pool:
-        sizes = dict(zip(names, pool.map(examined, names, chunksize=16), strict=True))
-    bad = [error for error in sizes.values() if isinstance(error, InputError)]
-    if bad and not skip_bad:
-        raise DataError(
-            f"{len(bad)} of {len(names)} images cannot be read: {few(bad)}; repair or remove them, or leave them out "
-            "with --skip-bad"
-        )
-    notes = (f"left out {len(bad)} of {len(names)} images, which cannot be read: {few(bad)}",) if bad else ()
-    return {name: size for name, size in sizes.items() if not isinstance(size, InputError)}, notes
+        for name, size in zip(names, pool.imap(examined, names, chunksize=16), strict=True):
+            sizes[name] = size
+            seen(len(sizes), len(names))
+    if now != memory.sizes:
+        memory.keep(now)
+    return sizes
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """A file's size and time of change. Raises `InputError`."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: the image cannot be read: {reason(error)}") from None
+    return found.st_size, found.st_mtime_ns
+
+
+class _Memory:
+    """Of a folder's images that could be read: by name, size and time of change of the file, the image's size."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = cache_folder() / f"images-{sha256(str(root).encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+        self.sizes: dict[tuple[str, int, int], tuple[int, int]] = {}
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            if found["pillow"] == PIL.__version__:  # another one may read more, or less
+                self.sizes = {(name, *state): (h, w) for name, *state, h, w in found["images"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # nothing is remembered, and all is looked at
+
+    def keep(self, sizes: dict[tuple[str, int, int], tuple[int, int]]) -> None:
+        content = {"pillow": PIL.__version__, "images": [[*key, *size] for key, size in sizes.items()]}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with written(self._path, DataError) as beside:
+                beside.write_text(json.dumps(content), encoding="utf-8")
+        except (OSError, DataError):
+            pass  # a cache that cannot be written, as in a container
 
 
 def _split(root: Path, found: dict[str, list[str]]) -> Parts:
