@@ -106,7 +106,8 @@ def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Mod
         # Block by block: more than a block's parameters need never be whole at a time.
         for block in (block for stage in model.children() if isinstance(stage, nn.Sequential) for block in stage):
             fully_shard(block)
-        fully_shard(model)
+        # Of the outermost, else, an evaluation leaves the parameters whole, which are others than the optimiser's.
+        fully_shard(model, reshard_after_forward=True)
         return model
     return DistributedDataParallel(
         model,

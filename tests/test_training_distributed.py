@@ -64,8 +64,11 @@ def wait_for_step(folder, step, processes):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("backend", ["torch", "flax", "keras:jax"])
-def test_two_processes_take_the_steps_of_one(backend, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "fsdp"), [("torch", "0"), ("torch", "1"), ("flax", "0"), ("keras:jax", "0")], ids=str
+)
+def test_two_processes_take_the_steps_of_one(backend, fsdp, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_PARITY_FSDP", fsdp)
     codes, said = ended(launched(backend, tmp_path / "two"), 300)
     assert not any(codes), said
     alone = subprocess.run([sys.executable, *command(backend, tmp_path / "one")], capture_output=True, text=True)
@@ -77,8 +80,8 @@ def test_two_processes_take_the_steps_of_one(backend, tmp_path):
     assert not [line for text in said for line in text.splitlines() if "Traceback" in line]
 
 
-@pytest.mark.parametrize("backend", ["torch", "flax"])
-def test_a_killed_worker_ends_the_others_and_one_process_goes_on(backend, tmp_path):
+@pytest.mark.parametrize(("backend", "rank"), [("torch", -1), ("flax", -1), ("flax", 0), ("keras:jax", 0)])
+def test_a_killed_worker_ends_the_others_and_one_process_goes_on(backend, rank, tmp_path):
     folder = tmp_path / "run"
     processes = launched(backend, folder)
     wait_for_step(folder, 4, processes)
@@ -87,13 +90,13 @@ def test_a_killed_worker_ends_the_others_and_one_process_goes_on(backend, tmp_pa
         children = psutil.Process(processes[0].pid).children(recursive=True)
         workers = [child.pid for child in children if "common.cli" in child.cmdline()]
     killed = time.monotonic()
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(workers[rank], signal.SIGKILL)
     codes, said = ended(processes, 90)
     assert time.monotonic() - killed < 60
     assert all(codes), said
     assert not (folder / "final.safetensors").exists()
     if backend != "torch":  # whose launcher may stop the other before it speaks
-        assert "another process ended or did not answer" in said[0]
+        assert "another process ended or did not answer" in said[rank + 1]
     alone = subprocess.run([sys.executable, *command(backend, folder, "--resume")], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert (folder / "final.safetensors").exists()

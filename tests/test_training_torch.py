@@ -437,6 +437,7 @@ for number, (recipe, spec, fsdp) in enumerate(CASES.values()):
         return replica.rank == 0 or len(measured) < STEPS
     batches = [share(batch, replica) for batch in made(recipe, STEPS + 2, spec)]
     trainer.fit(batches, after)
+    trainer.evaluate(batches)
     test = trainer.evaluate(batches, ema=True)
     trainer.save(folder)
     single.fit(batches[:3], lambda measured: True)
