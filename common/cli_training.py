@@ -26,7 +26,7 @@ from common.training.run import Event, Observer, Plan, Result, Run
 from common.training.trainer import SINGLE, Replica
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
-_RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file. [default: digits for digits, else cifar2015]"
+_RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file. [default: the one made for the data]"
 Data = Annotated[str, typer.Option("--data", metavar="digits|DIR", help=_DATA)]
 BackendName = Annotated[str, typer.Option("--backend", help=f"One of {', '.join(COLUMNS)}.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE|PRESET", help=_RECIPE)]
@@ -66,7 +66,7 @@ def train(
     column = resolve(name)
     with counting("looking at images") as seen:
         dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
-    chosen = recipes.changed(_recipe(recipe, data, output if resume else None), settings or [])
+    chosen = recipes.changed(_recipe(recipe, dataset, output if resume else None), settings or [])
     plan = Plan(
         variant=variant,
         spec=_fitting(architectures.find(variant), variant, dataset, chosen),
@@ -118,14 +118,15 @@ def evaluate(
     workers: Workers = 0,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Measure loss and accuracy of any checkpoint on a data set's test images."""
+    """Measure loss and accuracy of any checkpoint on a data set's test images, resized and normalised by a recipe."""
     from common.checkpoints import load_fetched
     from common.downloads import fetch
 
     column = resolve(name)
     with counting("looking at images") as seen:
         dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
-    chosen = recipes.changed(_recipe(recipe, data, None), settings or [])
+    # Of the test images, even where a training by this recipe holds some others out.
+    chosen = recipes.changed(_recipe(recipe, dataset, None).replace(validation=0), settings or [])
     found = load_fetched(fetch(weights))
     _fits(found.spec, weights, dataset)
     engine = backend.start_here(column, threads or cores())
@@ -153,11 +154,11 @@ def plot(
     out().print(f"{output}: {len(folders)} runs")
 
 
-def _recipe(given: str | None, data: str, run: Path | None) -> TrainingRecipe:
+def _recipe(given: str | None, dataset: Dataset, run: Path | None) -> TrainingRecipe:
     """The recipe that is named; of a run that goes on its own; else the data set's."""
     if given is None and run is not None and (run / runs.FILE).exists():
         return recipes.from_dict(runs.facts(run)["recipe"])
-    return recipes.find(given or ("digits" if data == "digits" else "cifar2015"))
+    return recipes.find(given or dataset.recipe)
 
 
 def _begun_with(run: Path) -> Path | None:
@@ -243,10 +244,10 @@ def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]
             m = event.measured
             doing = f"loss {m.loss:.4f}  acc {m.accuracy:6.2%}  {event.images_per_second:,.0f} images/s"
             bar.update(task, total=event.steps, completed=event.step, doing=doing)
-            if event.test is not None and replica.rank == 0:
+            if event.evaluated is not None and replica.rank == 0:
                 bar.console.print(
-                    f"epoch {event.epoch:5.1f}  loss {m.loss:.4f}  test loss {event.test.loss:.4f}  "
-                    f"accuracy {event.test.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s",
+                    f"epoch {event.epoch:5.1f}  loss {m.loss:.4f}  {event.part} loss {event.evaluated.loss:.4f}  "
+                    f"accuracy {event.evaluated.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,

@@ -46,6 +46,7 @@ DATA = Dataset(
     size=(4, 5),
     mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.3, 0.4),
+    recipe="digits",
 )
 AUGMENTED = PLAIN.replace(augmentation={"pad": 2, "flip": True, "color_jitter": 0.3})
 
@@ -173,9 +174,13 @@ class TestReplicas:
             getattr(pipeline, make)(DATA, PLAIN, replica=Replica(rank=0, count=5), **options)
 
     def test_a_batch_larger_than_the_training_set(self):
-        with pytest.raises(RecipeError, match="batch_size=101; numbers has 100 training images"):
+        with pytest.raises(
+            RecipeError, match=r"batch_size=101; numbers has 100 training images; set a smaller batch_size$"
+        ):
             pipeline.steps_per_epoch(DATA, PLAIN.replace(batch_size=101))
-        with pytest.raises(RecipeError, match="batch_size=12; numbers has 11 training images after 89 held out"):
+        with pytest.raises(
+            RecipeError, match=r"11 training images after 89 held out; set a smaller batch_size or validation$"
+        ):
             batches(PLAIN.replace(validation=89))
 
 

@@ -262,6 +262,29 @@ def test_evaluate_measures_what_the_run_measured_in_every_framework(whole):
         assert not done.stderr
 
 
+def test_images_held_out_are_evaluated_after_every_epoch_and_the_test_images_at_the_end(tmp_path):
+    folder, picture = tmp_path / "run", tmp_path / "curves.svg"
+    done = ran("torch", folder, "--set", "validation=100", "--set", "epochs=2", "--set", "ema_decay=0.9")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics.read(folder) if line["kind"] != "train"]
+    assert [(line["kind"], line["epoch"]) for line in lines] == [("validation", 1), ("validation", 2), ("test", 2)]
+    words = [" ".join(line.split()[4:6]) for line in done.stderr.splitlines()]
+    assert words == ["validation loss", "validation loss", "test loss"]
+    accuracy = f"accuracy {lines[-1]['accuracy']:.2%}"
+    assert accuracy in done.stdout
+    # The command to evaluate means the test images, whatever a recipe holds out of the others.
+    evaluate = [sys.executable, "-m", "common.cli", "evaluate", "--weights", str(folder / "final.safetensors")]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(run.facts(folder)["recipe"]))
+    found = subprocess.run([*evaluate, "--recipe", str(recipe)], capture_output=True, text=True)
+    assert accuracy in found.stdout
+    assert "of 355)" in found.stdout
+    found = subprocess.run([*evaluate, "--set", "validation=100"], capture_output=True, text=True)
+    assert f"accuracy {lines[1]['accuracy']:.2%}" in found.stdout
+    plotted = subprocess.run([sys.executable, "-m", "common.cli", "plot", str(folder), "-o", str(picture)])
+    assert plotted.returncode == 0
+
+
 def test_plot_draws_the_runs_over_each_other(whole, tmp_path):
     picture = tmp_path / "curves.png"
     arguments = ["plot", str(whole("torch")), str(whole("flax")), "-o", str(picture)]

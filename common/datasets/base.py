@@ -42,6 +42,7 @@ class Dataset:
     size: tuple[int, int] | None  # height and width; None where images differ
     mean: tuple[float, ...]  # by channel, of values 0 … 1
     std: tuple[float, ...]
+    recipe: str  # the preset that was made for it, or for what is most like it
     notes: tuple[str, ...] = ()  # what a person should know, as the files that were left out
 
 

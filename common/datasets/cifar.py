@@ -122,6 +122,7 @@ def load(files: Files) -> Dataset:
         size=(32, 32),
         mean=mean,
         std=std,
+        recipe="cifar2015",
     )
 
 

@@ -44,4 +44,5 @@ def load() -> Dataset:
         # Of the 1442 scans to train on.
         mean=(0.3050,),
         std=(0.3755,),
+        recipe="digits",
     )

@@ -83,6 +83,7 @@ def load(folder: Path, *, skip_bad: bool = False, seen: Seen = lambda done, tota
         size=used.pop() if len(used) == 1 else None,
         mean=tuple(images.IMAGENET_MEAN.tolist()),
         std=tuple(images.IMAGENET_STD.tolist()),
+        recipe="imagenet2015",
         notes=notes,
     )
 

@@ -52,6 +52,7 @@ def load(folder: Path) -> Dataset:
         size=(train.shape[0], train.shape[1]),
         mean=(mean,),
         std=(std,),
+        recipe="fashion_mnist_224",
     )
 
 

@@ -12,7 +12,8 @@ _FORMATS = ("png", "svg", "pdf")
 
 
 def draw(folders: Sequence[Path], output: Path) -> None:
-    """Loss of every step (the mean of its epoch where steps are many) and test accuracy of every epoch.
+    """Loss of every step (the mean of its epoch where steps are many), and accuracy of every epoch on the images that
+    were held out, or else on the test images.
 
     Raises `TrainingError` for a folder that is no run, has no metrics yet, or a kind of picture that is unknown.
     """
@@ -28,13 +29,17 @@ def draw(folders: Sequence[Path], output: Path) -> None:
         if not lines:
             raise TrainingError(f"{folder}: has no metrics yet; train it first")
         label = f"{folder.name}: {facts['variant']} {facts['backend']}"
-        train, test = ([line for line in lines if line["kind"] == kind] for kind in ("train", "test"))
+        by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "validation", "test")}
+        train, evaluated = by_kind["train"], by_kind["validation"] or by_kind["test"]
         losses.plot(*_smoothed([line["epoch"] for line in train], [line["loss"] for line in train]), label=label)
         accuracies.plot(
-            [line["epoch"] for line in test], [100 * line["accuracy"] for line in test], marker=".", label=label
+            [line["epoch"] for line in evaluated],
+            [100 * line["accuracy"] for line in evaluated],
+            marker=".",
+            label=label,
         )
     losses.set(title="training loss", xlabel="epoch", yscale="log")
-    accuracies.set(title="accuracy on test images, %", xlabel="epoch")
+    accuracies.set(title="accuracy on images not trained on, %", xlabel="epoch")
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
     accuracies.legend(loc="lower right", fontsize="small")

@@ -37,7 +37,7 @@ class Metrics:
         self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line, and one point in every curve ``<kind>/<name>``; `kind` is train or test."""
+        """One line, and one point in every curve ``<kind>/<name>``; `kind` is train, validation or test."""
         self._lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._lines.flush()
         points = [self._summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]

@@ -41,7 +41,10 @@ def steps_per_epoch(dataset: Dataset, recipe: TrainingRecipe) -> int:
     count = len(dataset.train) - recipe.validation
     if count < recipe.batch_size:
         held = f" after {recipe.validation} held out" if recipe.validation else ""
-        raise RecipeError(f"batch_size={recipe.batch_size}; {dataset.name} has {max(0, count)} training images{held}")
+        raise RecipeError(
+            f"batch_size={recipe.batch_size}; {dataset.name} has {max(0, count)} training images{held}; "
+            f"set a smaller batch_size{' or validation' if recipe.validation else ''}"
+        )
     return count // recipe.batch_size
 
 

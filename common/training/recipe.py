@@ -86,7 +86,9 @@ class TrainingRecipe:
     precision: Precision = "float32"  # of the network's arithmetic; parameters are float32 in both
     zero_gamma: bool = False  # the last norm's scale of every block begins at zero
     seed: int = 0  # of initial weights, order and augmentation
-    validation: int = 0  # examples at the end of the training set that are held out, and evaluated in place of the test
+    # So many training examples, the last of a fixed permutation, are held out and evaluated after every epoch, the test
+    # images at the end alone.
+    validation: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:

@@ -70,7 +70,9 @@ class Event:
     epoch: float
     measured: Measured
     images_per_second: float  # since the epoch began, checkpoints left out
-    test: Measured | None = None  # at the end of an epoch
+    # At the end of an epoch, on "test" images or on those held out, "validation".
+    part: str | None = None
+    evaluated: Measured | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,17 +158,18 @@ class Run:
                     self._save(reached)
                     return result
                 step = reached
-                self._evaluate(result)
-                if metrics is not None and last is not None and result.test is not None:
-                    metrics.add("test", step, {"epoch": step / self._epoch} | _values(result.test, result.ema))
-                    self._observer.step(replace(last, test=result.test))
+                for part in self._evaluated(step):
+                    found = self._evaluate(part, result)
+                    if metrics is not None and last is not None:
+                        metrics.add(part, step, {"epoch": step / self._epoch} | _values(*found))
+                        self._observer.step(replace(last, part=part, evaluated=found[0]))
                 if step == self._steps or not self.every:
                     self._save(step)
         finally:
             if metrics is not None:
                 metrics.close()
         if result.test is None:  # resumed at its end
-            self._evaluate(result)
+            self._evaluate("test", result)
         result.weights = self._finish()
         result.seconds = time.perf_counter() - started
         return result
@@ -201,9 +204,7 @@ class Run:
             step += 1
             speed = (step - start) * measured.count / (time.perf_counter() - began)
             epoch = step / self._epoch
-            last = Event(
-                step=step, steps=self._steps, epoch=epoch, measured=measured, images_per_second=speed, test=None
-            )
+            last = Event(step=step, steps=self._steps, epoch=epoch, measured=measured, images_per_second=speed)
             if not isfinite(measured.loss):
                 return False
             if silent:
@@ -233,14 +234,23 @@ class Run:
     def _rate(self, step: int) -> float:
         return self.plan.recipe.learning_rate_at(step, self._epoch)
 
-    def _evaluate(self, result: Result) -> None:
-        result.test = self._measured(ema=False)
-        if self._averaged:
-            result.ema = self._measured(ema=True)
+    def _evaluated(self, step: int) -> tuple[str, ...]:
+        """The parts of the data to be evaluated after the epoch that ends with this step."""
+        if not self.plan.recipe.validation:
+            return ("test",)
+        return ("validation", "test") if step == self._steps else ("validation",)
 
-    def _measured(self, *, ema: bool) -> Measured:
-        batches = evaluation(self.plan.dataset, self.plan.recipe, self.replica, self.workers)
-        return self._trainer.evaluate(batches, ema=ema)
+    def _evaluate(self, part: str, result: Result) -> tuple[Measured, Measured | None]:
+        """The weights on a part of the data, and their moving average; on the test images it is the result's too."""
+        recipe = self.plan.recipe if part == "validation" else self.plan.recipe.replace(validation=0)
+
+        def measured(*, ema: bool) -> Measured:
+            return self._trainer.evaluate(evaluation(self.plan.dataset, recipe, self.replica, self.workers), ema=ema)
+
+        found = measured(ema=False), measured(ema=True) if self._averaged else None
+        if part == "test":
+            result.test, result.ema = found
+        return found
 
     def _save(self, step: int) -> None:
         with self._checkpoints.writing(step, leading=self._leading) as folder:
