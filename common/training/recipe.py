@@ -106,7 +106,8 @@ class TrainingRecipe:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
         require(self, "epochs", self.epochs > 0, above)
         require(self, "steps", self.steps is None or self.steps >= 1, "1 or more, or none")
-        require(self, "warmup_steps", not (self.warmup_steps and self.warmup_epochs), "one of it and warmup_epochs")
+        both = self.warmup_steps and self.warmup_epochs
+        require(self, "warmup_steps", not both, f"0 beside warmup_epochs={self.warmup_epochs}; set one of them to 0")
         rising = all(a < b for a, b in zip((0, *self.milestones), self.milestones, strict=False))
         require(self, "milestones", rising, "rising numbers of steps")
         require(
