@@ -13,7 +13,7 @@ import numpy as np
 
 from common import weights as canonical
 from common.architectures import Spec
-from common.errors import CheckpointError, TrainingError
+from common.errors import CheckpointError, RecipeError, TrainingError
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Batch, Measured, Replica
 from common.weights import Weights
@@ -84,9 +84,16 @@ def eval_step(
 
 
 class FlaxTrainer:
-    """See `common.training.trainer.Trainer`. Raises `TrainingError` for a network without a classifier."""
+    """See `common.training.trainer.Trainer`.
+
+    Raises `TrainingError` for a network without a classifier, `RecipeError` for batches that the devices cannot share.
+    """
 
     def __init__(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> None:
+        if recipe.batch_size % jax.device_count():
+            raise RecipeError(
+                f"batch_size={recipe.batch_size}; expected a multiple of the {jax.device_count()} devices that share it"
+            )
         self._spec, self._recipe, self._replica = spec, recipe, replica
         self._dtype = np.dtype(dtype)
         narrow = recipe.precision == "bfloat16" and dtype == "float32"
@@ -211,11 +218,6 @@ class FlaxTrainer:
         return {name: array.copy() for name, array in from_collection(self._spec, collection, tree).items()}
 
     def _arguments(self, batch: Batch) -> Arguments:
-        devices = jax.local_device_count()
-        if len(batch.labels) % devices:
-            raise TrainingError(
-                f"{len(batch.labels)} examples cannot be shared by {devices} devices evenly; choose another batch size"
-            )
         rate = np.asarray(batch.learning_rate, self._dtype)
         return self._shared(batch.images), self._shared(batch.labels), jax.device_put(rate, self._whole)
 

@@ -165,4 +165,4 @@ def synchronise(model: Any) -> None:
 
 def _check_divisible(batch_size: int, devices: int) -> None:
     if batch_size % devices:
-        raise RecipeError(f"batch_size={batch_size} cannot be divided among {devices} devices; take a multiple of that")
+        raise RecipeError(f"batch_size={batch_size}; expected a multiple of the {devices} devices that share it")

@@ -695,7 +695,7 @@ def test_batches_that_cannot_be_divided_and_a_single_device_are_refused(monkeypa
     monkeypatch.setattr(distributed._State, "joined", True)
     with pytest.raises(TrainingError, match=r"TensorFlow has one device only, .*CPU:0; leave --distributed out"):
         distributed.scope(8)
-    with pytest.raises(RecipeError, match="batch_size=9 cannot be divided among 2 devices"):
+    with pytest.raises(RecipeError, match="batch_size=9; expected a multiple of the 2 devices"):
         distributed._check_divisible(9, 2)
 
 
