@@ -37,20 +37,21 @@ TIMEOUT = 30
 def join() -> Replica:
     """Join the other processes: those of the cluster that JAX finds, or that the variables above name.
 
-    On CPUs they talk over gloo. Raises `TrainingError` where there are none, or they cannot be reached.
+    On CPUs they talk over gloo. Raises `TrainingError` where there are none; ends the process where they do not come.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address, *numbers = cluster.complete()
     try:
         count, rank = (int(number) if number else None for number in numbers)
-        jax.distributed.initialize(
-            address,
-            count,
-            rank,
-            initialization_timeout=2 * TIMEOUT,
-            heartbeat_timeout_seconds=TIMEOUT,
-            shutdown_timeout_seconds=4 * TIMEOUT,
-        )
+        with cluster.waiting(2 * TIMEOUT):
+            jax.distributed.initialize(
+                address,
+                count,
+                rank,
+                initialization_timeout=4 * TIMEOUT,
+                heartbeat_timeout_seconds=TIMEOUT,
+                shutdown_timeout_seconds=4 * TIMEOUT,
+            )
     except (RuntimeError, ValueError, TypeError) as error:  # the last of a JAX too old to know them all
         hint = (
             f"are all processes running, and {address} reachable" if address else f"set {', '.join(cluster.SETTINGS)}"

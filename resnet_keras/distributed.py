@@ -40,7 +40,7 @@ def join() -> Replica:
     On JAX they are those of a cluster that it knows (Slurm, Open MPI, Kubernetes, Cloud TPU). Elsewhere every process
     is started with ``RESNET_PARITY_COORDINATOR=host:port`` (of process 0, a port that is free there),
     ``RESNET_PARITY_PROCESSES`` and its own ``RESNET_PARITY_PROCESS``, counted from 0. On TensorFlow there is only one.
-    Raises `TrainingError` where the others cannot be reached, and for what the engine cannot do.
+    Raises `TrainingError` for what the engine cannot do; ends the process where the others do not come.
     """
     engine = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     given = cluster.given()
@@ -69,9 +69,10 @@ def _join_jax() -> Replica:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         count, rank = (None if number is None else int(number) for number in numbers)
-        jax.distributed.initialize(
-            address, count, rank, initialization_timeout=2 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
-        )
+        with cluster.waiting(2 * TIMEOUT):
+            jax.distributed.initialize(
+                address, count, rank, initialization_timeout=4 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:
         hint = (
             f"are all running, and is {address} reachable" if address else f"is this no cluster? Set {cluster.SETTINGS}"

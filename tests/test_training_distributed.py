@@ -116,6 +116,20 @@ def test_sigterm_to_the_launcher_stops_both_with_a_checkpoint(tmp_path):
     assert len(trained(folder)) == 22
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("package", ["resnet_flax", "resnet_keras"])
+def test_others_that_do_not_come_are_one_line(package, rank):
+    code = f"from {package} import distributed; distributed.TIMEOUT = 2; distributed.join()"
+    address = {"RESNET_PARITY_COORDINATOR": f"127.0.0.1:{free_port()}", "RESNET_PARITY_PROCESSES": "2"}
+    settings = {"RESNET_PARITY_PROCESS": str(rank), "KERAS_BACKEND": "jax", **address}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("resnet-parity: "))
+    assert "the other processes did not join within 4 s" in line
+    assert address["RESNET_PARITY_COORDINATOR"] in line
+    assert "Fatal" not in done.stderr
+
+
 def test_without_a_launcher_it_says_which_one(tmp_path):
     for backend, words in (("torch", "torchrun"), ("flax", "RESNET_PARITY_COORDINATOR")):
         done = subprocess.run(
