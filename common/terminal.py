@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -33,18 +33,23 @@ def err() -> Console:
 
 @contextmanager
 def native_silence() -> Iterator[None]:
-    """While a framework works in this process, what its C++ writes to standard error is not shown; Python's own is."""
-    sys.stderr.flush()
-    before, python = os.dup(2), sys.stderr
-    with tempfile.TemporaryFile() as nowhere, os.fdopen(before, "w", encoding=python.encoding, errors="replace") as own:
-        os.dup2(nowhere.fileno(), 2)
-        sys.stderr = own
+    """While a framework works in this process, what its C++ writes to the terminal is not shown; Python's own is."""
+    python = (sys.stdout, sys.stderr)
+    with tempfile.TemporaryFile() as nowhere, ExitStack() as stack:
+        own = []
+        for number, stream in enumerate(python, 1):
+            stream.flush()
+            kept = open(os.dup(number), "w", encoding=stream.encoding, errors="replace")  # noqa: SIM115
+            own.append(stack.enter_context(kept))
+            os.dup2(nowhere.fileno(), number)
+        sys.stdout, sys.stderr = own
         try:
             yield
         finally:
-            own.flush()
-            os.dup2(before, 2)
-            sys.stderr = python
+            for number, stream in enumerate(own, 1):
+                stream.flush()
+                os.dup2(stream.fileno(), number)
+            sys.stdout, sys.stderr = python
 
 
 @contextmanager
