@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 the same, 1 different, 2 wrong usage or bad input."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,6 +188,9 @@ app.command()(cli_training.plot)
 
 def main() -> None:
     """Run the command line, an error of ours as one line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, as a daemon's
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         app()
     except ParityError as error:

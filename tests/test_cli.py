@@ -271,6 +271,12 @@ def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, t
     assert target.read_text() == "what was there before"
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["list"], 0), (["list", "--nothing"], 2), (["show", "none"], 2)])
+def test_closed_streams_are_no_error(arguments: list[str], code: int) -> None:
+    command = 'exec "$0" -m common.cli "$@" >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command, sys.executable, *arguments]).returncode == code
+
+
 def test_wrong_usage_ends_with_2() -> None:
     assert run("chekc").returncode == 2
     assert run("check", "resnet18", "--no-such-option").returncode == 2
