@@ -274,7 +274,7 @@ class TestAugmentation:
         assert abs(np.corrcoef(draws.T) - np.eye(DRAWS)).max() < 5 / 5000**0.5
 
     def test_normalised_values_are_those_of_the_formula_to_the_bit(self):
-        values = augment.example(self.IMAGE, Augmentation(), self.MEAN, self.STD, None)
+        (values,) = augment.examples([self.IMAGE], Augmentation(), self.MEAN, self.STD, None)
         single = [np.array(one, np.float32) for one in (self.MEAN, self.STD)]
         expected = (self.IMAGE.astype(np.float32) / np.float32(255) - single[0]) / single[1]
         assert values.tobytes() == expected.tobytes()
@@ -362,8 +362,8 @@ class TestAugmentation:
 
     def test_after_training_on_parts_an_image_is_tested_as_torchvision_does(self):
         (photo, *_) = images.sample_photos()
-        made = augment.example(
-            np.asarray(images.read(photo)),
+        (made,) = augment.examples(
+            [np.asarray(images.read(photo))],
             Augmentation(size=224, resized_crop=True, flip=True),
             tuple(images.IMAGENET_MEAN),
             tuple(images.IMAGENET_STD),
@@ -386,7 +386,9 @@ class TestAugmentation:
         for place in range(BATCH):
             generator = np.random.Generator(np.random.Philox(key=key, counter=(3 * BATCH + place) * 8))
             image = DATA.train[labels[place]][0]
-            one = augment.example(image, AUGMENTED.augmentation, DATA.mean, DATA.std, generator)
+            (one,) = augment.examples(
+                [image], AUGMENTED.augmentation, DATA.mean, DATA.std, generator.random((1, DRAWS))
+            )
             assert np.array_equal(one, made[place])
 
     def test_examples_of_different_sizes(self):

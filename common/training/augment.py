@@ -53,20 +53,6 @@ def examples(
     return values
 
 
-def example(
-    image: np.ndarray,
-    augmentation: Augmentation,
-    mean: Sequence[float],
-    std: Sequence[float],
-    generator: np.random.Generator | None,
-) -> np.ndarray:
-    """One image (H, W, C) as an example, its random numbers from `generator`; none for one to test with."""
-    draws = None if generator is None else generator.random((1, DRAWS))
-    made: np.ndarray
-    (made,) = examples([image], augmentation, mean, std, draws)
-    return made
-
-
 def _cut(image: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None) -> np.ndarray:
     """The image at its final size, in uint8."""
     side = augmentation.size
