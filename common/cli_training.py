@@ -133,7 +133,9 @@ def evaluate(
     trainer = engine.trainer(found.spec, chosen, "float32")
     trainer.load(found.weights)
     started = time.perf_counter()
-    measured = trainer.evaluate(runs.evaluation(dataset, chosen, workers=workers))
+    # Of a batch that is larger than all test images, the rest would be padding.
+    sized = chosen.replace(batch_size=min(chosen.batch_size, chosen.validation or len(dataset.test)))
+    measured = trainer.evaluate(runs.evaluation(dataset, sized, workers=workers))
     seconds = time.perf_counter() - started
     out().print(
         f"{weights} on {dataset.name} by {column}: accuracy {measured.accuracy:.2%} "

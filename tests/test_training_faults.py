@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from common.errors import TrainingError
@@ -210,6 +211,23 @@ def test_another_recipe_data_or_network_does_not_go_on_in_the_folder(whole):
         assert done.returncode == 2
         assert words in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    photos, folder = tmp_path / "photos", tmp_path / "run"
+    for label in range(2):
+        (photos / str(label)).mkdir(parents=True)
+        for n in range(6):
+            Image.new("RGB", (8, 8), (100 * label + n,) * 3).save(photos / str(label) / f"{n}.png")
+    data = ["--data", str(photos), "--recipe", "digits", "--set", "batch_size=4", "--set", "epochs=1"]
+    assert ran("torch", folder, *data).returncode == 0
+    (photos / "0" / "3.png").rename(photos / "0" / "30.png")
+    done = ran("torch", folder, *data, "--resume")
+    assert done.returncode == 2
+    assert "was begun with train checksum=" in done.stderr
+    assert f"what is in {photos} has changed since" in done.stderr
+    (photos / "0" / "30.png").rename(photos / "0" / "3.png")
+    assert ran("torch", folder, *data, "--resume").returncode == 0
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):

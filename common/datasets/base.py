@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ class Examples(ABC):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The image (H, W, C) in uint8, and its label. Raises `DataError` for a file that is unreadable by now."""
         return self.images(np.array([range(len(self))[index]]))[0], int(self.labels[index])
+
+    def checksum(self) -> str:
+        """Of what they are and in what order, as far as that is told without reading the images."""
+        return sha256(self.labels.astype("<i8").tobytes()).hexdigest()
 
     @abstractmethod
     def images(self, indices: np.ndarray) -> Sequence[np.ndarray] | np.ndarray:

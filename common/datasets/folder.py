@@ -36,6 +36,10 @@ class Photographs(Examples):
     names: tuple[str, ...]
     labels: np.ndarray
 
+    def checksum(self) -> str:
+        names = "\0".join(self.names).encode("utf-8", "surrogateescape")
+        return sha256(names + super().checksum().encode()).hexdigest()
+
     def images(self, indices: np.ndarray) -> list[np.ndarray]:
         return [self._image(self.root / self.names[index]) for index in indices]
 

@@ -20,7 +20,7 @@ from common import architectures
 from common import weights as canonical
 from common.architectures import Spec
 from common.backend import Backend
-from common.datasets import Dataset
+from common.datasets import Dataset, Examples
 from common.errors import TrainingError
 from common.files import reason, written
 from common.training import pipeline
@@ -33,7 +33,7 @@ from common.training.trainer import SINGLE, Batch, Measured, Replica, Trainer
 _FORMAT = "resnet-parity run 1"
 FILE = "run.json"
 # What a run that goes on must have in common with what was begun: another one of these would be another path.
-_FIXED = ("spec", "data", "recipe", "backend", "init")
+_FIXED = ("spec", "data", "train", "test", "recipe", "backend", "init")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class Plan:
             "variant": self.variant,
             "spec": architectures.to_dict(self.spec),
             "data": self.data,
+            "train": _described(self.dataset.train),
+            "test": _described(self.dataset.test),
             "recipe": recipes.to_dict(self.recipe),
             "backend": self.backend,
             "init": str(self.init) if self.init else None,
@@ -342,9 +344,14 @@ def check_same(folder: Path, plan: Plan) -> None:
     for name in _FIXED:
         if begun[name] != now[name]:
             was, wanted = _differing(begun[name], now[name])
-            raise TrainingError(
-                f"{folder}: was begun with {name} {was}, not {wanted}; leave it out to go on, or begin anew"
-            )
+            hint = "leave it out to go on, or begin anew"
+            if name in ("train", "test"):
+                hint = f"what is in {plan.data} has changed since; bring it back to go on, or begin anew"
+            raise TrainingError(f"{folder}: was begun with {name} {was}, not {wanted}; {hint}")
+
+
+def _described(examples: Examples) -> dict[str, Any]:
+    return {"images": len(examples), "checksum": examples.checksum()}
 
 
 def _differing(begun: Any, now: Any) -> tuple[str, str]:
