@@ -64,8 +64,7 @@ def train(
 ) -> None:
     """Train a network natively in one framework; a run that was killed goes on with --resume."""
     column = resolve(name)
-    with counting("looking at images") as seen:
-        dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
+    dataset = _opened(data, skip_bad)
     chosen = recipes.changed(_recipe(recipe, dataset, output if resume else None), settings or [])
     plan = Plan(
         variant=variant,
@@ -123,8 +122,7 @@ def evaluate(
     from common.downloads import fetch
 
     column = resolve(name)
-    with counting("looking at images") as seen:
-        dataset = datasets.open(data, skip_bad=skip_bad, seen=seen)
+    dataset = _opened(data, skip_bad)
     # Of the test images, even where a training by this recipe holds some others out.
     chosen = recipes.changed(_recipe(recipe, dataset, None).replace(validation=0), settings or [])
     found = load_fetched(fetch(weights))
@@ -154,6 +152,11 @@ def plot(
     check_writable(output)
     curves.draw(folders, output)
     out().print(f"{output}: {len(folders)} runs")
+
+
+def _opened(data: str, skip_bad: bool) -> Dataset:
+    with counting("looking at images") as seen:
+        return datasets.open(data, skip_bad=skip_bad, seen=seen)
 
 
 def _recipe(given: str | None, dataset: Dataset, run: Path | None) -> TrainingRecipe:

@@ -13,8 +13,8 @@ import numpy as np
 
 from common import weights as canonical
 from common.architectures import Spec
-from common.errors import CheckpointError, RecipeError, TrainingError
-from common.training.recipe import TrainingRecipe
+from common.errors import CheckpointError, TrainingError
+from common.training.recipe import TrainingRecipe, shared
 from common.training.trainer import SINGLE, Batch, Measured, Replica
 from common.weights import Weights
 from resnet_flax import framework, from_spec
@@ -90,10 +90,7 @@ class FlaxTrainer:
     """
 
     def __init__(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> None:
-        if recipe.batch_size % jax.device_count():
-            raise RecipeError(
-                f"batch_size={recipe.batch_size}; expected a multiple of the {jax.device_count()} devices that share it"
-            )
+        shared(recipe.batch_size, jax.device_count(), "devices")
         self._spec, self._recipe, self._replica = spec, recipe, replica
         self._dtype = np.dtype(dtype)
         narrow = recipe.precision == "bfloat16" and dtype == "float32"

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import RecipeError, TrainingError
+from common.errors import TrainingError
 from common.files import reason
 from common.training import cluster
+from common.training.recipe import shared
 from common.training.trainer import Replica
 from resnet_keras import framework
 
@@ -137,7 +138,7 @@ def scope(batch_size: int) -> AbstractContextManager[Any]:
     if keras.backend.backend() == "jax":
         # Each process reads its own share of the data.
         distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
-        _check_divisible(batch_size, distribution.num_model_replicas)
+        shared(batch_size, distribution.num_model_replicas, "devices")
         keras.distribution.set_distribution(distribution)
         return nullcontext()
     import tensorflow as tf
@@ -145,7 +146,7 @@ def scope(batch_size: int) -> AbstractContextManager[Any]:
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) == 1:
         raise TrainingError(f"TensorFlow has one device only, {devices[0].name}; leave --distributed out")
-    _check_divisible(batch_size, len(devices))
+    shared(batch_size, len(devices), "devices")
     context: AbstractContextManager[Any] = tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
     return context
 
@@ -162,8 +163,3 @@ def synchronise(model: Any) -> None:
         for layer in model.layers:
             if hasattr(layer, "synchronized"):
                 layer.synchronized = True
-
-
-def _check_divisible(batch_size: int, devices: int) -> None:
-    if batch_size % devices:
-        raise RecipeError(f"batch_size={batch_size}; expected a multiple of the {devices} devices that share it")

@@ -30,7 +30,7 @@ from common import weights as canonical
 from common.architectures import find
 from common.errors import CheckpointError, DataError, RecipeError, TrainingError
 from common.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
-from common.training.recipe import TrainingRecipe
+from common.training.recipe import TrainingRecipe, shared
 from common.training.trainer import SINGLE, Batch, Replica
 from resnet_keras import distributed, probe
 from resnet_keras.layers import UnbiasedBatchNormalization
@@ -696,7 +696,7 @@ def test_batches_that_cannot_be_divided_and_a_single_device_are_refused(monkeypa
     with pytest.raises(TrainingError, match=r"TensorFlow has one device only, .*CPU:0; leave --distributed out"):
         distributed.scope(8)
     with pytest.raises(RecipeError, match="batch_size=9; expected a multiple of the 2 devices"):
-        distributed._check_divisible(9, 2)
+        shared(9, 2, "devices")
 
 
 def test_errors_of_one_s_own_are_not_blamed_on_another_process(monkeypatch):

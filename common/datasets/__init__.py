@@ -1,10 +1,9 @@
 """Data sets: scikit-learn's digits, CIFAR, MNIST and its like, and folders of photographs. Nothing is downloaded."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from common.datasets import cifar, digits, folder, idx
-from common.datasets.base import Dataset, Examples, Records, Subset
+from common.datasets.base import Dataset, Examples, Records, Seen, Subset
 from common.errors import DataError
 from common.files import reason
 
@@ -16,7 +15,7 @@ _KNOWN = (
 )
 
 
-def open(name: str, *, skip_bad: bool = False, seen: Callable[[int, int], None] = lambda done, total: None) -> Dataset:
+def open(name: str, *, skip_bad: bool = False, seen: Seen = lambda done, total: None) -> Dataset:
     """The data set of this name, ``digits``, or in this folder or archive, told by what is in it.
 
     Raises `DataError` for one that is missing, damaged or of no known form, and for images that cannot be read unless

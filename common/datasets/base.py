@@ -1,7 +1,7 @@
 """What every data set is to the rest: examples by number, and what their pixels are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -12,6 +12,8 @@ import numpy as np
 from common.architectures.layers import Shape
 from common.errors import DataError
 from common.files import reason
+
+Seen = Callable[[int, int], None]  # is told how many images of how many were looked at
 
 
 class Examples(ABC):
@@ -130,6 +132,13 @@ def check_labels(labels: np.ndarray, classes: int, where: str) -> np.ndarray:
             f"{f' ({len(wrong)} such labels)' if len(wrong) > 1 else ''}"
         )
     return labels.astype(np.int64)
+
+
+def lines(names: Iterable[object], most: int = 100) -> str:
+    """As `few`, but of many more, and each in a line of its own below a message."""
+    listed = [str(name) for name in names]
+    more = [f"and {len(listed) - most} more"] if len(listed) > most else []
+    return "".join(f"\n  {line}" for line in [*listed[:most], *more])
 
 
 def few(names: Iterable[object], most: int = 3) -> str:

@@ -6,7 +6,6 @@ at most one other.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
@@ -17,15 +16,13 @@ import PIL
 
 from common import images
 from common.backend import cores
-from common.datasets.base import Dataset, Examples, few
+from common.datasets.base import Dataset, Examples, Seen, few, lines
 from common.errors import DataError, InputError
 from common.files import cache_folder, reason, written
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _TESTS = ("test", "val", "validation")
-_MOST_LISTED = 100
 Parts = dict[str, dict[str, list[str]]]  # file names by part and class
-Seen = Callable[[int, int], None]  # is told how many images of how many were looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +52,7 @@ def find(folder: Path) -> bool:
     return any(_photographs(one) for one in _folders(folder)) or bool(_folders(folder / "train"))
 
 
-def load(folder: Path, *, skip_bad: bool = False, seen: Seen = lambda done, total: None) -> Dataset:
+def load(folder: Path, *, skip_bad: bool, seen: Seen) -> Dataset:
     """The photographs below a folder, in RGB.
 
     All are decoded once, in threads, since one that cannot be would end the training hours later: those are refused by
@@ -143,17 +140,13 @@ def _readable(
     """Height and width of every image that can be read, and a note on the others."""
     sizes = _examined(root, names, seen)
     bad = [error for error in sizes.values() if isinstance(error, InputError)]
-    if bad:
-        count = f"{len(bad)} of {len(names)} images"
-        listed = "".join(f"\n  {error}" for error in bad[:_MOST_LISTED])
-        if len(bad) > _MOST_LISTED:
-            listed += f"\n  and {len(bad) - _MOST_LISTED} more"
-        if not skip_bad:
-            raise DataError(
-                f"{count} cannot be read; repair or remove them, or leave them out with --skip-bad:{listed}"
-            )
-        notes = (f"left out {count}, which cannot be read:{listed}",)
-    return {name: size for name, size in sizes.items() if not isinstance(size, InputError)}, notes if bad else ()
+    count = f"{len(bad)} of {len(names)} images"
+    if bad and not skip_bad:
+        raise DataError(
+            f"{count} cannot be read; repair or remove them, or leave them out with --skip-bad:{lines(bad)}"
+        )
+    notes = (f"left out {count}, which cannot be read:{lines(bad)}",) if bad else ()
+    return {name: size for name, size in sizes.items() if not isinstance(size, InputError)}, notes
 
 
 def _examined(root: Path, names: list[str], seen: Seen) -> dict[str, tuple[int, int] | InputError]:

@@ -24,7 +24,7 @@ import numpy as np
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
 from common.errors import RecipeError
 from common.training.augment import DRAWS, examples
-from common.training.recipe import Augmentation, TrainingRecipe
+from common.training.recipe import Augmentation, TrainingRecipe, shared
 from common.training.trainer import SINGLE, Replica
 from common.training.workers import Team
 from common.training.workers import grain as library
@@ -65,7 +65,7 @@ def training_batches(
     than the training set or cannot be shared evenly, `DataError` for an image that cannot be read, and `TrainingError`
     for a worker that ended.
     """
-    share = _share(recipe.batch_size, replica)
+    share = shared(recipe.batch_size, replica.count, "processes")
     steps = steps_per_epoch(dataset, recipe)
     trained, _ = _parts(dataset, recipe)
     load = _load(dataset, recipe, trained, dtype, key=_seeds(recipe, _AUGMENTATION, 2, np.uint64))
@@ -95,7 +95,7 @@ def evaluation_batches(
 
     Raises as `training_batches`.
     """
-    share = _share(recipe.batch_size, replica)
+    share = shared(recipe.batch_size, replica.count, "processes")
     _, tested = _parts(dataset, recipe)
     load = _load(dataset, recipe, tested, dtype, key=None)
     grain = library()
@@ -164,14 +164,6 @@ def draws_at(key: np.ndarray, position: int, count: int) -> np.ndarray:
 def _seeds(recipe: TrainingRecipe, use: int, count: int, dtype: type) -> np.ndarray:
     """Seeds from the recipe's. Spread out: next to each other, two seeds would give nearly the same epochs."""
     return np.random.SeedSequence(recipe.seed, spawn_key=(use,)).generate_state(count, dtype)
-
-
-def _share(batch_size: int, replica: Replica) -> int:
-    if batch_size % replica.count:
-        raise RecipeError(
-            f"batch_size={batch_size}; expected a multiple of the {replica.count} processes that share it"
-        )
-    return batch_size // replica.count
 
 
 def _parts(dataset: Dataset, recipe: TrainingRecipe) -> tuple[Examples, Examples]:

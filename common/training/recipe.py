@@ -140,6 +140,13 @@ class TrainingRecipe:
         return self.learning_rate
 
 
+def shared(batch_size: int, count: int, among: str) -> int:
+    """How many examples of a batch each of `count` ``processes`` or ``devices`` takes. Raises `RecipeError`."""
+    if batch_size % count:
+        raise RecipeError(f"batch_size={batch_size}; expected a multiple of the {count} {among} that share it")
+    return batch_size // count
+
+
 # He et al. 2015 (arXiv:1512.03385), section 3.4: SGD, batch 256, 0.1 divided by 10 when the error plateaus, here at 30
 # and 60 of 90 epochs as in the public reimplementations; section 4.2 for CIFAR-10.
 PRESETS: dict[str, TrainingRecipe] = {

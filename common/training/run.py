@@ -160,7 +160,7 @@ class Run:
                     self._save(reached)
                     return result
                 step = reached
-                for part in self._evaluated(step):
+                for part in self._parts_after(step):
                     found = self._evaluate(part, result)
                     if metrics is not None and last is not None:
                         metrics.add(part, step, {"epoch": step / self._epoch} | _values(*found))
@@ -236,7 +236,7 @@ class Run:
     def _rate(self, step: int) -> float:
         return self.plan.recipe.learning_rate_at(step, self._epoch)
 
-    def _evaluated(self, step: int) -> tuple[str, ...]:
+    def _parts_after(self, step: int) -> tuple[str, ...]:
         """The parts of the data to be evaluated after the epoch that ends with this step."""
         if not self.plan.recipe.validation:
             return ("test",)
