@@ -119,7 +119,7 @@ def orbax_process(folder: Path) -> str:
 
     from common import architectures
     from common import weights as canonical
-    from resnet_flax.probe import start
+    from resnet_flax.backend import start
 
     backend = start(os.cpu_count() or 1)
     small = architectures.find("resnet20")

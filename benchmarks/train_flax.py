@@ -20,7 +20,7 @@ from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch
-from resnet_flax import probe
+from resnet_flax import backend as probe
 
 SIZE, BATCH = 224, 8
 

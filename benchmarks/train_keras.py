@@ -21,7 +21,7 @@ from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch
-from resnet_keras import probe
+from resnet_keras import backend as probe
 
 BATCH, SIZE, STEPS = 8, 224, 3
 RECIPE = TrainingRecipe(learning_rate=0.01, batch_size=BATCH)

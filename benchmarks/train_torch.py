@@ -20,7 +20,7 @@ from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch
-from resnet_torch import probe
+from resnet_torch import backend as probe
 
 BATCH, SIZE = 8, 224
 RECIPE = TrainingRecipe(learning_rate=0.01, weight_decay=1e-4)

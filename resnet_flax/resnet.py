@@ -24,8 +24,8 @@ from common.architectures.layers import Padding, output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints import adopted
 from common.checkpoints.base import Skeleton, skeleton_of
-from common.checkpoints.flax import block_name, module_path
 from common.errors import InputError
+from common.names.flax import block_name, module_path
 from resnet_flax.layers import BatchNorm, convolve
 from resnet_flax.weights import read_variables
 

@@ -17,8 +17,8 @@ from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Shape
-from common.checkpoints.flax import LEAVES
 from common.errors import WeightsError
+from common.names.flax import LEAVES
 from common.weights import Weights
 
 Variables = Mapping[str, Any]

@@ -13,7 +13,7 @@ from keras import layers
 
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints.base import skeleton_of
-from common.checkpoints.keras_applications import block_names, classic_layer
+from common.names.resnet import block_names, classic_layer
 from resnet_keras.applications import builder
 from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut
 from resnet_keras.weights import load_file, spec_of

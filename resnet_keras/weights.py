@@ -17,8 +17,8 @@ from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Layer
-from common.checkpoints.keras_applications import ARRAYS
 from common.errors import WeightsError
+from common.names.resnet import ARRAYS
 
 
 def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:

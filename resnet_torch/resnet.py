@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.checkpoints import adopted
-from common.checkpoints.torchvision import IN_BLOCK, LAYERS
+from common.names.torchvision import IN_BLOCK, LAYERS
 from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_file
 

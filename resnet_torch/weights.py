@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from common import architectures, checkpoints
 from common.architectures.layers import Dense, Layer, Shape
-from common.checkpoints.torchvision import ARRAYS
 from common.errors import WeightsError
+from common.names.torchvision import ARRAYS
 from common.weights import LazyWeights, Weights, check_names
 
 # What a module stores beyond that: how many batches a norm has seen, which changes nothing it computes here.

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 import pytest
 
-from common.check import Session
+from common.parity.session import Session
 
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")

@@ -11,10 +11,10 @@ import pytest
 
 from common.architectures import to_dict
 from common.architectures.resnet import ResNetSpec
-from common.backend import Worker, resolve
-from common.case import Case
-from common.check import Session
+from common.backends.process import BackendProcess, resolve
 from common.errors import BackendCrashed, BackendError, BackendMissing, InputError
+from common.parity.case import Case
+from common.parity.session import Session
 
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
@@ -37,7 +37,9 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-@pytest.mark.parametrize("module", ["common", "common.cli", "common.check", "common.report.console"])
+@pytest.mark.parametrize(
+    "module", ["common", "common.commands.prove", "common.parity.session", "common.report.console"]
+)
 def test_importing_common_imports_no_framework(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {FRAMEWORKS!r} if m in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
@@ -77,7 +79,7 @@ def test_a_missing_framework_is_named_with_the_extra_that_installs_it(
 
 
 def test_a_column_whose_framework_is_missing_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common import backend
+    from common.backends import process as backend
 
     found = backend.find_spec
     monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "jax" else found(name))
@@ -124,23 +126,24 @@ def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -
 
 def test_a_crash_is_reported_with_the_last_output() -> None:
     crashed = pytest.raises(BackendCrashed, match=r"exit code 7 while .*; its last output: out of luck")
-    with Worker("torch") as worker, crashed:
+    with BackendProcess("torch") as worker, crashed:
         worker.ask("record", _request(plant="tests.mutants.planting:crash"))
 
 
 def test_an_error_inside_a_backend_comes_through_as_one_line() -> None:
-    with Worker("torch") as worker, pytest.raises(BackendError, match="backend torch: ZeroDivisionError: "):
+    with BackendProcess("torch") as worker, pytest.raises(BackendError, match="backend torch: ZeroDivisionError: "):
         worker.ask("record", _request(plant="tests.mutants.planting:fail"))
 
 
 def test_what_a_framework_prints_is_not_taken_for_a_reply() -> None:
-    with Worker("torch") as worker, pytest.raises(BackendError, match="ZeroDivisionError"):
+    with BackendProcess("torch") as worker, pytest.raises(BackendError, match="ZeroDivisionError"):
         worker.ask("record", _request(plant="tests.mutants.planting:chatter"))
 
 
 def test_a_process_ends_when_the_one_that_asks_is_killed() -> None:
     code = (
-        "from common.backend import Worker; import time; w = Worker('torch'); print(w.pid, flush=True); time.sleep(60)"
+        "import time; from common.backends.process import BackendProcess\n"
+        "w = BackendProcess('torch'); print(w.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert parent.stdout is not None

@@ -172,7 +172,7 @@ def test_the_stem_takes_another_number_of_channels_and_says_so(tmp_path, channel
 def test_tensors_that_are_missing_or_belong_nowhere_are_listed(tmp_path):
     weights = canonical.randomize(BOTTLENECK)
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
-    tensors = dict(checkpoints._module("pytorch_file").read(path).tensors)
+    tensors = dict(checkpoints._module("pytorch").read(path).tensors)
     table = checkpoints._naming("torchvision")
     source = base.Source(container="test", tensors=tensors | {"extra.weight": tensors["fc.weight"]})
     with pytest.raises(CheckpointError, match=r"unexpected extra\.weight"):

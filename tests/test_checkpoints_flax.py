@@ -24,9 +24,11 @@ from common import checkpoints
 from common import weights as canonical
 from common.architectures import find
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.checkpoints import base, msgpack_file, orbax_file
-from common.checkpoints.flax import NAMINGS, variables
+from common.checkpoints import base
+from common.checkpoints.containers import msgpack as msgpack_file
+from common.checkpoints.containers import orbax as orbax_file
 from common.errors import CheckpointError
+from common.names.flax import NAMINGS, variables
 from resnet_flax.weights import variable_paths
 
 TINY = ResNetSpec(

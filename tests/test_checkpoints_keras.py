@@ -21,11 +21,11 @@ import resnet_keras
 from common import checkpoints
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import hdf5_file
 from common.checkpoints.base import native_names, skeleton_of
-from common.checkpoints.keras_applications import NAMINGS, block_names
+from common.checkpoints.containers import hdf5 as hdf5_file
 from common.errors import CheckpointError
-from resnet_keras import probe
+from common.names.resnet import NAMINGS, block_names
+from resnet_keras import backend as probe
 
 BOTTLENECK = ResNetSpec(
     block="bottleneck",

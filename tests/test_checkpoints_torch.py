@@ -24,7 +24,10 @@ from torch import nn
 import resnet_torch
 from common import architectures, checkpoints, weights
 from common.architectures.resnet import ResNetSpec
-from common.checkpoints import pickled, pytorch_file, pytorch_legacy_file, safetensors_file
+from common.checkpoints.containers import pickled
+from common.checkpoints.containers import pytorch as pytorch_file
+from common.checkpoints.containers import pytorch_legacy as pytorch_legacy_file
+from common.checkpoints.containers import safetensors as safetensors_file
 from common.errors import CheckpointError
 
 BOTTLENECK = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)

@@ -8,9 +8,9 @@ from test_parity import PHOTOS, check, explain
 
 from common import architectures
 from common.architectures.resnet import ResNetSpec
-from common.backend import COLUMNS
-from common.case import Case
-from common.check import Session
+from common.backends.process import COLUMNS
+from common.parity.case import Case
+from common.parity.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common import architectures, record
+from common import architectures
 from common.architectures.layers import INPUT
 from common.architectures.resnet import ResNetSpec
-from common.case import Case
-from common.check import Result, compare_files
-from common.compare import Comparison, compare, in_order, rounded_to_float32
 from common.errors import BackendCrashed, ParityError, RecordError
-from common.levels import UNIT
-from common.record import Manifest, Record, expected_arrays
+from common.parity import record, steps
+from common.parity.case import Case
+from common.parity.compare import Comparison, compare, in_order, rounded_to_float32
+from common.parity.levels import UNIT
+from common.parity.record import Manifest, Record, expected_arrays
+from common.parity.session import Result, compare_files
 from common.report import console, files
 from common.training import recipe as recipes
-from common.training import steps
 from common.training.recipe import TrainingRecipe
 
 SPEC = ResNetSpec(

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from common import checkpoints, downloads, known_weights, weights
+from common import checkpoints, weights
 from common.architectures.resnet import ResNetSpec
-from common.downloads import fetch
 from common.errors import DownloadError, WeightsError
-from common.known_weights import KnownWeights, table
+from common.sources import downloads, known_weights
+from common.sources.downloads import fetch
+from common.sources.known_weights import KnownWeights, table
 
 CONTENT = bytes(range(256)) * 4096 * 3  # three chunks of a download
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -420,7 +421,7 @@ class TestBrokenOff:
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-from common.downloads import fetch
+from common.sources.downloads import fetch
 from common.errors import DownloadError
 try:
     fetch(sys.argv[1])
@@ -501,7 +502,7 @@ class TestProcesses:
     def test_what_a_killed_process_leaves_is_never_used_and_goes_with_the_next_download(self, server, cache):
         url = f"{server.url}/some.pth"
         server.replies["/some.pth"] = Reply(cuts=[2_000_000], hang=True)
-        script = "import sys; from common.downloads import fetch; fetch(sys.argv[1])"
+        script = "import sys; from common.sources.downloads import fetch; fetch(sys.argv[1])"
         process = subprocess.Popen([sys.executable, "-c", script, url])
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size for path in cache.glob(".*.part")):
@@ -774,7 +775,7 @@ class TestMissing:
 
     def test_a_path_needs_none_of_them(self, tmp_path):
         script = (
-            "import sys; from common.downloads import fetch; fetch(sys.argv[1]);"
+            "import sys; from common.sources.downloads import fetch; fetch(sys.argv[1]);"
             "print({'pooch', 'requests', 'huggingface_hub', 'tqdm'} & set(sys.modules))"
         )
         run = subprocess.run(

@@ -8,12 +8,12 @@ import pytest
 from mutants.bench import Bench
 from mutants.catalogue import BASE, EQUIVALENTS, MUTANTS, SIZE, Equivalent, Mutant
 
-from common.backend import ALIASES
-from common.case import DTYPES, Case
-from common.check import Session
-from common.compare import Comparison
-from common.gate import place, section
+from common.backends.process import ALIASES
 from common.images import sample_photos
+from common.parity.case import DTYPES, Case
+from common.parity.compare import Comparison
+from common.parity.gate import place, section
+from common.parity.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 
 from common import architectures
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.case import Case
-from common.check import Result, Session
 from common.images import sample_photos
+from common.parity.case import Case
+from common.parity.session import Result, Session
 from common.report.console import result as as_table
 
 PHOTOS = tuple(sample_photos())

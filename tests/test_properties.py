@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from test_parity import explain
 
 from common.architectures.resnet import ResNetSpec
-from common.case import Case
-from common.check import Session
 from common.errors import InputError
 from common.images import sample_photos
+from common.parity.case import Case
+from common.parity.session import Session
 
 
 @st.composite

@@ -19,7 +19,7 @@ from common.architectures import find, variants
 from common.architectures.layers import output_shapes
 from common.architectures.resnet import ResNetSpec
 from common.errors import InputError, WeightsError
-from resnet_flax import probe
+from resnet_flax import backend as probe
 from resnet_flax.layers import convolve
 from resnet_flax.resnet import native_paths
 from resnet_flax.weights import variable_paths
@@ -483,12 +483,12 @@ def test_images_that_do_not_fit_are_refused(shape):
 
 
 @pytest.mark.parametrize(("blocked", "name"), [("jax", "JAX"), ("flax", "Flax")])
-@pytest.mark.parametrize("use", ["resnet_flax.ResNet50", "resnet_flax.from_spec(spec)", "resnet_flax.probe.start(1)"])
+@pytest.mark.parametrize("use", ["resnet_flax.ResNet50", "resnet_flax.from_spec(spec)", "resnet_flax.backend.start(1)"])
 def test_a_missing_framework_names_the_extra(blocked, name, use):
     code = f"""
 import sys
 sys.modules[{blocked!r}] = None
-import resnet_flax, resnet_flax.probe
+import resnet_flax, resnet_flax.backend
 from common.architectures import find
 from common.errors import BackendMissing
 spec = find("resnet18")
@@ -506,7 +506,7 @@ def test_only_its_own_framework_is_imported_and_only_when_used():
 import sys
 for name in ("torch", "tensorflow", "keras"):
     sys.modules[name] = None
-import resnet_flax, resnet_flax.probe
+import resnet_flax, resnet_flax.backend
 assert "jax" not in sys.modules and "flax" not in sys.modules
 resnet_flax.ResNet50()
 print("built")
@@ -518,7 +518,7 @@ print("built")
 def test_an_unusable_device_is_one_line():
     code = """
 from common.errors import BackendError
-from resnet_flax import probe
+from resnet_flax import backend as probe
 from resnet_flax.layers import convolve
 try:
     probe.start(1)

@@ -18,7 +18,7 @@ from common.architectures import find
 from common.architectures.layers import output_shapes
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.errors import WeightsError
-from resnet_keras import probe
+from resnet_keras import backend as probe
 from resnet_keras.resnet import block_names, layer_names
 
 ROOT = Path(__file__).parents[1]
@@ -496,7 +496,7 @@ def test_what_is_missing_is_named_with_the_extra(blocked: str, environment: dict
 
 ON_EVERY_BACKEND = """
 import numpy as np, sys, tempfile
-from resnet_keras import probe
+from resnet_keras import backend as probe
 backend = probe.start(1)
 import keras
 import resnet_keras

@@ -19,7 +19,7 @@ from common.architectures import find
 from common.architectures.layers import INPUT, output_shapes
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.errors import BackendError, InputError, SpecError, WeightsError
-from resnet_torch import probe
+from resnet_torch import backend as probe
 from resnet_torch.layers import BiasedBatchNorm2d, SameConv2d
 from resnet_torch.resnet import nodes
 from resnet_torch.weights import slots
@@ -669,7 +669,7 @@ def python(code, **environment):
 
 
 @pytest.mark.parametrize(
-    "use", ["resnet_torch.resnet50()", "resnet_torch.from_spec(find('resnet18'))", "import resnet_torch.probe"]
+    "use", ["resnet_torch.resnet50()", "resnet_torch.from_spec(find('resnet18'))", "import resnet_torch.backend"]
 )
 def test_without_pytorch_one_line_names_the_extra(use):
     code = f"""
@@ -706,7 +706,7 @@ def test_a_device_that_is_not_there_is_named():
         pytest.skip("there is one here")
     code = """
 from common.errors import BackendError
-from resnet_torch import probe
+from resnet_torch import backend as probe
 try:
     probe.start(1)
 except BackendError as error:

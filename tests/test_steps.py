@@ -15,12 +15,12 @@ from test_parity import explain
 
 from common import architectures
 from common.architectures.resnet import ResNetSpec
-from common.backend import ALIASES
-from common.case import Case
-from common.check import Session
+from common.backends.process import ALIASES
 from common.errors import RecipeError
 from common.images import sample_photos
-from common.training.steps import RECIPE
+from common.parity.case import Case
+from common.parity.session import Session
+from common.parity.steps import RECIPE
 
 BLOCKS = {
     block: ResNetSpec(block=block, blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)

@@ -20,10 +20,10 @@ import resnet_flax
 from common import weights as canonical
 from common.architectures import find
 from common.errors import CheckpointError, DataError, TrainingError
-from common.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch
-from resnet_flax import probe
+from resnet_flax import backend as probe
 
 ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1,), widths=(8,), stem_width=4, in_channels=1, classes=5)
@@ -301,7 +301,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from common import weights
-from resnet_flax import probe
+from resnet_flax import backend as probe
 from tests.test_training_flax import RESTORED, TINY, made
 folder, threads, restored = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["restored"]
 backend = probe.start(threads)
@@ -418,7 +418,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_is_one_line(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 from common import weights
-from resnet_flax import probe
+from resnet_flax import backend as probe
 from tests.test_training_flax import RECIPES, TINY
 trainer = probe.start(1).trainer(TINY, RECIPES["nesterov"], "float32")
 trainer.load(weights.randomize(TINY))
@@ -448,7 +448,8 @@ from pathlib import Path
 import numpy as np
 from common import weights
 from common.training.trainer import SINGLE, Batch
-from resnet_flax import distributed, probe
+from resnet_flax import distributed
+from resnet_flax import backend as probe
 from tests.test_training_flax import PARALLEL, TOGETHER, made
 folder, join = Path(sys.argv[1]), sys.argv[2:] == ["join"]
 replica = distributed.join() if join else SINGLE
@@ -571,7 +572,8 @@ def test_a_process_that_is_killed_ends_the_other_with_an_error(pair):
 def test_killing_the_process_that_coordinates_ends_the_other_too():
     code, _, seconds = killed(
         processes("""
-from resnet_flax import distributed, probe
+from resnet_flax import distributed
+from resnet_flax import backend as probe
 replica = distributed.join()
 probe.start(1)
 with distributed.together(replica):
@@ -587,7 +589,8 @@ with distributed.together(replica):
 def test_uneven_batches_and_wrong_settings_are_one_line(tmp_path):
     code = """
 from common.errors import RecipeError, TrainingError
-from resnet_flax import distributed, probe
+from resnet_flax import distributed
+from resnet_flax import backend as probe
 from tests.test_training_flax import TINY, RECIPES
 try:
     distributed.join()

@@ -29,10 +29,11 @@ import resnet_keras
 from common import weights as canonical
 from common.architectures import find
 from common.errors import CheckpointError, DataError, RecipeError, TrainingError
-from common.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe, shared
 from common.training.trainer import SINGLE, Batch, Replica
-from resnet_keras import distributed, probe
+from resnet_keras import backend as probe
+from resnet_keras import distributed
 from resnet_keras.layers import UnbiasedBatchNormalization
 from resnet_keras.weights import variables
 
@@ -350,7 +351,7 @@ PROCESS = """
 import sys
 from pathlib import Path
 from common import weights
-from resnet_keras import probe
+from resnet_keras import backend as probe
 from tests.test_training_keras import RECIPES, TINY, made
 folder, restored, threads = Path(sys.argv[1]), sys.argv[2] == "restored", int(sys.argv[3])
 recipe = RECIPES["nesterov"].replace(batch_size=64)
@@ -523,7 +524,8 @@ MIRRORED = """
 import sys
 import numpy as np
 import tensorflow as tf
-from resnet_keras import distributed, probe
+from resnet_keras import distributed
+from resnet_keras import backend as probe
 from tests.test_training_keras import SHARED, SMALL, path
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -549,7 +551,8 @@ import sys
 from pathlib import Path
 import keras
 import numpy as np
-from resnet_keras import distributed, probe
+from resnet_keras import distributed
+from resnet_keras import backend as probe
 from tests.test_training_keras import SHARED, SMALL, alone, made, path, trained
 folder = Path(sys.argv[1])
 distributed.join()
@@ -572,7 +575,7 @@ RESTORED_ALONE = """
 import sys
 from pathlib import Path
 import numpy as np
-from resnet_keras import probe
+from resnet_keras import backend as probe
 from tests.test_training_keras import SHARED, SMALL, made, same, trained
 recipe = SHARED["adamw"]
 trainer = probe.start(1).trainer(SMALL, recipe, "float32")
@@ -584,7 +587,8 @@ TOGETHER = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from resnet_keras import distributed, probe
+from resnet_keras import distributed
+from resnet_keras import backend as probe
 from tests.test_training_keras import LONG, SHARED, SMALL, made, path, same, share
 folder, name, victim = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 recipe, replica = SHARED[name], distributed.join()

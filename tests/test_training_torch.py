@@ -22,10 +22,11 @@ import resnet_torch
 from common import weights as canonical
 from common.architectures import find
 from common.errors import CheckpointError, TrainingError
-from common.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Batch, Replica
-from resnet_torch import distributed, probe
+from resnet_torch import backend as probe
+from resnet_torch import distributed
 from resnet_torch.training import FILE
 from resnet_torch.weights import slots
 
@@ -304,7 +305,7 @@ PROCESS = """
 import sys
 from pathlib import Path
 from common import weights
-from resnet_torch import probe
+from resnet_torch import backend as probe
 from tests.test_training_torch import RECIPES, TINY, made
 folder, restored = Path(sys.argv[1]), sys.argv[2:] == ["restored"]
 recipe = RECIPES["nesterov"]
@@ -419,7 +420,8 @@ import json, os, sys
 from pathlib import Path
 import numpy as np
 from common import weights
-from resnet_torch import distributed, probe
+from resnet_torch import distributed
+from resnet_torch import backend as probe
 from tests.test_training_torch import CASES, STEPS, made, share
 replica = distributed.join()
 backend = probe.start(1)
@@ -525,7 +527,8 @@ import os, signal, sys, time
 from itertools import cycle
 from common import weights
 from common.errors import ParityError
-from resnet_torch import distributed, probe
+from resnet_torch import distributed
+from resnet_torch import backend as probe
 from tests.test_training_torch import CASES, TINY, made
 recipe = CASES["ddp"][0]
 steps = 0

@@ -30,17 +30,17 @@ from common.checkpoints.base import (
     to_canonical,
 )
 from common.checkpoints.inference import UNSEEN, infer
-from common.downloads import Fetched, fetch
 from common.errors import CheckpointError, WeightsError, framework
+from common.sources.downloads import Fetched, fetch
 from common.weights import LazyWeights, Weights
 
 # In the order in which a file is tried. A module is imported when it is asked: each needs a library of its own.
-_CONTAINERS = ("safetensors_file", "pytorch_file", "pytorch_legacy_file", "hdf5_file", "orbax_file", "msgpack_file")
+_CONTAINERS = ("safetensors", "pytorch", "pytorch_legacy", "hdf5", "orbax", "msgpack")
 _NAMINGS = {
     "torchvision": "torchvision",
     "huggingface": "huggingface",
-    "keras_applications": "keras_applications",
-    "keras_classic": "keras_applications",
+    "keras_applications": "resnet",
+    "keras_classic": "resnet",
     "flax": "flax",
 }
 CANONICAL = "canonical"
@@ -48,15 +48,15 @@ FORMATS = (CANONICAL, *_NAMINGS)
 _ALIASES = {"timm": "torchvision", "pytorch": "torchvision", "hf": "huggingface", "keras": "keras_applications"}
 # By the end of the file's name: its container, and the naming that people expect in it.
 _SUFFIXES = {
-    ".safetensors": ("safetensors_file", CANONICAL),
-    ".pth": ("pytorch_file", "torchvision"),
-    ".pt": ("pytorch_file", "torchvision"),
-    ".bin": ("pytorch_file", "huggingface"),
-    ".weights.h5": ("hdf5_file", "keras_applications"),
-    ".h5": ("hdf5_file", "keras_applications"),
-    ".keras": ("hdf5_file", "keras_applications"),
-    ".msgpack": ("msgpack_file", "flax"),
-    "": ("orbax_file", "flax"),
+    ".safetensors": ("safetensors", CANONICAL),
+    ".pth": ("pytorch", "torchvision"),
+    ".pt": ("pytorch", "torchvision"),
+    ".bin": ("pytorch", "huggingface"),
+    ".weights.h5": ("hdf5", "keras_applications"),
+    ".h5": ("hdf5", "keras_applications"),
+    ".keras": ("hdf5", "keras_applications"),
+    ".msgpack": ("msgpack", "flax"),
+    "": ("orbax", "flax"),
 }
 _LIBRARIES = {
     "h5py": ("h5py", "checkpoints"),
@@ -314,8 +314,8 @@ def _loaded_as(path: Path, spec: Spec, free_fields: Collection[str]) -> tuple[Sp
 
 def _is_canonical(path: Path) -> bool:
     try:
-        return _module("safetensors_file").recognises(path) and (
-            _module("safetensors_file").read(path).metadata.get("format") == canonical.FORMAT
+        return _module("safetensors").recognises(path) and (
+            _module("safetensors").read(path).metadata.get("format") == canonical.FORMAT
         )
     except WeightsError:
         return False
@@ -351,7 +351,7 @@ def _target(path: Path, to: str | None) -> tuple[str, str]:
     container, usual = _SUFFIXES[suffix]
     naming = name or usual
     if variant:
-        container = "pytorch_legacy_file"
+        container = "pytorch_legacy"
     allowed = _NAMINGS_IN[container]
     if naming not in allowed:
         raise CheckpointError(f"{path}: {naming} does not go into such a file; expected {' or '.join(allowed)}")
@@ -360,22 +360,22 @@ def _target(path: Path, to: str | None) -> tuple[str, str]:
 
 _KERAS = ("keras_applications", "keras_classic")
 _NAMINGS_IN: dict[str, tuple[str, ...]] = {
-    "safetensors_file": (CANONICAL, "torchvision", "huggingface"),
-    "pytorch_file": ("torchvision", "huggingface"),
-    "pytorch_legacy_file": ("torchvision",),
-    "hdf5_file": _KERAS,
-    "msgpack_file": ("flax",),
-    "orbax_file": ("flax",),
+    "safetensors": (CANONICAL, "torchvision", "huggingface"),
+    "pytorch": ("torchvision", "huggingface"),
+    "pytorch_legacy": ("torchvision",),
+    "hdf5": _KERAS,
+    "msgpack": ("flax",),
+    "orbax": ("flax",),
 }
 
 
 def _module(name: str) -> Container:
     with framework(_LIBRARIES):
-        module: Container = import_module(f"{__package__}.{name}")
+        module: Container = import_module(f"{__package__}.containers.{name}")
     return module
 
 
 def _naming(name: str) -> Naming:
     """The naming of a name; one module may hold several."""
-    naming: Naming = import_module(f"{__package__}.{_NAMINGS[name]}").NAMINGS[name]
+    naming: Naming = import_module(f"common.names.{_NAMINGS[name]}").NAMINGS[name]
     return naming

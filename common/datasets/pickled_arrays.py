@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints.pickled import Machine, Named, refused, run
+from common.checkpoints.containers.pickled import Machine, Named, refused, run
 from common.errors import CheckpointError, DataError
 
 _ARRAY, _DTYPE, _ENCODE = "_reconstruct", "dtype", "encode"

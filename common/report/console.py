@@ -11,11 +11,11 @@ from rich.text import Text
 from common.architectures import Spec
 from common.architectures.layers import INPUT, output_shapes
 from common.architectures.layers import multiply_adds as multiply_adds_of
-from common.backend import Worker
-from common.check import Result
-from common.compare import Comparison
-from common.gate import Difference
-from common.levels import PRECISION_FACTOR, RESPONSE_FACTOR
+from common.backends.process import BackendProcess
+from common.parity.compare import Comparison
+from common.parity.gate import Difference
+from common.parity.levels import PRECISION_FACTOR, RESPONSE_FACTOR
+from common.parity.session import Result
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -220,7 +220,7 @@ def _window(layer: object) -> str:
     return ", ".join(parts)
 
 
-def timings(workers: Mapping[str, Worker], own: Mapping[str, float]) -> Table:
+def timings(workers: Mapping[str, BackendProcess], own: Mapping[str, float]) -> Table:
     """Where the time went, by backend, with the largest memory of each process."""
     what = [key for key in dict.fromkeys(k for w in workers.values() for k in w.seconds) if key != "in all"]
     table = Table(box=None, pad_edge=False, header_style="dim", title="seconds", title_justify="left")

@@ -9,12 +9,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from common import architectures
-from common.check import Result
-from common.compare import Comparison
 from common.errors import RecordError
 from common.files import written
-from common.gate import Difference, rank
-from common.levels import RESPONSE_FACTOR
+from common.parity.compare import Comparison
+from common.parity.gate import Difference, rank
+from common.parity.levels import RESPONSE_FACTOR
+from common.parity.session import Result
 from common.training import recipe as recipes
 
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -31,7 +31,7 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
     An entry's `modes` hold, by mode and pair (``"torch | flax"``), the difference that is largest when measured in
     one-ulp responses, one that fails before one that does not: its relative error, the response (relative too) that it
     is held against, and where it is. ``kind`` is tap, loss, stat, grad, or in mode steps one of those of
-    common/training/steps.py, and ``step`` the optimiser step after which it shows.
+    common/parity/steps.py, and ``step`` the optimiser step after which it shows.
     """
     return {
         "passed": bool(results) and all(result.passed for result in results),

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import RecipeError
+from common.fields import check_types, known, require
 from common.files import reason
-from common.training.fields import check_types, known, require
 
 Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["coupled", "decoupled"]

@@ -2,11 +2,11 @@
 
 from contextlib import ExitStack
 
-from common.backend import ALIASES
-from common.case import Case, Inputs
-from common.check import Session, compare_case
-from common.compare import Comparison
-from common.record import Record
+from common.backends.process import ALIASES
+from common.parity.case import Case, Inputs
+from common.parity.compare import Comparison
+from common.parity.record import Record
+from common.parity.session import Session, compare_case
 
 
 class Bench:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_torch import layers, probe
+from resnet_torch import backend as probe
+from resnet_torch import layers
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
 

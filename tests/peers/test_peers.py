@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 
 from common import checkpoints
 from common import weights as canonical
-from common.case import Case
-from common.check import Session
 from common.images import sample_photos
-from common.levels import FLOOR, RESPONSE_FACTOR, UNIT
-from common.record import distance, norm
+from common.parity.case import Case
+from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.record import distance, norm
+from common.parity.session import Session
 
 SIZES = (64, 65, 224)
 PEER = Path(__file__).with_name("peer.py")

@@ -6,7 +6,7 @@ from PIL import Image
 
 from common import images
 from common.images import PRESETS, Preprocessing, preprocess
-from common.known_weights import table
+from common.sources.known_weights import table
 
 torchvision = pytest.importorskip("torchvision")
 transforms = pytest.importorskip("torchvision.transforms")

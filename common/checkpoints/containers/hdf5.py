@@ -1,0 +1,456 @@
+"""Container: Keras' three files. ``.weights.h5`` and ``.keras`` of Keras 3, and the legacy ``.h5`` of all before it.
+
+All are HDF5; ``.keras`` is a zip archive with such a file inside. Read with h5py and without Keras: nothing is built
+from a configuration, so that nothing in a file can be executed, lambda layers included. What leads out of the file
+(external links and storage, virtual datasets) is refused, and so is a file that claims much more than it holds.
+"""
+
+import io
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+
+from common.architectures import Spec
+from common.architectures.layers import Layer, Shape
+from common.checkpoints.base import Naming, Source, Stored, native_layers, native_names, to_canonical, widened_bfloat16
+from common.checkpoints.containers import native
+from common.checkpoints.containers.hdf5_text import text_attribute
+from common.checkpoints.containers.keras_order import names_by_order
+from common.errors import CheckpointError
+from common.files import reason, written
+from common.names.resnet import ARRAYS, usual
+from common.weights import LazyWeights, Weights
+
+# A file may claim so many times what it holds (a compressed network of zeros does), or so many bytes if it is small.
+_EXPANSION, _ALWAYS = 64, 64 << 20
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ZIP = b"PK\x03\x04"
+_WEIGHTS = "model.weights.h5"  # of a .keras archive
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+_DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
+_ATTRIBUTE_LIMIT = 64512  # bytes that HDF5 takes in one attribute
+# Folders in which Keras 3 keeps layers, and in which tf.keras 2.12 to 2.15 did.
+_LAYERS = ("layers", "_layer_checkpoint_dependencies")
+# Array names of Keras 1, which kept the running variance under the name of another number.
+_KERAS_1 = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
+# Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours.
+_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
+_NUMBERED = re.compile(
+    r"(?P<model>.*)/(?:unbiased_)?(?P<kind>conv2d|batch_normalization|dense)(?:_(?P<number>\d{1,6}))?/vars"
+)
+_CLASS = {"conv": "conv2d", "norm": "batch_normalization", "dense": "dense"}
+
+
+def recognises(path: Path) -> bool:
+    """HDF5 by its signature, and a zip archive with Keras' members."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start[:4] != _ZIP:
+            return start == _HDF5
+        with zipfile.ZipFile(path) as archive:
+            return {"config.json", "metadata.json"} <= set(archive.namelist())
+    except Exception:  # zipfile's own, and whatever else damage makes it raise
+        return False
+
+
+def read(path: Path) -> Source:
+    """The tensors by ``<layer>/<array>``, wherever in the file they are; memory-mapped where they lie in one piece."""
+    with _damage():
+        # Empty files cannot be mapped.
+        mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        archived = bytes(mapped[:4]) == _ZIP
+        content = _member(path, mapped) if archived else mapped
+        if bytes(content[:8]) != _HDF5:
+            raise CheckpointError(f"{_WEIGHTS} is no HDF5 file; fetch or make the file again")
+        file = h5py.File(_Window(content) if archived else path, "r")
+        found = _Datasets(file, content)
+        keras_3 = any(name in file for name in _LAYERS)
+        tensors = found.of_keras_3() if keras_3 else found.of_legacy()
+    return Source(
+        container="Keras archive" if archived else "Keras 3 weights" if keras_3 else "Keras legacy HDF5",
+        tensors=usual(tensors),
+        notes=tuple(found.notes),
+    )
+
+
+def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
+    """The end of the file's name says which of the three; ``.keras`` is written by Keras itself."""
+    with written(path, CheckpointError) as beside:
+        if path.name.endswith(".keras"):
+            _write_archive(beside, tensors, spec, naming)
+            return
+        try:
+            with h5py.File(beside, "w") as file:
+                if path.name.endswith(".weights.h5"):
+                    _write_keras_3(file, tensors, spec, naming)
+                else:
+                    _write_legacy(file, tensors, spec, naming)
+        except RuntimeError as error:  # what HDF5 makes of a full disk when it closes the file
+            raise OSError(reason(error)) from None
+
+
+# Reading
+
+
+class _Window(io.RawIOBase):
+    """A file that is part of another one, for HDF5; past its end are zeros, as HDF5 itself has them."""
+
+    def __init__(self, content: np.ndarray) -> None:
+        self._content = content
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._content.size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = np.frombuffer(buffer, np.uint8)
+        piece = self._content[self._at : self._at + view.size]
+        view[: piece.size] = piece
+        view[piece.size :] = 0
+        self._at += view.size
+        return view.size
+
+
+class _Datasets:
+    """Every dataset of a file, checked before any of it is read."""
+
+    def __init__(self, file: h5py.File, content: np.ndarray) -> None:
+        self.notes: list[str] = []
+        self._file = file
+        self._content = content
+        self._left = max(_EXPANSION * content.size, _ALWAYS)
+
+    def of_keras_3(self) -> dict[str, Stored]:
+        """Layers are folders named by their class and a number; their own name is an attribute."""
+        tensors: dict[str, Stored] = {}
+        unnamed: dict[str, dict[str, h5py.Dataset]] = {}
+        for path, group, arrays in self._groups():
+            inside = path.partition("/")[0] in _LAYERS and path.endswith("/vars")
+            layer = _text(group, "name", self._content) if inside and arrays else None
+            if inside and arrays and layer is None:
+                unnamed[path] = arrays
+            else:
+                self._add_layer(tensors, path, layer, arrays)
+        names = _names_by_order(unnamed)
+        if names:
+            self.notes.append("the file names no layers: they were told by their order")
+        for path, arrays in unnamed.items():
+            self._add_layer(tensors, path, names.get(path), arrays)
+        return tensors
+
+    def _add_layer(
+        self, tensors: dict[str, Stored], path: str, layer: str | None, arrays: Mapping[str, h5py.Dataset]
+    ) -> None:
+        roles = _ORDER.get(len(arrays), ())
+        for name, dataset in arrays.items():
+            native = f"{path}/{name}".lstrip("/")
+            if layer is not None:
+                known = name.isdecimal() and len(name) < 3 and int(name) < len(roles)
+                native = f"{layer}/{roles[int(name)] if known else name}"
+            self._add(tensors, native, dataset)
+
+    def of_legacy(self) -> dict[str, Stored]:
+        """Layers are folders named as they are; the names of the arrays end with their role and perhaps ``:0``."""
+        tensors: dict[str, Stored] = {}
+        for path, _, arrays in self._groups():
+            parts = path.split("/")
+            training = parts[0] == "optimizer_weights"
+            parts = parts[1:] if parts[0] == "model_weights" else parts
+            for name, dataset in arrays.items():
+                if training or not parts:
+                    self._add(tensors, f"{path}/{name}".lstrip("/"), dataset)
+                else:
+                    self._add(tensors, "/".join(_legacy_name(parts, name)), dataset)
+        return tensors
+
+    def _groups(self) -> Iterator[tuple[str, h5py.Group, dict[str, h5py.Dataset]]]:
+        """Every group once, with the datasets in it. A file may link groups in circles."""
+        todo, seen = [("", self._file["/"])], set()
+        while todo:
+            path, group = todo.pop()
+            address = h5py.h5o.get_info(group.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            arrays = {}
+            for name in group:
+                where = f"{path}/{name}".lstrip("/")
+                if not where.isprintable():
+                    raise CheckpointError(f"{where!r} is no name that Keras gives; the file is damaged")
+                link = group.get(name, getlink=True)
+                if link is None:
+                    raise CheckpointError(f"{where} cannot be reached; the file is damaged, fetch or make it again")
+                if not isinstance(link, h5py.HardLink):
+                    raise CheckpointError(
+                        f"{where} is linked by {type(link).__name__}; only what is in the file itself is read"
+                    )
+                item = group[name]
+                if isinstance(item, h5py.Group):
+                    todo.append((where, item))
+                elif isinstance(item, h5py.Dataset):
+                    arrays[name] = item
+                else:
+                    raise CheckpointError(f"{where} is an HDF5 {type(item).__name__}; expected groups and datasets")
+            yield path, group, arrays
+
+    def _add(self, tensors: dict[str, Stored], name: str, dataset: h5py.Dataset) -> None:
+        if name in tensors:
+            raise CheckpointError(f"two arrays are named {name}; expected one of each name")
+        tensors[name] = self._stored(name, dataset)
+
+    def _stored(self, name: str, dataset: h5py.Dataset) -> Stored:
+        if dataset.is_virtual or dataset.external:
+            raise CheckpointError(f"{name} keeps its values in another file; only what is in the file itself is read")
+        if dataset.shape is None:
+            raise CheckpointError(f"{name} has no shape; expected an array of numbers")
+        dtype = dataset.dtype
+        # Keras says so in an attribute; HDF5 had no name for the type.
+        bfloat16 = dtype.itemsize == 2 and _text(dataset, "dtype", self._content) == "bfloat16"
+        if not bfloat16 and (dtype.kind not in "fiub" or dtype.itemsize > 8):
+            raise CheckpointError(f"{name} has the HDF5 type {dtype}; expected an array of numbers")
+        self._left -= max(_size(dataset.shape, dtype), _size(dataset.chunks or (), dtype))
+        if self._left < 0:
+            raise CheckpointError(
+                f"its datasets claim more than {_EXPANSION} times the {self._content.size} bytes that the file holds"
+            )
+        if dataset.chunks is not None:
+            _check_filters(name, dataset)
+        if bfloat16:
+            note = "bfloat16 read as float32, exactly"
+            self.notes += [] if note in self.notes else [note]
+        native = np.dtype(np.float32) if bfloat16 else dtype.newbyteorder("=")
+        return Stored(shape=dataset.shape, dtype=native.name, read=partial(self._read, name, dataset, native, bfloat16))
+
+    def _read(self, name: str, dataset: h5py.Dataset, dtype: np.dtype, bfloat16: bool) -> np.ndarray:
+        with _damage():
+            array = self._in_place(dataset)
+            if array is None:
+                if dataset.chunks is not None:
+                    self._check_chunks(name, dataset)
+                array = dataset[()]
+            if bfloat16:
+                return widened_bfloat16(np.asarray(array).view(np.uint16))
+            return np.asarray(array, dtype)
+
+    def _in_place(self, dataset: h5py.Dataset) -> np.ndarray | None:
+        """A view of the file where the array lies in it as NumPy has it."""
+        offset, dtype = dataset.id.get_offset(), dataset.dtype
+        # HDF5 converts on reading where a type has another exponent, or bits that are not used.
+        if offset is None or dataset.id.get_type() != h5py.h5t.py_create(dtype):
+            return None
+        size = _size(dataset.shape, dtype)
+        if offset + size > self._content.size:
+            raise CheckpointError("an array ends after the file does; fetch or make the file again")
+        array: np.ndarray = self._content[offset : offset + size].view(dtype).reshape(dataset.shape)
+        return array
+
+    def _check_chunks(self, name: str, dataset: h5py.Dataset) -> None:
+        """That no chunk inflates to more than it should: HDF5 itself would go on as long as there is memory."""
+        expected = _size(dataset.chunks, dataset.dtype)
+        deflated = _DEFLATE in _filters(dataset)
+        chunks: list[Any] = []
+        dataset.id.chunk_iter(chunks.append)
+        for chunk in chunks:
+            if chunk.filter_mask:
+                raise CheckpointError(f"{name} has a chunk that is stored in another way than the others")
+            if deflated:
+                end = chunk.byte_offset + chunk.size
+                stored = self._content[chunk.byte_offset : end]
+                inflater = zlib.decompressobj()
+                if len(inflater.decompress(stored.data, expected + 1)) != expected:
+                    raise CheckpointError(f"{name} has a chunk that does not hold the {expected} bytes it should")
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """One line for whatever HDF5 and zipfile make of a damaged file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        why = reason(error).strip("'")
+        raise CheckpointError(f"damaged, or no file of Keras ({why}); fetch or make it again") from None
+
+
+def _member(path: Path, mapped: np.ndarray) -> np.ndarray:
+    """The HDF5 file inside a ``.keras`` archive, its checksum checked: a piece of the archive unless compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [entry for entry in archive.infolist() if entry.filename == _WEIGHTS]
+        if len(entries) != 1:
+            raise CheckpointError(f"a Keras archive with {len(entries)} members {_WEIGHTS}; expected one")
+        entry = entries[0]
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(f"{_WEIGHTS} is encrypted, or compressed in a way that Keras does not use")
+        if entry.file_size > max(_EXPANSION * mapped.size, _ALWAYS):
+            raise CheckpointError(
+                f"{_WEIGHTS} claims {entry.file_size} bytes, more than {_EXPANSION} times what the archive holds"
+            )
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            with archive.open(entry) as file:
+                return np.frombuffer(file.read(entry.file_size), np.uint8)
+    signature, *lengths = _LOCAL_HEADER.unpack(mapped[entry.header_offset : entry.header_offset + 30].tobytes())
+    start = entry.header_offset + _LOCAL_HEADER.size + sum(lengths)
+    content = mapped[start : start + entry.file_size]
+    if signature != _ZIP or content.size != entry.file_size:
+        raise CheckpointError(f"{_WEIGHTS} is not where the archive says; fetch or make the file again")
+    if zlib.crc32(content.data) != entry.CRC:
+        raise CheckpointError(f"{_WEIGHTS} was changed after it was written; fetch or make the file again")
+    return content
+
+
+def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> str | None:
+    """A text among the attributes, as Keras writes them; None where there is none."""
+    text = text_attribute(content, h5py.h5o.get_info(item.id).addr, name)
+    if text is not None and not text.isprintable():
+        raise CheckpointError(f"{item.name} has an attribute {name} that Keras would not write; the file is damaged")
+    return text
+
+
+def _names_by_order(unnamed: Mapping[str, Mapping[str, h5py.Dataset]]) -> dict[str, str]:
+    """Names of layers, by the folders of their arrays; none where these are no layers of a ResNet."""
+    numbered: dict[str, dict[str, dict[int, str]]] = {}
+    for path in unnamed:
+        if match := _NUMBERED.fullmatch(path):
+            kinds = numbered.setdefault(match["model"], {})
+            kinds.setdefault(match["kind"], {})[int(match["number"] or 0)] = path
+    if not numbered:
+        return {}
+    # A model inside another has its convolutions to itself.
+    kinds = max(numbered.values(), key=lambda kinds: len(kinds.get("conv2d", ())))
+    convs, norms, dense = ([kinds[kind][number] for number in sorted(kinds.get(kind, ()))] for kind in _CLASS.values())
+    kernels = [unnamed[path]["0"].shape or () if "0" in unnamed[path] else () for path in convs]
+    biases = [unnamed[path]["1"].shape or () for path in dense if "1" in unnamed[path]]
+    classes = biases[0][0] if len(dense) == 1 and biases and biases[0] else None
+    conv_names, norm_names, head = names_by_order(kernels, len(norms), classes)
+    paths, names = [*convs, *norms, *dense[:1]], [*conv_names, *norm_names, head]
+    return dict(zip(paths, names, strict=False))
+
+
+def _legacy_name(folders: list[str], array: str) -> tuple[str, str]:
+    """(layer, array) of a dataset by the folders it is in: ``conv1/conv1/kernel:0``, ``resnet50/conv1/kernel:0``."""
+    layer, inner = folders[0], folders[-1]
+    # TensorFlow 1 counted the uses of a name, and then the inner folder is conv1_1.
+    own = layer if re.fullmatch(rf"{re.escape(layer)}(_\d+)?", inner) else inner
+    role = array.partition(":")[0].removeprefix(f"{own}_")
+    stem, _, number = role.rpartition("_")
+    role = stem if number.isdecimal() and stem else role
+    return own, _KERAS_1.get(role, role)
+
+
+def _filters(dataset: h5py.Dataset) -> list[int]:
+    created = dataset.id.get_create_plist()
+    return [created.get_filter(number)[0] for number in range(created.get_nfilters())]
+
+
+def _check_filters(name: str, dataset: h5py.Dataset) -> None:
+    filters = _filters(dataset)
+    plain = [code for code in filters if code not in (_SHUFFLE, _FLETCHER32)]
+    # After compression only a checksum may come, or the bytes in the file would not be those that zlib wrote.
+    after = filters[filters.index(_DEFLATE) + 1 :] if _DEFLATE in filters else []
+    if plain not in ([], [_DEFLATE]) or set(after) - {_FLETCHER32}:
+        raise CheckpointError(f"{name} is compressed in a way that Keras does not use; expected gzip or none")
+
+
+def _size(shape: Shape, dtype: np.dtype) -> int:
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+# Writing
+
+
+def _layers(spec: Spec, naming: Naming) -> list[tuple[Layer, dict[str, str]]]:
+    """The layers with arrays in the order of `model.layers` of a Keras model.
+
+    Keras sorts by the distance from the output, so that a projection stands beside the last layers of its block:
+    before them in keras.applications, which adds the branch to the shortcut; after them in the classic code, which
+    adds the shortcut to the branch.
+    """
+    ordered: list[tuple[Layer, dict[str, str]]] = []
+    for _, block in groupby(native_layers(spec, naming), lambda item: item[0].path.split(".")[:4]):
+        layers = list(block)
+        shortcut = [item for item in layers if ".shortcut." in item[0].path]
+        branch = layers[: len(layers) - len(shortcut)]
+        ordered += branch[: len(branch) - len(shortcut)]
+        for pair in zip(branch[len(branch) - len(shortcut) :], shortcut, strict=True):
+            ordered += reversed(pair) if naming.name == "keras_applications" else pair
+    return ordered
+
+
+def _write_keras_3(file: h5py.File, tensors: Weights, spec: Spec, naming: Naming) -> None:
+    counts: dict[str, int] = {}
+    for layer, names in _layers(spec, naming):
+        kind = _CLASS[layer.kind]
+        number = counts[kind] = counts.get(kind, -1) + 1
+        folder = f"{kind}_{number}" if number else kind
+        group = file.create_group(f"layers/{folder}/vars")
+        group.attrs["name"] = next(iter(names.values())).partition("/")[0]
+        for index, role in enumerate(ARRAYS[layer.kind]):
+            if role in names:
+                group.create_dataset(str(index), data=np.ascontiguousarray(tensors[names[role]]))
+        if layer.kind == "norm" and getattr(layer, "running_variance", "biased") == "unbiased":
+            # Our own layer for it has a class of its own, and Keras looks under its name.
+            file[f"layers/unbiased_{folder}"] = file[f"layers/{folder}"]
+
+
+def _write_legacy(file: h5py.File, tensors: Weights, spec: Spec, naming: Naming) -> None:
+    # Without a version, Keras takes a file for one of Keras 1 and converts it.
+    file.attrs["keras_version"], file.attrs["backend"] = b"2.15.0", b"tensorflow"
+    layers = []
+    for layer, names in _layers(spec, naming):
+        own = next(iter(names.values())).partition("/")[0]
+        group = file.create_group(own)
+        native = [names[role] for role in ARRAYS[layer.kind] if role in names]
+        group.attrs["weight_names"] = [f"{name}:0".encode() for name in native]
+        for name in native:
+            group.create_dataset(f"{name}:0", data=np.ascontiguousarray(tensors[name]))
+        layers.append(own.encode())
+    texts = np.array(layers)
+    if texts.nbytes <= _ATTRIBUTE_LIMIT:
+        file.attrs["layer_names"] = texts
+        return
+    for index, piece in enumerate(np.array_split(texts, -(-texts.nbytes // _ATTRIBUTE_LIMIT) + 1)):
+        file.attrs[f"layer_names{index}"] = piece
+
+
+def _write_archive(beside: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
+    """Keras writes under a name of its own choice of ending, which tells it the names of the layers too."""
+    getters = {
+        name: partial(_canonical, tensors, native_name, layer, name.removeprefix(f"{layer.path}."), naming)
+        for name, (native_name, layer) in native_names(spec, naming).items()
+    }
+    named = beside.with_name(f"{beside.name}.{naming.name}.keras")
+    try:
+        native.write("keras", spec, LazyWeights(getters), named)
+        named.replace(beside)
+    finally:
+        named.unlink(missing_ok=True)
+
+
+def _canonical(tensors: Weights, native_name: str, layer: Layer, role: str, naming: Naming) -> np.ndarray:
+    return to_canonical(tensors[native_name], layer, role, naming.kernels)

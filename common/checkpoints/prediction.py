@@ -1,0 +1,89 @@
+"""What a checkpoint says of photographs, in one backend or side by side in several."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common import architectures
+from common.backends.process import BackendProcess, cores, resolve
+from common.checkpoints import Checkpoint
+from common.errors import InputError
+from common.images import PRESETS, class_names, preprocess
+from common.sources.known_weights import KnownWeights
+
+__all__ = ["PRESETS", "Prediction", "predict"]
+
+# What the communities behind the formats feed their networks.
+_USUAL = {
+    "canonical": "torchvision",
+    "torchvision": "torchvision",
+    "huggingface": "torchvision",
+    "keras_applications": "keras_caffe",
+    "keras_classic": "keras_caffe",
+    "flax": "flax",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Class probabilities (images, classes) of each backend, and how far the raw outputs are apart."""
+
+    backends: tuple[str, ...]
+    probabilities: tuple[np.ndarray, ...]
+    names: Sequence[str]
+    largest_difference: float  # of the outputs before the softmax, absolute; 0 for one backend
+    preprocessing: str
+
+
+def predict(
+    found: Checkpoint,
+    known: KnownWeights | None,
+    photos: Sequence[Path],
+    backends: Sequence[str],
+    preset: str | None = None,
+    progress: Callable[[str, str], None] = lambda backend, step: None,
+) -> Prediction:
+    """Run the network of a checkpoint in float32 on photographs. Raises `ParityError`.
+
+    `preset` names the preprocessing; without it that of the `known` weights, or the one usual for the format.
+    """
+    columns = [resolve(name) for name in backends]
+    spec = found.spec
+    if getattr(spec, "head", "none") == "none":
+        raise InputError(f"{found.path}: the network has no classifier, so it predicts no classes")
+    name = preset or (known.preprocessing if known else None) or _USUAL[found.format]
+    images = np.stack([preprocess(photo, PRESETS[name]) for photo in photos]).astype(np.float32)
+    if images.shape[-1] != spec.in_channels:
+        raise InputError(f"{found.path}: the network takes {spec.in_channels} channels, and photographs have 3")
+    last = [layer for layer in spec.layers if layer.kind != "softmax"][-1]
+    outputs = []
+    with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder:
+        weights, given, made = (Path(folder) / name for name in ("weights", "images", "outputs"))
+        save_file({key: np.ascontiguousarray(found.weights[key], np.float32) for key in found.weights}, weights)
+        save_file({"images": images}, given)
+        request = {"spec": architectures.to_dict(spec), "weights": str(weights), "images": str(given)}
+        for column in columns:
+            with BackendProcess(column, threads=cores()) as worker:
+                sent = request | {"layer": last.path, "output": str(made)}
+                worker.ask("predict", sent, partial(progress, column))
+            outputs.append(load_file(made)["outputs"].astype(np.float64))
+    classes = outputs[0].shape[1]
+    return Prediction(
+        backends=tuple(columns),
+        probabilities=tuple(_softmax(output) for output in outputs),
+        names=class_names(classes) or [f"class {number}" for number in range(classes)],
+        largest_difference=max((float(abs(a - b).max()) for a, b in combinations(outputs, 2)), default=0.0),
+        preprocessing=f"{name}, {PRESETS[name]}",
+    )
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+    return shares

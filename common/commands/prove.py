@@ -1,0 +1,269 @@
+"""The command line. Exit codes: 0 the same, 1 different, 2 wrong usage or bad input."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from common import architectures, checkpoints, images
+from common.architectures import Spec
+from common.backends.process import COLUMNS
+from common.commands import train as cli_training
+from common.commands import weights as cli_checkpoints
+from common.commands.terminal import check_writable, choices, err, out, progress_bar
+from common.errors import InputError, ParityError, SpecError
+from common.parity.case import DTYPES, Case
+from common.parity.record import MODES
+from common.parity.session import Result, Session, compare_files, make_record
+from common.parity.steps import RECIPE
+from common.report import console as tables
+from common.report import files
+from common.training import recipe as recipes
+from common.training.recipe import TrainingRecipe, changed
+
+app = typer.Typer(
+    help="One ResNet specification, three native implementations, and the proof that they are the same function.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DIFFERENT, WRONG = 1, 2
+
+_USUAL_MODES = ",".join(MODES)
+_MODES = (*MODES, "steps")
+_SPEC = "A specification as a JSON file, instead of a named variant."
+Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
+Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps. [default: 20]")]
+RecipeName = Annotated[
+    str | None, typer.Option(metavar="FILE|PRESET", help="What mode steps trains by. [default: one for the check]")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
+]
+ImageFiles = Annotated[
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="A photograph; may be repeated. [default: two]")
+]
+SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE", help=_SPEC)]
+WeightsFile = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="Canonical weights. [default: random ones]")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")]
+
+
+@app.command("list")
+def list_variants(
+    pattern: Annotated[str, typer.Argument(help="A part of a name, or a pattern with * and ?.")] = "*",
+) -> None:
+    """List the named variants."""
+    names = architectures.matching(pattern)
+    if not names:
+        raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
+    out().print(tables.variants({name: architectures.find(name) for name in names}))
+
+
+@app.command()
+def show(
+    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
+    size: Size = "224",
+    spec: SpecFile = None,
+) -> None:
+    """Show a variant's layers, shapes, parameters and multiply-adds."""
+    _, found = _one_spec(variant, spec)
+    fixed = found.input_size
+    out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
+
+
+@app.command()
+def check(
+    variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT", help="Named variants.")] = None,
+    backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of float64,float32. [default: both; float64 with mode steps]")
+    ] = None,
+    mode: Modes = _USUAL_MODES,
+    size: Size = "64",
+    batch: Batch = 2,
+    image: ImageFiles = None,
+    spec: SpecFile = None,
+    weights: WeightsFile = None,
+    steps: Steps = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JUnit XML.")] = None,
+    timings: Annotated[bool, typer.Option("--timings", help="Show where the time went.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Backends at work at a time. [default: one per core]")] = None,
+) -> None:
+    """Check that backends compute the same function: every layer, gradient and statistic, or optimiser step."""
+    names = choices("backends", backends, None)
+    if len(names) < 2:
+        raise InputError(f"--backends {backends} names one backend; a comparison needs at least two")
+    modes = choices("mode", mode, _MODES)
+    dtypes = choices("dtype", dtype, DTYPES) if dtype else DTYPES[:1] if "steps" in modes else DTYPES
+    training = _recipe(modes, steps, recipe, settings)
+    cases = [
+        _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
+        for name, found in _specs(variants or [], spec)
+    ]
+    for path in (json, junit):
+        check_writable(path)
+    results: list[Result] = []
+    with Session(names, jobs) as session:
+        for case in cases:
+            with progress_bar(case.variant, session.told(case)) as progress:
+                results.append(session.check(case, progress=progress))
+            out().print(tables.result(results[-1]))
+        if timings:
+            out().print(tables.timings(session.workers, session.seconds))
+    if json:
+        files.write_json(json, results)
+    if junit:
+        files.write_junit(junit, results)
+    if any(not c.passed for result in results for c in result.comparisons):
+        raise typer.Exit(DIFFERENT)
+    if any(result.failures for result in results):
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+def record(
+    backend: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
+    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
+    dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
+    mode: Modes = _USUAL_MODES,
+    size: Size = "64",
+    batch: Batch = 2,
+    image: ImageFiles = None,
+    spec: SpecFile = None,
+    weights: WeightsFile = None,
+    steps: Steps = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    response: Annotated[
+        bool, typer.Option(help="Measure the one-ulp response; one of the records that are compared needs it.")
+    ] = True,
+) -> None:
+    """Record what one backend computes, to be compared later or elsewhere."""
+    name, found = _one_spec(variant, spec)
+    dtypes = choices("dtype", dtype, DTYPES)
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
+    modes = choices("mode", mode, _MODES)
+    training = _recipe(modes, steps, recipe, settings)
+    case = _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
+    check_writable(output)
+    with progress_bar(name, None) as progress:
+        made = make_record(case, backend, output, response=response, progress=progress)
+    versions = ", ".join(f"{key} {value}" for key, value in made.manifest.versions.items())
+    out().print(f"{output}: {len(made)} arrays of {name} in {dtypes[0]} by {made.manifest.backend} ({versions})")
+
+
+@app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(metavar="FILE", help="Records, two or more.")],
+) -> None:
+    """Compare records, without any framework. The first one with a response is the reference."""
+    compared = compare_files(records)
+    for comparison in compared:
+        out().print(tables.comparison(comparison))
+    if not all(comparison.passed for comparison in compared):
+        raise typer.Exit(DIFFERENT)
+
+
+app.command()(cli_checkpoints.inspect)
+app.command()(cli_checkpoints.convert)
+app.command("predict")(cli_checkpoints.predict_command)
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
+app.command()(cli_training.plot)
+
+
+def main() -> None:
+    """Run the command line, an error of ours as one line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, as a daemon's
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        app()
+    except ParityError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        err().print("interrupted")
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    err().print(f"resnet-parity: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(WRONG)
+
+
+def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:
+    """The networks that the command line names, by variant or as a file."""
+    found = [(name, architectures.find(name)) for name in variants]
+    if path is not None:
+        found.append((path.stem, architectures.read(path)))
+    if not found:
+        raise SpecError("no network is named; give a variant (`resnet-parity list` shows all) or --spec FILE")
+    return found
+
+
+def _one_spec(variant: str | None, path: Path | None) -> tuple[str, Spec]:
+    if variant and path:
+        raise SpecError(f"both variant {variant} and --spec {path} are given; give one of them")
+    ((name, spec),) = _specs([variant] if variant else [], path)
+    return name, spec
+
+
+def _case(
+    name: str,
+    spec: Spec,
+    size: str,
+    batch: int,
+    photos: list[Path] | None,
+    weights: Path | None,
+    seed: int,
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    recipe: TrainingRecipe,
+) -> Case:
+    return Case(
+        variant=name,
+        spec=spec,
+        size=_size(size),
+        batch=max(batch, len(photos or [])),
+        photos=tuple(photos if photos else images.sample_photos()),
+        weights=checkpoints.load_for(spec, weights)[1] if weights else None,
+        seed=seed,
+        dtypes=tuple(dtypes),
+        modes=tuple(modes),  # type: ignore[arg-type]
+        recipe=recipe,
+    )
+
+
+def _recipe(modes: Sequence[str], steps: int | None, name: str | None, settings: list[str] | None) -> TrainingRecipe:
+    """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
+    given = {"--steps": steps, "--recipe": name, "--set": settings}
+    if unused := [option for option, value in given.items() if value and "steps" not in modes]:
+        raise InputError(f"{' and '.join(unused)} say what mode steps does; add --mode steps")
+    return changed(recipes.find(name) if name else RECIPE, settings or []).replace(steps=steps or RECIPE.steps)
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--size {text} is not a size; expected N or HxW in pixels, as 64 or 64x96")
+    return int(parts[0]), int(parts[-1])
+
+
+if __name__ == "__main__":
+    main()

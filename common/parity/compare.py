@@ -1,0 +1,334 @@
+"""The levels of NUMERICS.md applied to records: which arrays are the same function's, which are not, and where first.
+
+Level L0 holds records of integer networks to equality, L1 float64 records to the one-ulp response, L2 float32 records
+to theirs. All pairs are compared, not a star. Nothing here runs a network or imports a framework.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+
+from common.architectures.layers import INPUT, Layer, Shape
+from common.backends.process import COLUMNS, cores
+from common.errors import RecordError
+from common.parity import steps
+from common.parity.gate import Difference, Gate, Level, rank
+from common.parity.levels import PRECISION_FACTOR, UNIT, ZERO_SHARE
+from common.parity.record import Record, distance, expected_arrays, norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A defect of one record by itself, that would let a comparison pass by accident."""
+
+    backend: str
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """A backend's own float32 rounding error in one array, ‖float32 - float64‖ / ‖float64‖, beside the others'."""
+
+    backend: str
+    tensor: str
+    error: float
+    median: float  # the lower median of all backends
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= PRECISION_FACTOR * max(self.median, UNIT["float32"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The outcome of comparing the records of one network, dtype and input."""
+
+    level: Level
+    variant: str
+    dtype: str
+    backends: tuple[str, ...]
+    modes: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    problems: tuple[Problem, ...] = ()
+    precision: tuple[Precision, ...] = ()
+    # Columns known to round inside a float64 network: where they do, as measured.
+    float32_inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared, and nothing differs, is undecided or is unfit."""
+        decided = any(d.verdict == "same" for d in self.differences)
+        return (
+            decided
+            and not self.problems
+            and all(d.verdict in ("same", "reported") for d in self.differences)
+            and all(p.passed for p in self.precision)
+        )
+
+    @property
+    def first(self) -> Difference | None:
+        """The first array that differs: in order of execution forward, then of gradients' way back, then of steps."""
+        return next((d for d in self.differences if d.verdict == "different"), None)
+
+    @property
+    def odd_one_out(self) -> str | None:
+        """The backend that alone disagrees where a difference first shows; None where that cannot be told."""
+        if self.problems:
+            culprits = {problem.backend for problem in self.problems}
+            return culprits.pop() if len(culprits) == 1 else None
+        if self.first is None:
+            imprecise = {p.backend for p in self.precision if not p.passed}
+            return imprecise.pop() if len(imprecise) == 1 else None
+        there = [d for d in self.differences if d.tensor == self.first.tensor]
+        differing = [set(d.pair) for d in there if d.verdict == "different"]
+        suspects = set.intersection(*differing)
+        # Two that agree with each other are needed to say who is wrong.
+        agree = [d for d in there if d.verdict == "same" and not suspects & set(d.pair)]
+        return suspects.pop() if len(suspects) == 1 and agree else None
+
+    def worst(self) -> list[Difference]:
+        """For every section and pair the difference that matters most: by its verdict, then by its ratio."""
+        worst: dict[tuple[str, tuple[str, str]], Difference] = {}
+        for d in self.differences:
+            key = (d.section, d.pair)
+            if key not in worst or rank(d) > rank(worst[key]):
+                worst[key] = d
+        return list(worst.values())
+
+
+def compare(records: Sequence[Record], *, float32: Record | None = None, truth: Record | None = None) -> Comparison:
+    """Compare records of one network on one input, in one dtype.
+
+    The one-ulp response comes from the first record that carries one, the reference. `float32`, a float32 record of
+    the same network with its response, is what columns are held to that round inside a float64 network. `truth`, a
+    float64 record of exactly the weights and input of these float32 records, shows each backend's own rounding error.
+    Raises `RecordError` where there is nothing to compare, or no response to hold it against.
+    """
+    _check_comparable(records)
+    first = records[0].manifest
+    if float32 is not None:
+        _check_same(records[0], float32, {})
+    if truth is not None:
+        _check_same(records[0], truth, {"weights": "weights", "inputs": "inputs"})
+    reference = next((r for r in records if r.manifest.response), records[0])
+    level: Level = "L0" if "exact" in first.modes else "L1" if first.dtype == "float64" else "L2"
+    if level != "L0" and not reference.manifest.response:
+        raise RecordError(
+            f"{reference.path}: no record carries a one-ulp response to hold differences against; "
+            "make one of them again without --no-response"
+        )
+    labels = _labels(records)
+    soft = {label for label, record in labels.items() if level == "L1" and not COLUMNS[record.manifest.backend].float64}
+    if soft and float32 is None:
+        raise RecordError(
+            f"{', '.join(sorted(soft))} rounds to float32 inside a float64 network and is held to level L2; "
+            "give a float32 record of the reference too"
+        )
+    spec = reference.spec
+    modes = tuple(mode for mode in first.modes if all(mode in r.manifest.modes for r in records))
+    if "steps" in modes:
+        for other in records[1:]:
+            _check_same_recipe(records[0], other)
+    expected = expected_arrays(spec, modes, first.shape, records[0].recipe)
+    problems = [
+        Problem(backend=label, tensor=name, what="did not come back bitwise after loading and exporting it")
+        for label, record in labels.items()
+        for name in record.manifest.not_restored
+    ]
+    exact = truth if level == "L2" and truth is not None and "eval" in truth.manifest.modes else None
+
+    def measure(name: str) -> _Measured:
+        return _measure(name, expected[name], labels, reference, exact)
+
+    names = in_order(expected)
+    # NumPy lets go of the interpreter while it works on large arrays.
+    with ThreadPoolExecutor(cores()) as pool:
+        measured = dict(zip(names, pool.map(measure, names), strict=True))
+    problems += [problem for found in measured.values() for problem in found.problems]
+    norms = {name: found.norm for name, found in measured.items()}
+    precision = [p for name, found in measured.items() for p in _precision(name, found.errors)]
+    differences = [
+        Difference(
+            tensor=name,
+            pair=pair,
+            level="L2" if set(pair) & soft else level,
+            distance=apart,
+            norm=found.norm,
+            response=0.0,
+            verdict="same",
+        )
+        for name, found in measured.items()
+        for pair, apart in found.distances.items()
+    ]
+    gate = Gate(reference, float32, norms)
+    judged = tuple(gate.judge(difference) for difference in differences)
+    if not judged and not problems:
+        raise RecordError("the records have no arrays in common: nothing was compared")
+    return Comparison(
+        level=level,
+        variant=first.variant,
+        dtype=first.dtype,
+        backends=tuple(labels),
+        modes=modes,
+        differences=judged,
+        problems=tuple(problems),
+        precision=tuple(precision),
+        float32_inside={label: rounded_to_float32(labels[label], spec.layers) for label in sorted(soft)},
+    )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of arrays in the order in which their values come about: every pass forward, then each one's gradients
+    from the last layer back to the input, since an error is handed on in these directions. Steps come last, and in
+    that order already."""
+    names = list(names)
+    of_steps = [name for name in names if steps.number(name) is not None]
+    names = [name for name in names if steps.number(name) is None]
+    forward = [name for name in names if "/grad/" not in name]
+    backward = [name for name in names if "/grad/" in name]
+    runs = dict.fromkeys(name.split("/")[0] for name in backward)
+    ordered = [
+        name
+        for run in runs
+        for name in reversed(backward)
+        if name.startswith(f"{run}/") and not name.endswith(f"/{INPUT}")
+    ]
+    return [*forward, *ordered, *(name for name in backward if name.endswith(f"/{INPUT}")), *of_steps]
+
+
+def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ...]:
+    """The layers of a float64 record that compute in float32: there 29 bits of each value were lost.
+
+    Told by an output, or a kernel's or scale's gradient, that holds float32 numbers only, and not zeros only; of
+    arbitrary float64 values one in 2^29 is one. The gradient shows a product that is rounded before its bias is added.
+    Layers that only pick values are left out.
+    """
+    lost: dict[str, None] = {}
+    for layer in layers:
+        names = [f"tap/{layer.path}", *(f"grad/{name}" for name in list(layer.parameters)[:1])]
+        for array in (record.get(f"{run}/{name}") for run in ("eval", "train") for name in names):
+            if (
+                array is not None
+                and not layer.exact
+                and array.any()
+                and np.array_equal(array, array.astype(np.float32))
+            ):
+                lost[layer.path] = None
+    return tuple(lost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What is measured of one array in all records."""
+
+    problems: tuple[Problem, ...]
+    norm: float = 0.0  # of the reference
+    distances: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)  # each backend's own, where an exact record is given
+
+
+def _measure(
+    name: str, shape: Shape, records: Mapping[str, Record], reference: Record, exact: Record | None
+) -> _Measured:
+    problems: list[Problem] = []
+    arrays: dict[str, np.ndarray] = {}
+    size = 0.0
+    for label, record in records.items():
+        what, array = _examine(record, name, shape)
+        if what:
+            problems.append(Problem(backend=label, tensor=name, what=what))
+        elif array is not None:
+            arrays[label] = array
+            if record is reference:
+                size = norm(array)
+    errors: dict[str, float] = {}
+    if exact is not None and name.startswith("eval/tap/"):
+        what, true = _examine(exact, name, shape)
+        if what:
+            problems.append(Problem(backend=f"{exact.manifest.backend} in float64", tensor=name, what=what))
+        elif true is not None:
+            true_size = norm(true)
+            errors = {label: distance(array, true) / true_size for label, array in arrays.items()}
+    distances = {(a, b): distance(arrays[a], arrays[b]) for a, b in combinations(arrays, 2)}
+    return _Measured(problems=tuple(problems), norm=size, distances=distances, errors=errors)
+
+
+def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.ndarray | None]:
+    """What makes an array unfit for comparison, or the array."""
+    array = record.get(name)
+    if array is None:
+        return "is missing", None
+    if array.shape != shape:
+        return f"has shape {array.shape}; the walk gives {shape}", None
+    # A column that is known to round inside a float64 network may hand out what it rounded.
+    rounds = array.dtype == np.float32 and not COLUMNS[record.manifest.backend].float64
+    if array.dtype != record.manifest.dtype and not rounds:
+        return f"is {array.dtype}; {record.manifest.dtype} was asked for", None
+    if not np.isfinite(array).all():
+        return "has values that are NaN or infinite", None
+    zeros = 1 - np.count_nonzero(array) / max(array.size, 1)
+    if zeros > ZERO_SHARE:
+        return f"is {zeros:.0%} zero, too empty to compare", None
+    return None, array
+
+
+def _precision(name: str, errors: Mapping[str, float]) -> list[Precision]:
+    middle = median_low(errors.values()) if errors else 0.0
+    return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
+
+
+def _labels(records: Sequence[Record]) -> dict[str, Record]:
+    """Names for the columns: the backend, with the file's name or path where one backend comes twice."""
+    labels = [record.manifest.backend for record in records]
+    for part in ("stem", "path"):
+        labels = [
+            label
+            if labels.count(label) == 1
+            else f"{record.manifest.backend} ({record.path.stem if part == 'stem' else record.path})"
+            for label, record in zip(labels, records, strict=True)
+        ]
+    return dict(zip(labels, records, strict=True))
+
+
+def _check_comparable(records: Sequence[Record]) -> None:
+    if len(records) < 2:
+        raise RecordError(f"{len(records)} record given; a comparison needs at least two")
+    paths = [record.path.resolve() for record in records]
+    for record in records:
+        if paths.count(record.path.resolve()) > 1:
+            raise RecordError(f"{record.path} is given twice; a record compared with itself shows nothing")
+        if record.manifest.backend not in COLUMNS:
+            known = ", ".join(COLUMNS)
+            raise RecordError(f"{record.path}: backend {record.manifest.backend!r} is unknown; expected one of {known}")
+    for other in records[1:]:
+        _check_same(records[0], other, {"dtype": "dtypes", "weights": "weights", "inputs": "inputs"})
+
+
+def _check_same(first: Record, other: Record, keys: Mapping[str, str]) -> None:
+    a, b = first.manifest, other.manifest
+    if found := _differing(a.spec, b.spec):
+        raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
+    for key, what in keys.items():
+        if getattr(a, key) != getattr(b, key):
+            found = f"{getattr(a, key)} and {getattr(b, key)}"
+            raise RecordError(f"{first.path} and {other.path} are records of different {what}: {found}")
+
+
+def _check_same_recipe(first: Record, other: Record) -> None:
+    """The same steps: recipes alike in every field, and the same batches."""
+    a, b = first.manifest, other.manifest
+    if found := _differing(a.recipe, b.recipe):
+        raise RecordError(f"{first.path} and {other.path} are records of different recipes: {found}")
+    _check_same(first, other, {"batches": "batches"})
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """The fields that differ, in words; nothing where none does."""
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return ", ".join(f"{name} is {a.get(name)!r} and {b.get(name)!r}" for name in names)

@@ -1,0 +1,65 @@
+"""Every tolerance of the project, each with its derivation. Nothing else in the tree holds one.
+
+A tolerance is measured, not chosen: the reference network is run again with every weight and input moved by -1, 0 or
++1 unit in the last place, `DRAWS` times, and the largest change of a tensor is its one-ulp response ρ. (In mode steps
+the powers of AdamW's betas are moved too: see `common.parity.steps.rates`.) Two implementations of one function
+differ by rounding alone, and rounding the weights once is the least that any implementation does.
+"""
+
+from math import sqrt
+
+DRAWS = 3
+
+# Unit roundoff: half the distance from 1 to the next number.
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
+
+# L1 and L2: ‖a-b‖ <= RESPONSE_FACTOR * max(ρ, FLOOR * u * ‖b‖). Over all gradients and logits of ResNet-50 and -101
+# the ratio ‖a-b‖ / ρ of correct implementations has median 1.1 to 1.9 and maximum 3.1: 8 leaves room and no more. The
+# floor is for tensors that so few roundings reach that three draws may miss them all.
+RESPONSE_FACTOR = 8.0
+FLOOR = 4.0
+
+# L1 decides only where the response is below this share of the largest norm in the tensor's layer: at 1e-9 a planted
+# eps of 1.1e-5 instead of 1e-5 still stands far above it. Elsewhere the network amplifies rounding too much.
+DECIDABLE = {
+    "float64": 1e-9,
+    # L2: float32 rounding flips ReLU and max-pool choices; a gate is honest below 1e-4 only, and for a gradient only
+    # where no other gradient of its pass exceeds that. ResNet-152 at 64, training: one unit of 8192 in
+    # stages.2.blocks.11.relu1 is 0 in PyTorch and 4e-8 in Flax, which moves the gradient of the norm before it by 2 %
+    # where its own three draws show 1e-5, and other layers' 3e-3.
+    "float32": 1e-4,
+}
+
+# L2: a backend's own rounding error, ‖float32 - float64‖, against the lower median of all backends. Correct ones differ
+# by the order of their sums, a factor of 2 or so; TF32 (2^-11) and bfloat16 (2^-9) lie far above float32 (2^-24).
+PRECISION_FACTOR = 5.0
+
+# A tensor with a larger share of zeros carries too little to prove anything.
+ZERO_SHARE = 0.95
+
+# Integers up to here are exact in float32, and so is every sum of them (L0).
+EXACT_INTEGER = 2**24
+
+
+def floor(terms: int) -> float:
+    """The least response of an array, in units of u ‖b‖, whose elements are sums of so many `terms`.
+
+    A sum of n terms, in any order, is off by at most (n - 1) u Σ|x| (Higham 2002, Accuracy and Stability of Numerical
+    Algorithms, section 4.2). The response does not show that where rounding the weights moves all terms together:
+    below a global average the terms of a bias's gradient are equal, and adding them one after another, as TensorFlow
+    does, errs to one side and reaches a tenth of the bound, where adding them in pairs errs by u. A velocity or moment
+    of an optimiser is a sum of such gradients, or of their squares, which are off by twice as much.
+    """
+    return max(FLOOR, terms / RESPONSE_FACTOR)
+
+
+def floor_of_mean(terms: int) -> float:
+    """The same of a running statistic after optimiser steps, the mean or variance of so many `terms` a batch.
+
+    Added one after another, as PyTorch does, rounding errors of either sign leave about √n u of the bound above (Higham
+    and Mary 2019, doi:10.1137/18M1226312); `RESPONSE_FACTOR` times a quarter of it is twice that. Measured after 20
+    steps: 0.8 √n u for the mean behind the stem of ResNet-18 at 64. The response cannot show it, since what rounding
+    the weights once does is another thing in every batch, and this is the same; a single pass, of which the statistic
+    takes but a tenth, stays below the plain floor.
+    """
+    return max(FLOOR, sqrt(terms) / 4)

@@ -1,0 +1,167 @@
+"""Makes a record, inside a backend's process: the network as the request gives it, in every mode asked for."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from common import architectures
+from common import weights as canonical
+from common.architectures import Spec
+from common.backends.clock import Clock
+from common.backends.process import Backend
+from common.parity import record, steps
+from common.parity.record import Manifest
+from common.training import recipe as recipes
+from common.training.recipe import TrainingRecipe
+
+Keep = Callable[[str, np.ndarray], None]
+
+
+def make_record(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:
+    """Run a network and write its record.
+
+    The request holds `manifest` (the fields of `record.Manifest` that do not depend on the backend), `weights`,
+    `inputs` and, in mode steps, `batches` (paths), `output` (path), `draws` (of the one-ulp response; 0 for none), and
+    `plant` (a defect that a test plants, ``module:function``, or none).
+    """
+    given = request["manifest"]
+    spec, modes = architectures.from_dict(given["spec"]), tuple(given["modes"])
+    recipe = recipes.from_dict(given["recipe"]) if "steps" in modes else None
+    arrays: dict[str, np.ndarray] = {}
+    response: dict[str, float] = {}
+
+    def keep(name: str, array: np.ndarray) -> None:
+        if name in wanted:
+            arrays[name] = array
+
+    def measure(name: str, array: np.ndarray) -> None:
+        if name in arrays:
+            response[name] = max(response.get(name, 0.0), record.distance(array, arrays[name]))
+
+    with _planted(request.get("plant"), backend):
+        # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
+        weights = canonical.mapped(request["weights"])
+        wanted = record.expected_arrays(spec, modes, tuple(given["shape"]), recipe)
+        subjects: list[_Network | _Training] = []
+        if record.passes(modes):
+            subjects.append(_Network(backend, spec, request, clock))
+        if recipe is not None:
+            subjects.append(_Training(backend, spec, recipe, request, clock))
+        not_restored: dict[str, None] = {}
+        for subject in subjects:
+            with clock.step("load"):
+                subject.load(weights)
+                not_restored |= _not_restored(spec, weights, subject.export(), given["dtype"])
+        for subject in subjects:
+            subject.run(keep)
+        for draw in range(request["draws"]):
+            with clock.step("response", f"{draw + 1} of {request['draws']}"):
+                for subject in subjects:
+                    subject.load(canonical.perturb(weights, seed=draw))
+                    subject.run(measure, draw)
+        described = backend.describe()
+    device = described.pop("device")
+    manifest = Manifest(
+        **given,
+        backend=column,
+        versions=described,
+        device=device,
+        threads=threads,
+        draws=request["draws"],
+        response=response,
+        not_restored=tuple(not_restored),
+    )
+    with clock.step("write"):
+        record.write(request["output"], arrays, manifest)
+
+
+class _Network:
+    """The passes of the modes eval, train, grad and exact."""
+
+    def __init__(self, backend: Backend, spec: Spec, request: Mapping[str, Any], clock: Clock) -> None:
+        self._backend, self._clock = backend, clock
+        self._modes, dtype = tuple(request["manifest"]["modes"]), request["manifest"]["dtype"]
+        self._images, self._labels = _batch(request["inputs"], dtype)
+        with clock.step("build"):
+            self._model = backend.build(spec, dtype)
+
+    def load(self, weights: canonical.Weights) -> None:
+        self._backend.load(self._model, weights)
+
+    def export(self) -> canonical.Weights:
+        return self._backend.export(self._model)
+
+    def run(self, keep: Keep, draw: int | None = None) -> None:
+        """Hand every array to `keep`; with `draw` for images that are moved by an ulp."""
+        images = self._images if draw is None else canonical.perturb_array(self._images, draw, "input")
+        for run in record.passes(self._modes):
+            with self._clock.step(run) if draw is None else nullcontext():
+                arrays = self._backend.run(
+                    self._model,
+                    images,
+                    self._labels,
+                    training=run == "train",
+                    gradients="grad" in self._modes and run != "exact",
+                )
+            for name, array in arrays.items():
+                keep(f"{run}/{name}", array)
+
+
+class _Training:
+    """The optimiser steps of mode steps."""
+
+    def __init__(
+        self, backend: Backend, spec: Spec, recipe: TrainingRecipe, request: Mapping[str, Any], clock: Clock
+    ) -> None:
+        self._recipe, self._clock = recipe, clock
+        self._dtype = request["manifest"]["dtype"]
+        self._images, self._labels = _batch(request["batches"], self._dtype)
+        with clock.step("build"):
+            self._trainer = backend.trainer(spec, recipe, self._dtype)
+
+    def load(self, weights: canonical.Weights) -> None:
+        self._trainer.load(weights)
+
+    def export(self) -> canonical.Weights:
+        return self._trainer.export()
+
+    def run(self, keep: Keep, draw: int | None = None) -> None:
+        """As `_Network.run`, with `draw` for rates that are moved too; it tells of every step."""
+
+        def keep_and_tell(name: str, array: np.ndarray) -> None:
+            if name.endswith("/loss"):
+                self._clock.tell(f"{steps.number(name)} of {self._recipe.steps} steps done")
+            keep(name, array)
+
+        images = self._images if draw is None else canonical.perturb_array(self._images, draw, "batches")
+        rates = steps.rates(self._recipe, self._dtype, draw)
+        with self._clock.step("steps") if draw is None else nullcontext():
+            steps.take(self._trainer, images, self._labels, rates, keep_and_tell)
+
+
+def _batch(path: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    batch = load_file(path)
+    return batch["images"].astype(dtype), batch["labels"]
+
+
+def _not_restored(spec: Spec, weights: canonical.Weights, exported: canonical.Weights, dtype: str) -> dict[str, None]:
+    """Names of the weights that did not come back bitwise, as a set in order."""
+    lost = [
+        name
+        for name in canonical.shapes(spec)
+        if name not in exported or not np.array_equal(exported[name], weights[name].astype(dtype))
+    ]
+    return dict.fromkeys([*lost, *(name for name in exported if name not in weights)])
+
+
+def _planted(plant: str | None, backend: Backend) -> AbstractContextManager[None]:
+    """The context in which a planted defect is at work: `module:function`, called with the backend."""
+    if plant is None:
+        return nullcontext()
+    module, function = plant.split(":")
+    context: AbstractContextManager[None] = getattr(importlib.import_module(module), function)(backend)
+    return context

@@ -1,0 +1,219 @@
+"""The main job: run one network in several backends on the same weights and images, and compare what they computed."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from common.backends.process import COLUMNS, BackendProcess, cores, resolve
+from common.errors import BackendCrashed, InputError, ParityError, RecordError
+from common.parity.case import Case, Inputs, Task, tasks, told
+from common.parity.compare import Comparison, compare
+from common.parity.levels import DRAWS
+from common.parity.record import Record
+
+Progress = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a check found. `failures` are the backends that did not answer, each with its error."""
+
+    case: Case
+    source: str  # what the images show
+    comparisons: tuple[Comparison, ...]
+    failures: Mapping[str, ParityError] = field(default_factory=dict)
+    versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.comparisons) and not self.failures and all(c.passed for c in self.comparisons)
+
+
+class Session:
+    """One process per backend, kept for any number of checks; a context manager.
+
+    `names` are columns as on the command line; `jobs` of them work at a time (as many as there are cores, by default)
+    and share the cores. Raises `BackendError` for an unknown name, `BackendMissing` for an absent framework,
+    `InputError` for a name given twice.
+    """
+
+    def __init__(self, names: Sequence[str], jobs: int | None = None) -> None:
+        self.columns = tuple(resolve(name) for name in names)
+        for column in self.columns:
+            if self.columns.count(column) > 1:
+                raise InputError(f"backend {column} is named {self.columns.count(column)} times; name each once")
+        # The response must come from a column that honours float64, if there is one.
+        self.references = sorted(self.columns, key=lambda c: not COLUMNS[c].float64)
+        self._soft = any(not COLUMNS[c].float64 for c in self.columns)
+        self.jobs = min(jobs or cores(), len(self.columns))
+        self.workers: dict[str, BackendProcess] = {}
+        self.seconds: dict[str, float] = {}  # of this process, by what the time went into
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-"))
+        self._exit.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        for column in self.columns:
+            self._worker(column)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self._exit.close()
+
+    def check(
+        self, case: Case, *, progress: Progress = lambda backend, step: None, plant: Mapping[str, str] | None = None
+    ) -> Result:
+        """Run `case` in every backend and compare. `progress` hears of every step; `plant` names, by backend, a defect
+        that a test plants there (``module:function``)."""
+        started = time.perf_counter()
+        records: dict[str, dict[str, Record]] = {}
+        failures: dict[str, ParityError] = {}
+        with self.prepared(case) as inputs:
+
+            def run(column: str) -> None:
+                try:
+                    records[column] = self.run(column, inputs, reference == column, progress, (plant or {}).get(column))
+                except ParityError as error:
+                    failures[column] = error
+
+            reference = self.references[0]
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(run, self.columns))
+            if reference in failures:
+                # Without it there is no response: the next one measures it.
+                reference = next((c for c in self.references if c in records), "")
+                if len(records) > 1:
+                    run(reference)
+            with self._timed("compare"):
+                comparisons = compare_case(case, {c: records[c] for c in self.columns if c in records}, reference)
+        return Result(
+            case=case,
+            source=inputs.source,
+            comparisons=tuple(comparisons),
+            failures=failures,
+            versions={c: _versions(next(iter(made.values()))) for c, made in records.items()},
+            seconds=time.perf_counter() - started,
+        )
+
+    @contextmanager
+    def prepared(self, case: Case) -> Iterator[Inputs]:
+        """The weights and images of `case` on disk, in a folder that goes away at the end, the records with it."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            with self._timed("prepare"):
+                inputs = Inputs(case, Path(folder), tasks(case, reference=True, soft=self._soft))
+            yield inputs
+
+    def run(
+        self,
+        column: str,
+        inputs: Inputs,
+        reference: bool,
+        progress: Progress = lambda backend, step: None,
+        plant: str | None = None,
+    ) -> dict[str, Record]:
+        """The records one backend makes of a case, by the task's name. Raises what happens in its process."""
+        made: dict[str, Record] = {}
+        try:
+            for task in tasks(inputs.case, reference=reference, soft=self._soft):
+                output = inputs.folder / f"{column}-{task.name}-{plant or ''}.safetensors"
+                request = inputs.request(task) | {"output": str(output), "plant": plant}
+                self._worker(column).ask("record", request, lambda step, t=task: progress(column, f"{t.name}: {step}"))  # type: ignore[misc]
+                made[task.name] = Record(output)
+        except BackendCrashed:
+            self.workers.pop(column).close()
+            raise
+        return made
+
+    def told(self, case: Case) -> int:
+        """How many steps `progress` will hear of, if all goes well."""
+        return sum(
+            told(case, task)
+            for column in self.columns
+            for task in tasks(case, reference=column == self.references[0], soft=self._soft)
+        ) + sum(not self.workers[column].seconds for column in self.columns if column in self.workers)
+
+    def _worker(self, column: str) -> BackendProcess:
+        """The column's process; a new one where the last one ended."""
+        if column not in self.workers:
+            self.workers[column] = BackendProcess(column, threads=max(1, cores() // self.jobs))
+        return self.workers[column]
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def make_record(case: Case, column: str, output: Path, *, response: bool = True, progress: Progress) -> Record:
+    """Run `case` in one backend and keep its record, in the first of the case's dtypes. Raises `ParityError`."""
+    column = resolve(column)
+    dtype = case.dtypes[0]
+    task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=DRAWS if response else 0)
+    with (
+        tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder,
+        BackendProcess(column, threads=cores()) as worker,
+    ):
+        request = Inputs(case, Path(folder), [task]).request(task) | {"output": str(output.absolute())}
+        worker.ask("record", request, lambda step: progress(column, step))
+    return Record(output)
+
+
+def compare_files(paths: Sequence[Path]) -> list[Comparison]:
+    """Compare the records at `paths`, those of each dtype with one another. Raises `RecordError`."""
+    records = [Record(path) for path in paths]
+    if len(records) < 2:
+        raise RecordError(f"{len(records)} record given; a comparison needs at least two")
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.manifest.dtype, []).append(record)
+    compared = [_compare_group(group, groups) for group in groups.values() if len(group) > 1]
+    if not compared:
+        found = ", ".join(f"{r.path} in {r.manifest.dtype}" for r in records)
+        raise RecordError(f"no two of the records have one dtype: {found}")
+    return compared
+
+
+def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> Comparison:
+    first = group[0].manifest
+    given = first.weights, first.inputs
+    float32 = next((r for r in groups.get("float32", []) if r.manifest.response), None)
+    float32 = float32 if first.dtype == "float64" else None
+    doubles = groups.get("float64", []) if first.dtype == "float32" else []
+    exact = [r for r in doubles if (r.manifest.weights, r.manifest.inputs) == given]
+    return compare(group, float32=float32, truth=next(iter(exact), None))
+
+
+def compare_case(case: Case, records: Mapping[str, Mapping[str, Record]], reference: str) -> list[Comparison]:
+    """Compare the records that the backends made of a case, level by level; none where fewer than two did."""
+    if len(records) < 2:
+        return []
+
+    def all_of(task: str) -> list[Record]:
+        return [made[task] for made in records.values()]
+
+    of_reference = records[reference]
+    compared = [compare(all_of("exact"))]
+    if "float64" in case.dtypes:
+        compared.append(compare(all_of("float64"), float32=of_reference.get("float32")))
+    if "float32" in case.dtypes:
+        compared.append(compare(all_of("float32"), truth=of_reference.get("truth")))
+    return compared
+
+
+def _versions(record: Record) -> dict[str, str]:
+    return dict(record.manifest.versions) | {"device": record.manifest.device}

@@ -1,0 +1,1 @@
+"""Where files come from: known weights, downloads, the hub."""

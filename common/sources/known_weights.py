@@ -1,0 +1,50 @@
+"""The published weights that are known by name: where they are, what they must hash to, and how to feed them."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from common import architectures
+from common.architectures import Spec
+
+_TABLE = Path(__file__).parent / "known_weights.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownWeights:
+    """One file of published weights; an entry of the table."""
+
+    reference: str  # what a person writes: source:variant:tag, or hf://owner/repo
+    variant: str
+    url: str | None = None  # none where the hub resolves it
+    checksum: str | None = None  # algorithm:digits, of the whole file; the digits may be the first ones only
+    convention: str = "torchvision"
+    preprocessing: str  # a name in `images.PREPROCESSING`
+    top1: float | None = None  # percent of ImageNet's validation set, as published
+    top5: float | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """The network these weights belong to, under the convention they were trained with."""
+        named = self.variant if self.convention == "torchvision" else f"{self.variant}.{self.convention}"
+        spec = architectures.find(named)
+        return spec.replace(head="none") if self.reference.endswith(":notop") else spec
+
+
+@cache
+def table() -> tuple[KnownWeights, ...]:
+    """All of them, in the order of the table."""
+    with _TABLE.open("rb") as file:
+        entries = tomllib.load(file)["weights"]
+    return tuple(KnownWeights(**{"variant": _variant(entry["reference"]), **entry}) for entry in entries)
+
+
+def find(reference: str) -> KnownWeights | None:
+    """The entry whose reference, or whose URL, this is."""
+    return next((known for known in table() if reference in (known.reference, known.url)), None)
+
+
+def _variant(reference: str) -> str:
+    """The middle of source:variant:tag."""
+    return reference.split(":")[1]
