@@ -35,7 +35,7 @@ def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Ca
         input_tensor: Any = None,
         input_shape: tuple[int | None, ...] | None = None,
         pooling: str | None = None,
-        classes: int = spec.classes,  # type: ignore[attr-defined]
+        classes: int = spec.classes,
         classifier_activation: Any = "softmax",
         name: str = variant,
     ) -> keras.Model:

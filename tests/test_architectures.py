@@ -1,6 +1,7 @@
 """The specification and its layer walk: counts, shapes, contradictions, and the form it takes as JSON."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import FrozenInstanceError, fields
 from itertools import pairwise
@@ -11,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import architectures
-from common.architectures.layers import INPUT, Conv, MaxPool, Window, multiply_adds, output_shapes, window_padding
+from common.architectures.layers import (
+    INPUT,
+    AdaptivePool,
+    Conv,
+    MaxPool,
+    Window,
+    adaptive_windows,
+    multiply_adds,
+    output_shapes,
+    window_padding,
+)
+from common.architectures.marks import Mark, marked
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
 from common.errors import InputError, ParityError, SpecError
 
@@ -618,9 +630,77 @@ class TestIdentity:
         with pytest.raises(SpecError, match=r"unknown field 'clases'.*classes"):
             small().replace(clases=10)
 
-    def test_replace_validates(self):
-        with pytest.raises(SpecError, match="classes=0"):
-            small().replace(classes=0)
+    @pytest.mark.parametrize("changes", [{"classes": 0}, {"blocks": 5}, {"blocks": None}, {"norm": [1]}])
+    def test_replace_validates(self, changes):
+        ((name, value),) = changes.items()
+        with pytest.raises(SpecError, match=f"{name}={re.escape(repr(value))} is not allowed"):
+            small().replace(**changes)
+
+
+class TestHead:
+    def test_another_number_of_classes_changes_nothing_else(self):
+        spec = VARIANTS["resnet50.keras_applications"]
+        assert spec.with_head(classes=7) == spec.replace(classes=7)
+        assert spec.with_head() == spec
+
+    @pytest.mark.parametrize(("pool", "last"), [("none", "relu"), ("average", "global_pool"), ("max", "global_pool")])
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_a_classifier_is_left_off(self, pool, last, flat):
+        spec = small(head_pool="flatten", input_size=(64, 64)) if flat else small()
+        bare = spec.with_head(head="none", pool=pool)
+        assert (architectures.output(bare).kind, architectures.logits(bare)) == (last, None)
+        assert architectures.logits(bare.with_head(head="softmax", classes=3)) == "head.fc"
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_logits_are_what_the_softmax_reads_or_the_output(self, name):
+        spec = VARIANTS[name]
+        shapes = output_shapes(spec.layers, (*spec.default_size, spec.in_channels))
+        assert shapes[architectures.logits(spec)] == (spec.classes,)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_groups_hold_every_layer_once_and_in_order(self, name):
+        spec = VARIANTS[name]
+        assert [path for group in spec.layer_groups for path in group] == [layer.path for layer in spec.layers]
+
+    def test_a_block_is_a_group(self):
+        assert len(VARIANTS["resnet50"].layer_groups) == 1 + 3 + 4 + 6 + 3 + 1
+
+
+class TestMarks:
+    def test_what_shapes_cannot_show_follows_from_a_convention(self):
+        unseen = marked(ResNetSpec, Mark.UNSEEN)
+        assert {name for changes in CONVENTIONS.values() for name in changes} - set(unseen) == {
+            "conv_bias",
+            "shortcut_norm",
+        }
+        # Two specs that differ in nothing else have arrays of the same names and shapes.
+        for name, value in (("stem_stride", 1), ("stem_pool", False), ("bn_eps", 1e-3), ("head", "softmax")):
+            assert name in unseen
+            arrays = [
+                {a: s for x in spec.layers for a, s in x.arrays.items()} for spec in (small(), small(**{name: value}))
+            ]
+            assert arrays[0] == arrays[1]
+
+    def test_only_dilation_leaves_weights_what_they_are(self):
+        assert marked(small(), Mark.FREE) == ("replace_stride_with_dilation",)
+
+
+class TestAdaptivePool:
+    @pytest.mark.parametrize(
+        ("size", "cells", "windows"),
+        [
+            (7, 7, [(i, i + 1) for i in range(7)]),
+            (14, 4, [(0, 4), (3, 7), (7, 11), (10, 14)]),
+            (2, 3, [(0, 1), (0, 2), (1, 2)]),
+            (1, 3, [(0, 1)] * 3),
+        ],
+    )
+    def test_windows_are_floor_and_ceil_of_equal_shares(self, size, cells, windows):
+        assert adaptive_windows(size, cells) == windows
+
+    def test_a_map_of_any_size_becomes_the_cells(self):
+        pool = AdaptivePool(path="pool", inputs=(INPUT,), op="average", height=7, width=5)
+        assert output_shapes([pool], (31, 2, 6))["pool"] == (7, 5, 6)
 
 
 CHOICES = {

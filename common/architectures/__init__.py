@@ -1,40 +1,54 @@
 """Families of architectures, found by name: the one place in `common` that lists them."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from common.architectures import resnet
-from common.architectures.layers import Layer
+from common.architectures.spec import Spec, logits, output
 from common.errors import SpecError
 
+__all__ = [
+    "Spec",
+    "conventions",
+    "families",
+    "find",
+    "from_dict",
+    "from_json",
+    "logits",
+    "matching",
+    "output",
+    "read",
+    "to_dict",
+    "to_json",
+    "variants",
+    "variants_of",
+]
+
 _FAMILIES = {module.Spec.family: module for module in (resnet,)}
-
-
-class Spec(Protocol):
-    """What every family's specification offers; the rest of the project uses nothing else of it."""
-
-    @property
-    def family(self) -> str: ...
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def input_size(self) -> tuple[int, ...]: ...
-    @property
-    def output_stride(self) -> int: ...
-    @property
-    def exact_twin(self) -> Self: ...
-    @property
-    def layers(self) -> tuple[Layer, ...]: ...
-    def replace(self, **changes: Any) -> Self: ...
 
 
 def variants() -> dict[str, Spec]:
     """All named specifications, by name."""
     return {name: spec for family in _FAMILIES.values() for name, spec in family.VARIANTS.items()}
+
+
+def families() -> tuple[str, ...]:
+    """Names of all families; each has modules of that name here, in `common.names` and in every backend."""
+    return tuple(_FAMILIES)
+
+
+def variants_of(family: str) -> dict[str, Spec]:
+    """The named specifications of one family, by name."""
+    return dict(_FAMILIES[family].VARIANTS)
+
+
+def conventions(family: str) -> dict[str, dict[str, Any]]:
+    """What each published convention does differently from the spec's defaults: fields by name of the convention."""
+    return {name: dict(changes) for name, changes in _FAMILIES[family].CONVENTIONS.items()}
 
 
 def find(name: str) -> Spec:
@@ -71,17 +85,7 @@ def from_dict(data: Any) -> Spec:
     family = data.pop("family", None)
     if not isinstance(family, str) or family not in _FAMILIES:
         raise SpecError(f"family={family!r} is unknown; expected one of {', '.join(_FAMILIES)}")
-    cls = _FAMILIES[family].Spec
-    known = {field.name: field for field in fields(cls)}
-    for name in data:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
-            raise SpecError(f"unknown field {name!r} in a {family} spec; {hint}")
-    for name, field in known.items():
-        if field.default is MISSING and name not in data:
-            raise SpecError(f"field {name!r} is missing in a {family} spec")
-    spec: Spec = cls(**data)
+    spec: Spec = _FAMILIES[family].Spec.from_data(data)
     return spec
 
 

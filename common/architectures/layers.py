@@ -193,6 +193,37 @@ class GlobalPool(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptivePool(Layer):
+    """Average or maximum over windows that divide the map into `height` by `width` cells, whatever its size.
+
+    Of n pixels and o cells, cell i is of the pixels from floor(i n / o) up to ceil((i + 1) n / o): windows overlap
+    where o does not divide n, and repeat pixels where the map is smaller. The identity where n = o.
+    """
+
+    op: Literal["average", "max"]
+    height: int
+    width: int
+    kind = "adaptive_pool"
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return (self.height, self.width, inputs[0][-1])
+
+
+def adaptive_windows(size: int, cells: int) -> list[tuple[int, int]]:
+    """First pixel and the one after the last of each cell along an axis, as `AdaptivePool` defines them."""
+    return [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Layer):
+    """In training each value is zero with probability `rate`, the others are divided by 1 - `rate` (Srivastava et al.
+    2014, in the inverted form of every framework); nothing in eval mode."""
+
+    rate: float
+    kind = "dropout"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flatten(Layer):
     """All pixels in one row, in the order height, width, channel."""
 

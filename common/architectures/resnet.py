@@ -5,10 +5,9 @@ He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.0338
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from sys import float_info
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from common.architectures.layers import (
     INPUT,
@@ -28,83 +27,71 @@ from common.architectures.layers import (
     ZeroPadShortcut,
     output_shapes,
 )
-from common.errors import InputError, SpecError
+from common.architectures.marks import Mark
+from common.architectures.spec import Head, Size, check_input_size
+from common.errors import ParityError, SpecError
+from common.fields import Between, Bound, Checked, Count, Counts, Positive
 
 Block = Literal["basic", "bottleneck"]
 ConvName = Literal["conv1", "conv2"]
 Shortcut = Literal["projection", "zero_pad"]
 HeadPool = Literal["average", "max", "flatten", "none"]
-Head = Literal["logits", "softmax", "none"]
 
-# A field whose default is None follows from the others; it is filled in at construction and never None afterwards.
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "block": get_args(Block),
-    "stem_padding": ("symmetric", "same", "valid"),
-    "pool_padding": get_args(Padding),
-    "block_padding": ("symmetric", "same"),
-    "stride_in": get_args(ConvName),
-    "shortcut": get_args(Shortcut),
-    "running_variance": get_args(RunningVariance),
-    "head_pool": get_args(HeadPool),
-    "head": get_args(Head),
-}
-_POSITIVE = (
-    "expansion",
-    "groups",
-    "width_per_group",
-    "in_channels",
-    "classes",
-    "stem_kernel",
-    "stem_stride",
-    "stem_width",
-)
 _MOST_BLOCKS = 10_000  # a walk of more would only look like one that hangs
-_FLAGS = ("stem_pool", "conv_bias", "norm", "shortcut_norm")
+
+# A convention alone says these, and a builder takes them from weights that follow another one.
+_CONVENTION = Mark.UNSEEN | Mark.ADOPTED
+# The same weights at a finer stride: what DeepLab does to a trained network.
+_DILATION = Annotated[tuple[bool, ...], Bound("a list of booleans", lambda flags: True), Mark.UNSEEN | Mark.FREE]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNetSpec:
+class ResNetSpec(Checked):
     """Everything that fixes the function a ResNet computes; the defaults are torchvision's ResNet.
 
-    Raises `SpecError` for a value that is invalid or contradicts another, naming field, value and what is allowed.
+    Raises `SpecError` for a value that is invalid or contradicts another, naming field, value and what is allowed. A
+    field whose default is None follows from the others; it is filled in at construction and never None afterwards.
     """
 
     family: ClassVar[str] = "resnet"
+    error: ClassVar[type[ParityError]] = SpecError
+    title: ClassVar[str] = "a resnet spec"
 
     block: Block
-    blocks: tuple[int, ...]  # blocks in each stage
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # of each stage, before expansion
-    expansion: int = None  # type: ignore[assignment]  # output channels / width: 4 for bottleneck, 1 for basic
-    groups: int = 1  # of the 3x3 convolution of a bottleneck
-    width_per_group: int = 64  # inner width of a bottleneck = width * width_per_group // 64 * groups
-    in_channels: int = 3
-    classes: int = 1000
+    blocks: Counts  # blocks in each stage
+    widths: Counts = (64, 128, 256, 512)  # of each stage, before expansion
+    expansion: Count = None  # type: ignore[assignment]  # output channels / width: 4 for bottleneck, 1 for basic
+    groups: Count = 1  # of the 3x3 convolution of a bottleneck
+    width_per_group: Count = 64  # inner width of a bottleneck = width * width_per_group // 64 * groups
+    in_channels: Count = 3
+    classes: Count = 1000
 
-    stem_kernel: int = 7
-    stem_stride: int = 2
-    stem_width: int = 64
-    stem_padding: Padding = "symmetric"
-    stem_pool: bool = True  # the 3x3 max-pool with stride 2
-    pool_padding: Padding = "symmetric"
+    stem_kernel: Count = 7
+    stem_stride: Annotated[Count, _CONVENTION] = 2
+    stem_width: Count = 64
+    stem_padding: Annotated[Literal["symmetric", "same", "valid"], _CONVENTION] = "symmetric"
+    stem_pool: Annotated[bool, _CONVENTION] = True  # the 3x3 max-pool with stride 2
+    pool_padding: Annotated[Padding, _CONVENTION] = "symmetric"
 
-    block_padding: Padding = "symmetric"
-    stride_in: ConvName = None  # type: ignore[assignment]  # conv2 for bottleneck ("v1.5"), conv1 for basic
+    block_padding: Annotated[Literal["symmetric", "same"], _CONVENTION] = "symmetric"
+    # conv2 for bottleneck ("v1.5"), conv1 for basic
+    stride_in: Annotated[ConvName, _CONVENTION] = None  # type: ignore[assignment]
     shortcut: Shortcut = "projection"  # option B of the paper, or its parameter-free option A
-    replace_stride_with_dilation: tuple[bool, ...] = None  # type: ignore[assignment]  # each stage after the first
-    conv_bias: bool = False
+    replace_stride_with_dilation: _DILATION = None  # type: ignore[assignment]  # each stage after the first
+    conv_bias: Annotated[bool, Mark.ADOPTED] = False
 
-    norm: bool = True
-    shortcut_norm: bool = None  # type: ignore[assignment]  # as norm
-    bn_eps: float = 1e-5
-    bn_momentum: float = 0.9  # share of the old running value that is kept
-    running_variance: RunningVariance = "unbiased"  # N / (N - 1), or biased
+    norm: Annotated[bool, Mark.ADOPTED] = True
+    shortcut_norm: Annotated[bool, Mark.ADOPTED] = None  # type: ignore[assignment]  # as norm
+    bn_eps: Annotated[Positive, _CONVENTION] = 1e-5
+    bn_momentum: Annotated[Between, _CONVENTION] = 0.9  # share of the old running value that is kept
+    running_variance: Annotated[RunningVariance, _CONVENTION] = "unbiased"  # N / (N - 1), or biased
 
-    head_pool: HeadPool = "average"
-    head: Head = "logits"
-    input_size: tuple[int, int] = None  # type: ignore[assignment]  # with a flattened head only; otherwise ()
+    head_pool: Annotated[HeadPool, Mark.UNSEEN] = "average"
+    head: Annotated[Head, Mark.UNSEEN] = "logits"
+    input_size: Annotated[Size, Mark.UNSEEN] = None  # type: ignore[assignment]  # with a flattened head only, else ()
 
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
         bottleneck = self.block == "bottleneck"
         self._fill("expansion", 4 if bottleneck else 1)
         self._fill("stride_in", "conv2" if bottleneck else "conv1")
@@ -117,104 +104,67 @@ class ResNetSpec:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
-    def _check_types(self) -> None:
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed and not (value is None and name == "stride_in"):
-                raise _invalid(name, value, "one of " + ", ".join(allowed))
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not _is_count(value) and not (value is None and name == "expansion"):
-                raise _invalid(name, value, "an integer of at least 1")
-        for name in _FLAGS:
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "shortcut_norm"):
-                raise _invalid(name, value, "true or false")
-        for name in ("blocks", "widths"):
-            value = _as_tuple(getattr(self, name))
-            if value is None or not value or not all(map(_is_count, value)):
-                raise _invalid(name, getattr(self, name), "a list of one or more integers of at least 1")
-            object.__setattr__(self, name, value)
-        dilated = _as_tuple(self.replace_stride_with_dilation)
-        if self.replace_stride_with_dilation is not None:
-            if dilated is None or not all(isinstance(flag, bool) for flag in dilated):
-                raise _invalid("replace_stride_with_dilation", self.replace_stride_with_dilation, "a list of booleans")
-            object.__setattr__(self, "replace_stride_with_dilation", dilated)
-        if self.input_size is not None:
-            size = _as_tuple(self.input_size)
-            if size is None or len(size) not in (0, 2) or not all(map(_is_count, size)):
-                raise _invalid("input_size", self.input_size, "a list of height and width, or an empty one")
-            object.__setattr__(self, "input_size", size)
-        for name, low, high, range_ in (
-            ("bn_eps", 0.0, float_info.max, "a number above 0"),
-            ("bn_momentum", 0.0, 1.0, "a number above 0 and below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-                raise _invalid(name, value, range_)
-            object.__setattr__(self, name, float(value))
-
     def _check_contradictions(self) -> None:
         stages = len(self.blocks)
-        if sum(self.blocks) > _MOST_BLOCKS:
-            raise _invalid("blocks", self.blocks, f"at most {_MOST_BLOCKS} in all")
-        if len(self.widths) != stages:
-            raise _invalid("widths", self.widths, f"{stages} entries, as many as blocks has")
-        if len(self.replace_stride_with_dilation) != stages - 1:
-            value = self.replace_stride_with_dilation
-            raise _invalid("replace_stride_with_dilation", value, f"{stages - 1} entries, one a stage after the first")
+        self.require("blocks", sum(self.blocks) <= _MOST_BLOCKS, f"at most {_MOST_BLOCKS} in all")
+        self.require("widths", len(self.widths) == stages, f"{stages} entries, as many as blocks has")
+        dilated = len(self.replace_stride_with_dilation)
+        self.require(
+            "replace_stride_with_dilation", dilated == stages - 1, f"{stages - 1} entries, one a stage after the first"
+        )
         if self.block == "basic":
             for name, only in (("expansion", 1), ("groups", 1), ("width_per_group", 64)):
-                if getattr(self, name) != only:
-                    raise _invalid(name, getattr(self, name), f"{only} with block basic")
+                self.require(name, getattr(self, name) == only, f"{only} with block basic")
         for width in self.widths:
-            if self.inner_width(width) < 1:
-                raise _invalid("width_per_group", self.width_per_group, f"at least {-(-64 // width)} at width {width}")
-        for name in ("stem_padding", "block_padding", "pool_padding"):
-            kernel = self.stem_kernel if name == "stem_padding" else 3
-            if getattr(self, name) == "symmetric" and kernel % 2 == 0:
-                raise _invalid("stem_kernel", kernel, "an odd number with stem_padding symmetric")
-        if self.shortcut_norm and not self.norm:
-            raise _invalid("shortcut_norm", True, "false where norm is false")
+            self.require(
+                "width_per_group", self.inner_width(width) >= 1, f"at least {-(-64 // width)} at width {width}"
+            )
+        odd = self.stem_padding != "symmetric" or self.stem_kernel % 2 == 1
+        self.require("stem_kernel", odd, "an odd number with stem_padding symmetric")
+        self.require("shortcut_norm", self.norm or not self.shortcut_norm, "false where norm is false")
         if self.shortcut == "zero_pad":
             channels = [self.stem_width, *(width * self.expansion for width in self.widths)]
-            if channels != sorted(channels):
-                raise _invalid("shortcut", "zero_pad", f"projection where a stage has fewer channels: {channels}")
-        if self.head == "none" and self.head_pool == "flatten":
-            raise _invalid("head_pool", "flatten", "average, max or none with head none")
-        if self.head != "none" and self.head_pool == "none":
-            raise _invalid("head_pool", "none", f"average, max or flatten with head {self.head}")
-        if (self.head_pool == "flatten") != bool(self.input_size):
-            expected = (
-                "height and width with head_pool flatten"
-                if not self.input_size
-                else "empty unless head_pool is flatten"
-            )
-            raise _invalid("input_size", self.input_size, expected)
-        if self.input_size:
-            try:
-                output_shapes(self.layers, (*self.input_size, self.in_channels))
-            except InputError as error:
-                raise _invalid("input_size", self.input_size, f"a size the network can take ({error})") from None
+            rising = channels == sorted(channels)
+            self.require("shortcut", rising, f"projection where a stage has fewer channels: {channels}")
+        if self.head == "none":
+            self.require("head_pool", self.head_pool != "flatten", "average, max or none with head none")
+        else:
+            self.require("head_pool", self.head_pool != "none", f"average, max or flatten with head {self.head}")
+        if self.head_pool == "flatten":
+            self.require("input_size", bool(self.input_size), "height and width with head_pool flatten")
+            check_input_size(self)
+        else:
+            self.require("input_size", not self.input_size, "empty unless head_pool is flatten")
 
     def replace(self, **changes: Any) -> Self:
         """This specification with some fields changed.
 
         Fields that follow from a changed one (`block`, `blocks`, `norm`) start anew unless they are given too.
         """
-        known = {field.name for field in fields(self)}
-        for name in changes.keys() - known:
-            raise SpecError(f"unknown field {name!r} in a {self.family} spec; allowed: {', '.join(sorted(known))}")
+        self.check_names(changes)
         anew: dict[str, Any] = {}
         if changes.get("block", self.block) != self.block:
             anew |= {"expansion": None, "stride_in": None}
         if changes.get("norm", self.norm) != self.norm:
             anew |= {"shortcut_norm": None}
-        if len(changes.get("blocks", self.blocks)) != len(self.blocks):
+        blocks = changes.get("blocks", self.blocks)
+        if isinstance(blocks, list | tuple) and len(blocks) != len(self.blocks):
             anew |= {"replace_stride_with_dilation": None}
         if changes.get("head_pool", self.head_pool) != self.head_pool:
             anew |= {"input_size": None}
         return replace(self, **(anew | changes))
+
+    def with_head(
+        self, *, classes: int | None = None, head: Head | None = None, pool: Literal["average", "max", "none"] = "none"
+    ) -> Self:
+        """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
+        leaves the classifier off and returns the last map, pooled by `pool` into a vector an image."""
+        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
+        if head == "none":
+            changes |= {"head": "none", "head_pool": pool}
+        elif head is not None:
+            changes |= {"head": head} | ({"head_pool": "average"} if self.head == "none" else {})
+        return self.replace(**changes)
 
     def with_output_stride(self, output_stride: int) -> Self:
         """The same weights at a finer stride: the last stages dilate instead (DeepLab's output stride 8, 16, 32)."""
@@ -224,8 +174,9 @@ class ResNetSpec:
                 kept = len(self.blocks) - 1 - last
                 return self.replace(replace_stride_with_dilation=(False,) * kept + (True,) * last)
             stride //= 2
-        raise _invalid(
-            "output_stride", output_stride, f"the network's stride or a half, quarter, … down to {stride * 2}"
+        raise SpecError(
+            f"output_stride={output_stride!r} is not allowed in {self.title}; expected the network's stride or a half, "
+            f"quarter, … down to {stride * 2}"
         )
 
     @property
@@ -244,6 +195,23 @@ class ResNetSpec:
     def inner_width(self, width: int) -> int:
         """Channels inside a block of a stage of this width."""
         return width * self.width_per_group // 64 * self.groups
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the images that such a network is usually fed."""
+        if self.input_size:
+            height, width = self.input_size
+            return height, width
+        return (224, 224) if self.output_stride > 8 else (32, 32)
+
+    @property
+    def layer_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of layers that are used together: the stem, each block, the head; in order, every layer once."""
+        groups: dict[str, list[str]] = {}
+        for layer in self.layers:
+            where, *rest = layer.path.split(".")
+            groups.setdefault(".".join([where, *rest[:3]]) if where == "stages" else where, []).append(layer.path)
+        return tuple(map(tuple, groups.values()))
 
     @property
     def exact_twin(self) -> Self:
@@ -374,18 +342,6 @@ def _map_shape(spec: ResNetSpec, channels: int) -> Shape:
     """Shape of the last stage's output at the spec's own input size."""
     backbone = spec.replace(head="none", head_pool="none")
     return output_shapes(backbone.layers, (*spec.input_size, spec.in_channels))[spec.stage_outputs[-1]]
-
-
-def _invalid(name: str, value: Any, expected: str) -> SpecError:
-    return SpecError(f"{name}={value!r} is not allowed in a resnet spec; expected {expected}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...] | None:
-    return tuple(value) if isinstance(value, list | tuple) else None
 
 
 # Published conventions: what each source does differently from torchvision, for both kinds of block.

@@ -283,7 +283,7 @@ def _with_classes(found: Checkpoint, classes: int) -> Checkpoint:
     """A new head of another size, as it would be initialised for training."""
     if getattr(found.spec, "head", "none") == "none":
         raise CheckpointError(f"{found.path}: there is no classifier to give {classes} classes")
-    before = found.spec.classes  # type: ignore[attr-defined]
+    before = found.spec.classes
     spec = found.spec.replace(classes=classes)
     dense = [name for layer in spec.layers if layer.kind == "dense" for name in layer.arrays]
     dtype = found.weights[dense[0]].dtype

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from common.errors import RecipeError
-from common.fields import check_types, known, require
+from common.errors import ParityError, RecipeError
+from common.fields import Between, Checked, Count, Natural, NotNegative, Positive, Share
 from common.files import reason
 
 Optimizer = Literal["sgd", "adamw"]
@@ -34,85 +34,74 @@ Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation:
+class Augmentation(Checked):
     """How an image becomes an example. All of it, in this order; only `size`, `mean` and `std` apply to test images,
     which are resized and cropped at the centre. Raises `RecipeError`."""
 
-    size: int | None = None  # side of the square the network sees; None: as the data come
+    error: ClassVar[type[ParityError]] = RecipeError
+    title: ClassVar[str] = "a recipe's augmentation"
+
+    size: Count | None = None  # side of the square the network sees; None: as the data come
     resized_crop: bool = False  # a random part of 8 to 100 % of the area, resized (Szegedy et al. 2015)
-    pad: int = 0  # zeros on every side before a random crop of the size before
+    pad: Natural = 0  # zeros on every side before a random crop of the size before
     flip: bool = False  # left and right, half of the time
-    color_jitter: float = 0.0  # brightness, contrast and saturation by factors within 1 ± this
+    color_jitter: Share = 0.0  # brightness, contrast and saturation by factors within 1 ± this
     mean: tuple[float, ...] = ()  # by channel, of values 0 … 1; empty: as the data set is usually normalised
-    std: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "size", self.size is None or self.size >= 1, "1 or more pixels, or none")
-        require(self, "pad", self.pad >= 0, "0 or more pixels")
-        require(self, "color_jitter", 0 <= self.color_jitter < 1, "a share of at least 0 and below 1")
-        require(self, "std", all(value > 0 for value in self.std), "values above 0")
-        require(self, "std", len(self.std) == len(self.mean), f"as many values as mean={self.mean!r}")
+        super().__post_init__()
+        self.require("std", len(self.std) == len(self.mean), f"as many values as mean={self.mean!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
+class TrainingRecipe(Checked):
     """See the module's text for the exact meaning. Raises `RecipeError` naming the field for an invalid value."""
 
+    error: ClassVar[type[ParityError]] = RecipeError
+    title: ClassVar[str] = "a recipe"
+
     optimizer: Optimizer = "sgd"
-    learning_rate: float = 0.1  # at the top of the schedule
-    momentum: float = 0.9  # of sgd
+    learning_rate: Positive = 0.1  # at the top of the schedule
+    momentum: Share = 0.9  # of sgd
     nesterov: bool = False
-    beta1: float = 0.9  # of adamw
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: Share = 0.9  # of adamw
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
     decay: Decay = "coupled"
     decay_norms_and_biases: bool = True  # False: kernels alone decay
-    label_smoothing: float = 0.0  # share of the target spread evenly over all classes
-    clip_norm: float | None = None
+    label_smoothing: Share = 0.0  # share of the target spread evenly over all classes
+    clip_norm: Positive | None = None
 
     schedule: Schedule = "constant"
-    step_epochs: float = 30.0  # `step`: every so many epochs the rate is multiplied by gamma
+    step_epochs: Positive = 30.0  # `step`: every so many epochs the rate is multiplied by gamma
     milestones: tuple[int, ...] = ()  # `multistep`: at these steps
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0  # the rate first rises linearly, from rate / steps of the warm-up
-    warmup_steps: int = 0  # the same in steps; one of both
+    gamma: Positive = 0.1
+    warmup_epochs: NotNegative = 0.0  # the rate first rises linearly, from rate / steps of the warm-up
+    warmup_steps: Natural = 0  # the same in steps; one of both
 
-    epochs: float = 90.0
-    steps: int | None = None  # in place of epochs
-    batch_size: int = 256  # of one step, over all processes
-    ema_decay: float | None = None
+    epochs: Positive = 90.0
+    steps: Count | None = None  # in place of epochs
+    batch_size: Count = 256  # of one step, over all processes
+    ema_decay: Between | None = None
     precision: Precision = "float32"  # of the network's arithmetic; parameters are float32 in both
     zero_gamma: bool = False  # the last norm's scale of every block begins at zero
-    seed: int = 0  # of initial weights, order and augmentation
+    seed: Natural = 0  # of initial weights, order and augmentation
     # So many training examples, the last of a fixed permutation, are held out and evaluated after every epoch, the test
     # images at the end alone.
-    validation: int = 0
+    validation: Natural = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        above, share = "a number above 0", "a share of at least 0 and below 1"
-        for name in ("learning_rate", "eps", "gamma", "step_epochs"):
-            require(self, name, getattr(self, name) > 0, above)
-        for name in ("momentum", "beta1", "beta2", "label_smoothing"):
-            require(self, name, 0 <= getattr(self, name) < 1, share)
-        for name in ("weight_decay", "warmup_epochs", "warmup_steps", "seed", "validation"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        require(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0 with it")
-        require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, above + ", or none")
-        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a share between 0 and 1, or none")
-        require(self, "batch_size", self.batch_size >= 1, "1 or more")
-        require(self, "epochs", self.epochs > 0, above)
-        require(self, "steps", self.steps is None or self.steps >= 1, "1 or more, or none")
+        super().__post_init__()
+        self.require("nesterov", not self.nesterov or self.momentum > 0, "momentum above 0 with it")
         both = self.warmup_steps and self.warmup_epochs
-        require(self, "warmup_steps", not both, f"0 beside warmup_epochs={self.warmup_epochs}; set one of them to 0")
+        self.require("warmup_steps", not both, f"0 beside warmup_epochs={self.warmup_epochs}; set one of them to 0")
         rising = all(a < b for a, b in zip((0, *self.milestones), self.milestones, strict=False))
-        require(self, "milestones", rising, "rising numbers of steps")
-        require(
-            self, "milestones", bool(self.milestones) == (self.schedule == "multistep"), "some with multistep alone"
-        )
+        self.require("milestones", rising, "rising numbers of steps")
+        multistep = self.schedule == "multistep"
+        self.require("milestones", bool(self.milestones) == multistep, "some with multistep alone")
 
     def replace(self, **changes: Any) -> "TrainingRecipe":
         """The same recipe with other values; ``augmentation`` may be a mapping of its fields."""
@@ -221,10 +210,7 @@ def to_dict(recipe: TrainingRecipe) -> dict[str, Any]:
 
 def from_dict(data: Any) -> TrainingRecipe:
     """The recipe that `to_dict` wrote; fields left out take their defaults. Raises `RecipeError`."""
-    values = dict(known(TrainingRecipe, data, ""))
-    if isinstance(values.get("augmentation"), Mapping):
-        values["augmentation"] = Augmentation(**known(Augmentation, values["augmentation"], "augmentation."))
-    return TrainingRecipe(**values)
+    return TrainingRecipe.from_data(data)
 
 
 def to_toml(recipe: TrainingRecipe) -> str:

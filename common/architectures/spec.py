@@ -1,0 +1,99 @@
+"""What every family's specification offers; the rest of the project uses nothing else of it."""
+
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from common.architectures.layers import Layer, output_shapes
+from common.errors import InputError
+from common.fields import Bound, Checked, Count
+
+Head = Literal["logits", "softmax", "none"]
+# Of the images, where the network takes one size only; otherwise empty.
+Size = Annotated[
+    tuple[Count, ...], Bound("a list of height and width, or an empty one", lambda size: len(size) in (0, 2))
+]
+
+
+class Spec(Protocol):
+    """A frozen dataclass of one family. Two equal ones are the same function of the same weights."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def classes(self) -> int:
+        """Of its classifier; means nothing where `head` is ``none``."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """What it returns: ``logits`` or ``softmax`` of classes, or ``none``: features."""
+        ...
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Height and width of the images, where it takes one size only; otherwise empty."""
+        ...
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the images that such a network is usually fed."""
+        ...
+
+    @property
+    def output_stride(self) -> int:
+        """Pixels of the image per pixel of the last map, in each direction: the least size of an image."""
+        ...
+
+    @property
+    def exact_twin(self) -> Self:
+        """The same geometry without the layers that round: integers pass through it unchanged (level L0)."""
+        ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layer walk: every layer in execution order; the last one's output is the network's."""
+        ...
+
+    @property
+    def layer_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of layers that are used together, in order, every layer once: what is sharded as one."""
+        ...
+
+    @property
+    def stage_outputs(self) -> tuple[str, ...]:
+        """Paths of the last layer at each resolution: the levels of a feature pyramid."""
+        ...
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with some fields changed, and what follows from them. Raises `SpecError`."""
+        ...
+
+    def with_head(
+        self, *, classes: int | None = None, head: Head | None = None, pool: Literal["average", "max", "none"] = "none"
+    ) -> Self:
+        """The same network with another number of classes, or another end; with `head` ``none`` the last map, pooled
+        by `pool`."""
+        ...
+
+
+def output(spec: Spec) -> Layer:
+    """The layer whose output is the network's."""
+    return spec.layers[-1]
+
+
+def logits(spec: Spec) -> str | None:
+    """Path of the layer that gives the classes' logits, whatever follows it; None where there is no classifier."""
+    if spec.head == "none":
+        return None
+    last = spec.layers[-1]
+    return last.inputs[0] if spec.head == "softmax" else last.path
+
+
+def check_input_size(spec: Any) -> None:
+    """Raise the spec's error where the network cannot take the one size that it says it takes."""
+    checked: Checked = spec
+    try:
+        output_shapes(spec.layers, (*spec.input_size, spec.in_channels))
+    except InputError as error:
+        checked.require("input_size", False, f"a size the network can take ({error})")
