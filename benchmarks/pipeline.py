@@ -24,7 +24,7 @@ from common.backends.process import cores, start_here
 from common.datasets import Dataset
 from common.training import pipeline
 from common.training.recipe import PRESETS, TrainingRecipe
-from common.training.trainer import SINGLE, Batch
+from common.training.trainer import SINGLE, Minibatch
 
 BACKENDS = ("torch", "keras", "flax")
 WARM = 5  # batches or steps before the clock starts
@@ -69,7 +69,7 @@ def step_speed(name: str, count: int) -> float:
     trainer = start_here(name, cores()).trainer(spec, recipe, "float32", SINGLE)
     trainer.load(canonical.init(spec))
     generator = np.random.default_rng(0)
-    batch = Batch(
+    batch = Minibatch(
         images=generator.standard_normal((recipe.batch_size, 32, 32, 3), np.float32),
         labels=generator.integers(0, 10, recipe.batch_size),
         learning_rate=0.01,

@@ -22,9 +22,9 @@ from common import weights as canonical
 from common.architectures.layers import output_shapes
 from common.backends.process import cores, start_here
 from common.training import pipeline
-from common.training.checkpoints import Checkpoints
 from common.training.recipe import PRESETS
-from common.training.trainer import Batch
+from common.training.snapshots import Snapshots
+from common.training.trainer import Minibatch
 
 IMAGES = 1_281_167  # of ImageNet's training set
 BATCH = 8
@@ -76,7 +76,7 @@ def main() -> None:
         trainer = backend.trainer(spec, recipe, "float32")
         trainer.load(canonical.init(spec))
         generator = np.random.default_rng(0)
-        batch = Batch(
+        batch = Minibatch(
             images=generator.standard_normal((BATCH, 224, 224, spec.in_channels), np.float32),
             labels=np.arange(BATCH),
             learning_rate=0.1,
@@ -90,7 +90,7 @@ def main() -> None:
         trainer.fit([batch] * 6, after)
         step = statistics.median(b - a for a, b in pairwise(times[1:]))
         print(f"  a step of {BATCH} images here, PyTorch, {cores()} cores: {step:.2f} s, {BATCH / step:.1f} images/s")
-        checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+        checkpoints = Snapshots(folder / "checkpoints", keep=1)
         checkpoints.folder.mkdir()
         started = time.perf_counter()
         with checkpoints.writing(1) as state:

@@ -19,7 +19,7 @@ import numpy as np
 from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch
+from common.training.trainer import Minibatch
 from resnet_flax import backend as probe
 
 SIZE, BATCH = 224, 8
@@ -76,7 +76,7 @@ def own(backend: Any, images: np.ndarray, labels: np.ndarray) -> Any:
     recipe = TrainingRecipe(nesterov=True, weight_decay=1e-4, decay_norms_and_biases=False)
     trainer = backend.trainer(spec, recipe, "float32")
     trainer.load(canonical.init(spec))
-    batch = Batch(images=images, labels=labels, learning_rate=0.01)
+    batch = Minibatch(images=images, labels=labels, learning_rate=0.01)
     return lambda: trainer.fit([batch], lambda measured: True)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch
+from common.training.trainer import Minibatch
 from resnet_keras import backend as probe
 
 BATCH, SIZE, STEPS = 8, 224, 3
@@ -31,7 +31,7 @@ def ours(backend: Any, variant: str, images: np.ndarray, labels: np.ndarray) -> 
     spec = architectures.find(variant)
     trainer = backend.trainer(spec, RECIPE, "float32")
     trainer.load(canonical.init(spec))
-    batches = [Batch(images=images, labels=labels, learning_rate=RECIPE.learning_rate)] * STEPS
+    batches = [Minibatch(images=images, labels=labels, learning_rate=RECIPE.learning_rate)] * STEPS
     return lambda: trainer.fit(batches, lambda measured: True)
 
 

@@ -19,7 +19,7 @@ from torchvision.models import resnet50
 from common import architectures
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch
+from common.training.trainer import Minibatch
 from resnet_torch import backend as probe
 
 BATCH, SIZE = 8, 224
@@ -30,7 +30,7 @@ def ours(images: np.ndarray, labels: np.ndarray, threads: int) -> Callable[[], N
     spec = architectures.find("resnet50")
     trainer = probe.start(threads).trainer(spec, RECIPE, "float32")
     trainer.load(canonical.init(spec))
-    batch = Batch(images=images, labels=labels, learning_rate=RECIPE.learning_rate)
+    batch = Minibatch(images=images, labels=labels, learning_rate=RECIPE.learning_rate)
     return lambda: trainer.fit([batch], lambda measured: True)
 
 

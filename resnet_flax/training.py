@@ -15,7 +15,7 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.training.recipe import TrainingRecipe, shared
-from common.training.trainer import SINGLE, Batch, Measured, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica
 from common.weights import Weights
 from resnet_flax import framework, from_spec
 
@@ -113,7 +113,7 @@ class FlaxTrainer:
     def load(self, weights: Weights) -> None:
         self._place(self._begun(weights))
 
-    def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
+    def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         with together(self._replica):
             ahead = map(self._arguments, batches)
             arguments, failure = _taken(ahead)
@@ -128,7 +128,7 @@ class FlaxTrainer:
             if failure is not None:
                 raise failure
 
-    def evaluate(self, batches: Iterable[Batch], *, ema: bool = False) -> Measured:
+    def evaluate(self, batches: Iterable[Minibatch], *, ema: bool = False) -> Measured:
         variables = {"params": self._params(ema), "batch_stats": self._state.batch_stats}
         loss, correct, count = 0.0, 0, 0
         with together(self._replica):
@@ -214,7 +214,7 @@ class FlaxTrainer:
         """Copies: the next step takes the buffers."""
         return {name: array.copy() for name, array in from_collection(self._spec, collection, tree).items()}
 
-    def _arguments(self, batch: Batch) -> Arguments:
+    def _arguments(self, batch: Minibatch) -> Arguments:
         rate = np.asarray(batch.learning_rate, self._dtype)
         return self._shared(batch.images), self._shared(batch.labels), jax.device_put(rate, self._whole)
 
@@ -222,7 +222,7 @@ class FlaxTrainer:
         """This process's part of an array that all devices share. Copied: a pipeline may use its memory again."""
         return jax.make_array_from_process_local_data(self._split, array.copy())
 
-    def _padded(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(self, batch: Minibatch) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels, filled up so that the devices can share them."""
         missing = -len(batch.labels) % jax.local_device_count()
         images = np.pad(batch.images, [(0, missing), (0, 0), (0, 0), (0, 0)])

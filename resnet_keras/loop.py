@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from common.training.trainer import Batch, Measured
+from common.training.trainer import Measured, Minibatch
 from resnet_keras import distributed
 
 
@@ -21,10 +21,10 @@ class Feed:
     whether there is another one when it ends. An error while reading ends the batches; those before it are trained.
     """
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Minibatch]) -> None:
         self.error: Exception | None = None
         self._batches = iter(batches)
-        self._held: deque[Batch] = deque()
+        self._held: deque[Minibatch] = deque()
         self._done = 0
         self._lock = threading.Lock()
         self._read()
@@ -65,7 +65,7 @@ class Feed:
             position += 1
             yield batch.images, batch.labels
 
-    def _at(self, position: int) -> Batch | None:
+    def _at(self, position: int) -> Minibatch | None:
         with self._lock:
             index = position - self._done
             if index == len(self._held) - 1:

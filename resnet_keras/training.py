@@ -22,7 +22,7 @@ from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Batch, Measured, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica
 from resnet_keras import distributed
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
 from resnet_keras.objective import CrossEntropy, Tally
@@ -69,7 +69,7 @@ class KerasTrainer:
             for average, variable in zip(self._optimizer.averages, self._model.trainable_variables, strict=False):
                 _set(average, variable)
 
-    def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
+    def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         self._set_types()
         feed = Feed(batches)
         steps = Steps(self._model, feed, lambda found: distributed.agree(self._replica, after(found)))
@@ -79,7 +79,7 @@ class KerasTrainer:
         if feed.error is not None and not steps.stopped:
             raise feed.error
 
-    def evaluate(self, batches: Iterable[Batch], *, ema: bool = False) -> Measured:
+    def evaluate(self, batches: Iterable[Minibatch], *, ema: bool = False) -> Measured:
         self._check_averaged(ema)
         self._set_types()
         self._synced()

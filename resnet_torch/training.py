@@ -14,7 +14,7 @@ from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Batch, Measured, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica
 from common.weights import Weights, check_names
 from resnet_torch import framework, from_spec
 
@@ -72,7 +72,7 @@ class TorchTrainer:
                     tensor.zero_()
         torch.manual_seed(self._recipe.seed)  # of whatever a family draws while it trains
 
-    def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
+    def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         self._parallel.train()
         with together(self._replica):
             for batch in batches:
@@ -80,7 +80,7 @@ class TorchTrainer:
                 if not distributed.agree(self._replica, after(measured), self._device):
                     break
 
-    def evaluate(self, batches: Iterable[Batch], *, ema: bool = False) -> Measured:
+    def evaluate(self, batches: Iterable[Minibatch], *, ema: bool = False) -> Measured:
         model = self._averaged() if ema else self._model
         totals = torch.zeros(3, dtype=torch.float64)
         training = model.training
@@ -158,7 +158,7 @@ class TorchTrainer:
                 if slot.native in tensors
             }
 
-    def _step(self, batch: Batch) -> Measured:
+    def _step(self, batch: Minibatch) -> Measured:
         for group in self._optimizer.param_groups:
             group["lr"] = batch.learning_rate
         images, labels = self._tensors(batch)
@@ -177,7 +177,7 @@ class TorchTrainer:
         count = self._replica.count
         return Measured(loss=losses / count, correct=int(right), count=len(labels) * count)
 
-    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _tensors(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         # Copied, since arrays of a pipeline may be shared memory, and read-only.
         images = torch.tensor(batch.images, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
         labels = torch.tensor(batch.labels, dtype=torch.int64, device=self._device)

@@ -656,7 +656,7 @@ class TestOpen:
     def test_no_framework_and_not_scikit_learn_is_imported(self):
         code = (
             "import sys; from common import datasets; datasets.open('digits');"
-            "print([m for m in ('torch', 'tensorflow', 'keras', 'jax', 'sklearn', 'grain') if m in sys.modules])"
+            "print([m for m in ('torch', 'tensorflow', 'keras', 'jax', 'sklearn') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"

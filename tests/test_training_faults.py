@@ -156,19 +156,70 @@ def test_a_loss_that_is_not_finite_stops_names_the_layer_and_keeps_the_last_good
     assert not (folder / "final.safetensors").exists()
 
 
+def damage(checkpoint):
+    """Flip a bit in the largest file of a checkpoint."""
+    inside = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(inside.read_bytes())
+    data[len(data) // 2] ^= 1
+    inside.write_bytes(data)
+    return inside
+
+
 def test_a_corrupt_newest_checkpoint_is_said_and_the_one_before_gives_the_same_end(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole("torch"), folder)
     (folder / "final.safetensors").unlink()
     newest = max((folder / "checkpoints").iterdir())
-    inside = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data = bytearray(inside.read_bytes())
-    data[len(data) // 2] ^= 1
-    inside.write_bytes(data)
+    inside = damage(newest)
     done = ran("torch", folder, *SHORT, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"{newest}: state/{inside.name} was changed after it was written; the checkpoint before" in done.stderr
+    assert f"{newest}: state/{inside.name} was changed after it was written; that of step 21 is used" in done.stderr
     assert same_bits(folder / "final.safetensors", whole("torch") / "final.safetensors")
+
+
+def test_a_run_whose_one_checkpoint_is_corrupt_begins_anew_and_keeps_what_it_writes(whole, tmp_path):
+    folder, options = tmp_path / "run", [*SHORT, "--keep", "1"]
+    shutil.copytree(whole("torch"), folder)
+    (folder / "final.safetensors").unlink()
+    *older, newest = sorted((folder / "checkpoints").iterdir())
+    for path in older:
+        shutil.rmtree(path)
+    damage(newest)
+    process = begun("torch", folder, *options, "--resume")
+    assert wait_for(process, lambda: (folder / "checkpoints" / "step-00000006").exists())
+    process.kill()
+    _, errors = process.communicate()
+    assert f"{newest}: " in errors
+    assert errors.endswith("was changed after it was written; no other is intact, the training begins anew\n")
+    done = ran("torch", folder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest}: " in done.stderr
+    resumed = int(done.stderr.partition("that of step ")[2].split()[0])
+    assert resumed >= 6
+    assert f"({resumed} of them before)" in done.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000022"]
+    assert same_bits(folder / "final.safetensors", whole("torch") / "final.safetensors")
+
+
+def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it_loses_no_evaluation(whole, tmp_path):
+    # The epoch's last step is a checkpoint's too: it is written first, then the test images are measured.
+    options = [*SHORT[:-1], "11"]
+    for life in range(5):
+        folder = tmp_path / f"run{life}"
+        process = begun("torch", folder, *options)
+        assert wait_for(process, lambda folder=folder: (folder / "checkpoints" / "step-00000011").exists())
+        process.send_signal(signal.SIGSTOP)  # so that what is looked at is what the kill leaves
+        evaluated = [line for line in metrics.read(folder) if line["kind"] == "test"]
+        process.kill()
+        process.communicate()
+        if not evaluated:
+            break
+    assert not evaluated, "no kill came between the two"
+    done = ran("torch", folder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    lives = [[(line["kind"], line["step"], line["loss"]) for line in metrics.read(f)] for f in (folder, whole("torch"))]
+    assert lives[0] == lives[1]
+    assert [step for kind, step, _ in lives[0] if kind == "test"] == [11, 22]
 
 
 def test_a_full_disk_stops_with_one_line_and_keeps_what_there_is(tmp_path):

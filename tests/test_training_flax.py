@@ -22,7 +22,7 @@ from common.architectures import find
 from common.errors import CheckpointError, DataError, TrainingError
 from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch
+from common.training.trainer import Minibatch
 from resnet_flax import backend as probe
 
 ROOT = Path(__file__).parent.parent
@@ -236,8 +236,8 @@ def test_a_step_measures_its_batch_before_the_update():
 def test_evaluation_counts_no_padding_and_changes_nothing(histories, ema):
     batches, history = histories("nesterov")
     trainer, backend = begun(RECIPES["nesterov"]), probe.FlaxBackend(jit=True)
-    padding = Batch(images=np.full_like(batches[0].images, 7), labels=np.full(8, -1))
-    half = Batch(images=batches[2].images, labels=np.append(batches[2].labels[:5], [-1] * 3))
+    padding = Minibatch(images=np.full_like(batches[0].images, 7), labels=np.full(8, -1))
+    half = Minibatch(images=batches[2].images, labels=np.append(batches[2].labels[:5], [-1] * 3))
     found, states = [], []
 
     def after(measured):
@@ -447,7 +447,7 @@ import itertools, sys
 from pathlib import Path
 import numpy as np
 from common import weights
-from common.training.trainer import SINGLE, Batch
+from common.training.trainer import SINGLE, Minibatch
 from resnet_flax import distributed
 from resnet_flax import backend as probe
 from tests.test_training_flax import PARALLEL, TOGETHER, made
@@ -457,7 +457,7 @@ trainer, seen = probe.start(1).trainer(PARALLEL, TOGETHER, "float64", replica), 
 trainer.load(weights.randomize(PARALLEL))
 def part(batch):
     mine = slice(replica.rank * 8 // replica.count, (replica.rank + 1) * 8 // replica.count)
-    return Batch(images=batch.images[mine], labels=batch.labels[mine], learning_rate=batch.learning_rate)
+    return Minibatch(images=batch.images[mine], labels=batch.labels[mine], learning_rate=batch.learning_rate)
 def after(measured):
     seen.append(measured)
     return len(seen) < 10 or replica.rank < replica.count - 1
@@ -466,7 +466,7 @@ trainer.fit(batches, after)
 assert len(seen) == 10, len(seen)
 assert seen[-1].count == 8
 trainer.save(folder)
-uneven = Batch(images=batches[0].images[:3], labels=np.array([0, 1, -1]))
+uneven = Minibatch(images=batches[0].images[:3], labels=np.array([0, 1, -1]))
 measured = [trainer.evaluate([*batches[:2], uneven], ema=ema) for ema in (False, True)]
 values = {f"{n}/{what}": getattr(one, what) for n, one in enumerate(measured) for what in ("loss", "correct", "count")}
 np.savez(folder / f"{replica.rank}.npz", last=seen[-1].loss, **values, **trainer.arrays())
@@ -535,7 +535,7 @@ def check_saved_and_measured(folder, found, parts):
     arrays = trainer.arrays()
     same(arrays, {name: found[name] for name in arrays})
     batches = made(TOGETHER, steps=3, spec=PARALLEL)
-    last = [Batch(images=batches[0].images[part], labels=np.array([0, 1, -1])) for part in parts]
+    last = [Minibatch(images=batches[0].images[part], labels=np.array([0, 1, -1])) for part in parts]
     for number, ema in enumerate((False, True)):
         expected = trainer.evaluate([*batches[:2], *last], ema=ema)
         assert found[f"{number}/loss"] == pytest.approx(expected.loss, rel=1e-12)

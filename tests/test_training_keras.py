@@ -31,7 +31,7 @@ from common.architectures import find
 from common.errors import CheckpointError, DataError, RecipeError, TrainingError
 from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe, shared
-from common.training.trainer import SINGLE, Batch, Replica
+from common.training.trainer import SINGLE, Minibatch, Replica
 from resnet_keras import backend as probe
 from resnet_keras import distributed
 from resnet_keras.layers import UnbiasedBatchNormalization
@@ -257,8 +257,8 @@ def test_evaluations_between_steps_count_no_padding_and_change_nothing(backend):
     recipe = RECIPES["nesterov"]
     trainer, batches, found = begun(backend, recipe), made(recipe), []
     test = made(recipe, 3, seed=1)
-    padding = Batch(images=np.full_like(test[0].images, 7), labels=np.full(8, -1))
-    half = Batch(images=test[2].images, labels=np.where(np.arange(8) < 5, test[2].labels, -1))
+    padding = Minibatch(images=np.full_like(test[0].images, 7), labels=np.full(8, -1))
+    half = Minibatch(images=test[2].images, labels=np.where(np.arange(8) < 5, test[2].labels, -1))
 
     def after(measured):
         before = trainer.arrays()
@@ -303,7 +303,7 @@ def test_a_softmax_head_is_trained_on_its_log_probabilities(backend):
     batch = made(plain, 1, "float32")[0]
     likely = backend.run(outputs, batch.images, batch.labels, training=True, gradients=False)["tap/head.softmax"]
     assert (likely == 0).any()
-    state = trained(trainer, [Batch(images=batch.images, labels=likely.argmax(1), learning_rate=0.1)])[-1]
+    state = trained(trainer, [Minibatch(images=batch.images, labels=likely.argmax(1), learning_rate=0.1)])[-1]
     assert all(np.isfinite(array).all() for array in state.values())
 
 
@@ -472,7 +472,7 @@ SHARED = {
 
 def share(batch, replica):
     every = slice(replica.rank, None, replica.count)
-    return Batch(images=batch.images[every], labels=batch.labels[every], learning_rate=batch.learning_rate)
+    return Minibatch(images=batch.images[every], labels=batch.labels[every], learning_rate=batch.learning_rate)
 
 
 def path(trainer, recipe, dtype, replica=SINGLE, draw=None):
@@ -498,7 +498,7 @@ def path(trainer, recipe, dtype, replica=SINGLE, draw=None):
 
 def moved(batch, seed):
     images = canonical.perturb_array(batch.images, seed, "images")
-    return Batch(images=images, labels=batch.labels, learning_rate=batch.learning_rate)
+    return Minibatch(images=images, labels=batch.labels, learning_rate=batch.learning_rate)
 
 
 def alone(trainer, recipe, dtype):

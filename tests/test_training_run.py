@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import TrainingError
 from common.training import metrics
-from common.training.checkpoints import Checkpoints
+from common.training.snapshots import Snapshots
 
 
 def write(checkpoints, step, text="weights"):
@@ -22,7 +22,7 @@ def write(checkpoints, step, text="weights"):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    made = Checkpoints(tmp_path / "checkpoints", keep=3)
+    made = Snapshots(tmp_path / "checkpoints", keep=3)
     made.folder.mkdir()
     return made
 
@@ -71,6 +71,34 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(checkpoint
     assert words in heard[0]
 
 
+def test_with_one_to_keep_a_damaged_newest_one_costs_no_good_one(tmp_path):
+    kept = Snapshots(tmp_path / "checkpoints", keep=1)
+    kept.folder.mkdir()
+    write(kept, 20)
+    flip_a_bit(kept.folder / "step-00000020" / "state" / "model")
+    heard = []
+    assert kept.newest(heard.append) is None
+    assert heard[0].endswith("no other is intact, the training begins anew")
+    for step in (5, 10):
+        write(kept, step)
+        assert kept.newest(heard.append).step == step
+        assert heard[-1].endswith(f"that of step {step} is used")
+    write(kept, 20)
+    assert [path.name for path in kept.folder.iterdir()] == ["step-00000020"]
+    assert kept.newest(never).step == 20
+
+
+def test_a_damaged_one_is_not_counted_among_those_that_stay(tmp_path):
+    kept = Snapshots(tmp_path / "checkpoints", keep=2)
+    kept.folder.mkdir()
+    write(kept, 10)
+    write(kept, 20)
+    flip_a_bit(kept.folder / "step-00000020" / "state" / "model")
+    assert kept.newest(lambda message: None).step == 10
+    write(kept, 25)
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["step-00000010", "step-00000025"]
+
+
 def test_a_checkpoint_that_fails_half_way_leaves_nothing_and_the_one_before(checkpoints):
     write(checkpoints, 5)
     with (
@@ -101,7 +129,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path):
     if mounted.returncode:
         pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
     try:
-        checkpoints = Checkpoints(folder / "checkpoints", keep=3)
+        checkpoints = Snapshots(folder / "checkpoints", keep=3)
         checkpoints.folder.mkdir()
         write(checkpoints, 5)
         with pytest.raises(TrainingError, match="No space left on device"), checkpoints.writing(10) as state:

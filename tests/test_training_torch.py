@@ -24,7 +24,7 @@ from common.architectures import find
 from common.errors import CheckpointError, TrainingError
 from common.parity.levels import DRAWS, FLOOR, RESPONSE_FACTOR, UNIT
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch, Replica
+from common.training.trainer import Minibatch, Replica
 from resnet_torch import backend as probe
 from resnet_torch import distributed
 from resnet_torch.training import FILE
@@ -203,8 +203,8 @@ def test_evaluation_counts_no_padding_and_changes_nothing(backend, ema):
     model = backend.build(TINY, "float64")
     backend.load(model, trainer.export(ema=ema))
     expected = backend.run(model, images, labels, training=False, gradients=False)
-    padding = Batch(images=np.full_like(test[0].images, 7), labels=np.full(24, -1))
-    half = Batch(
+    padding = Minibatch(images=np.full_like(test[0].images, 7), labels=np.full(24, -1))
+    half = Minibatch(
         images=np.concatenate([test[2].images, padding.images]), labels=np.append(test[2].labels, padding.labels)
     )
 
@@ -461,7 +461,7 @@ CASES = {
 
 def share(batch, replica):
     every = slice(replica.rank, None, replica.count)
-    return Batch(images=batch.images[every], labels=batch.labels[every], learning_rate=batch.learning_rate)
+    return Minibatch(images=batch.images[every], labels=batch.labels[every], learning_rate=batch.learning_rate)
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +519,7 @@ def test_two_processes_take_the_steps_of_one(backend, pair, number):
 
 def perturbed(batch, seed):
     images = canonical.perturb_array(batch.images, seed, "images")
-    return Batch(images=images, labels=batch.labels, learning_rate=batch.learning_rate)
+    return Minibatch(images=images, labels=batch.labels, learning_rate=batch.learning_rate)
 
 
 KILLED = """

@@ -7,7 +7,7 @@ import numpy as np
 
 from common import weights as canonical
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch
+from common.training.trainer import Minibatch
 
 # Between them every option of the update, each with a value that shows.
 RECIPES = {
@@ -46,7 +46,7 @@ def noise(recipe, spec, steps=6, count=8, size=8, dtype="float64", seed=0):
     """Batches of noise, with the rates of the recipe."""
     generator = np.random.default_rng(seed)
     return [
-        Batch(
+        Minibatch(
             images=generator.standard_normal((count, size, size, spec.in_channels)).astype(dtype),
             labels=generator.integers(0, spec.classes, count),
             learning_rate=recipe.learning_rate_at(step, steps),

@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
-from common.training.run import Event, Observer, Plan, Result, Run
+from common.training.run import Event, Observer, Outcome, Plan, Run
 from common.training.trainer import SINGLE, Replica
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
@@ -262,7 +262,7 @@ def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]
         yield show
 
 
-def _report(plan: Plan, output: Path, result: Result, stopped: list[int]) -> None:
+def _report(plan: Plan, output: Path, result: Outcome, stopped: list[int]) -> None:
     if not result.finished:
         why = f"{signal.Signals(stopped[0]).name}" if stopped else "another process"
         _say(f"stopped by {why} after step {result.step} of {result.steps}, checkpoint written; go on with --resume")

@@ -15,7 +15,7 @@ from common.architectures import Spec
 from common.architectures.layers import Shape
 from common.parity.levels import UNIT
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import Batch, Measured, Trainer
+from common.training.trainer import Measured, Minibatch, Trainer
 
 # What `resnet-parity check --mode steps` takes its steps by. Everything that frameworks do differently is in it, and
 # the rate is low enough for 20 steps of ResNet-50 on two random images: at 0.01 each multiplies what rounding
@@ -115,9 +115,9 @@ def take(
     """
     last, done = len(images), 0
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Minibatch]:
         for step, rate in enumerate(learning_rates):
-            yield Batch(images=images[step], labels=labels[step], learning_rate=rate)
+            yield Minibatch(images=images[step], labels=labels[step], learning_rate=rate)
 
     def after(measured: Measured) -> bool:
         nonlocal done

@@ -1,9 +1,10 @@
-"""The batches of a training, through grain: which examples, in which order, prepared by whom.
+"""The batches of a training: which examples, in which order, prepared by whom.
 
 **Order.** Of every epoch the training images are shuffled anew by a permutation that the recipe's seed and the number
-of the epoch name; its first `steps_per_epoch` batches are taken, and the rest, fewer than a batch, is left for other
-epochs. So an epoch holds no image twice, and each once where the batch divides their number. Batch k is a function of
-(data, recipe, k): a training that goes on at step k needs nothing else to know, on whatever processes it ran before.
+of the epoch name: they are sorted by random words of Philox (Salmon et al. 2011). Its first `steps_per_epoch` batches
+are taken, and the rest, fewer than a batch, is left for other epochs. So an epoch holds no image twice, and each once
+where the batch divides their number. Batch k is a function of (data, recipe, k): a training that goes on at step k
+needs nothing else to know, on whatever processes it ran before.
 
 **Replicas.** Each takes its equal part of every batch, the first the first. **Workers** prepare whole batches each, in
 turn; the bytes do not depend on how many there are. Without any a thread does.
@@ -14,26 +15,28 @@ turn; the bytes do not depend on how many there are. Without any a thread does.
 whatever the seed.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
 from common.errors import RecipeError
 from common.training.augment import DRAWS, examples
+from common.training.loaders import Team
 from common.training.recipe import Augmentation, TrainingRecipe, shared
 from common.training.trainer import SINGLE, Replica
-from common.training.workers import Team
-from common.training.workers import grain as library
 
 Arrays = tuple[np.ndarray, np.ndarray]
+Make = Callable[[int], Arrays]
 
 # What the seed is used for; each has random numbers of its own.
 _ORDER, _AUGMENTATION = 0, 1
 _WORDS = 4  # of a block of Philox
+_AHEAD = 2  # so many batches are ready, or in the making, while one is used
 
 
 def steps_per_epoch(dataset: Dataset, recipe: TrainingRecipe) -> int:
@@ -68,18 +71,9 @@ def training_batches(
     share = shared(recipe.batch_size, replica.count, "processes")
     steps = steps_per_epoch(dataset, recipe)
     trained, _ = _parts(dataset, recipe)
-    load = _load(dataset, recipe, trained, dtype, key=_seeds(recipe, _AUGMENTATION, 2, np.uint64))
-    grain = library()
-    # As many epochs as are needed: endless ones, in batches of one, are longer than Python's `len` can say.
-    epochs = max(1, -(-stop // steps))
-    batches = (
-        grain.MapDataset.range(len(trained))
-        .shuffle(seed=int(_seeds(recipe, _ORDER, 1, np.uint32)[0]))[: steps * recipe.batch_size]
-        .repeat(epochs)
-        .batch(share)[replica.rank :: replica.count]
-        .map_with_index(_Train(load, recipe.batch_size, replica.rank * share))[start:stop]
-    )
-    return _iterate(grain, batches, workers)
+    load = _load(dataset, recipe, trained, dtype, key=_spread(recipe.seed, _AUGMENTATION))
+    train = _Train(load, recipe.seed, recipe.batch_size, steps, replica.rank * share, share)
+    return _prepared(train, range(start, stop), workers)
 
 
 def evaluation_batches(
@@ -98,10 +92,8 @@ def evaluation_batches(
     share = shared(recipe.batch_size, replica.count, "processes")
     _, tested = _parts(dataset, recipe)
     load = _load(dataset, recipe, tested, dtype, key=None)
-    grain = library()
     count = -(-len(tested) // recipe.batch_size)
-    batches = grain.MapDataset.range(count).map(_Test(load, recipe.batch_size, replica.rank * share, share))
-    return _iterate(grain, batches, workers)
+    return _prepared(_Test(load, recipe.batch_size, replica.rank * share, share), range(count), workers)
 
 
 @dataclass(frozen=True)
@@ -125,13 +117,19 @@ class _Load:
 
 @dataclass(frozen=True)
 class _Train:
-    """Of step k, the numbers of this replica's examples into these examples."""
+    """Step k into this replica's part of its batch: `share` examples from `offset` on."""
 
     load: _Load
+    seed: int
     batch_size: int
+    steps: int  # of an epoch
     offset: int
+    share: int
 
-    def __call__(self, step: int, indices: np.ndarray) -> Arrays:
+    def __call__(self, step: int) -> Arrays:
+        epoch, within = divmod(step, self.steps)
+        first = within * self.batch_size + self.offset
+        indices = _order(self.seed, epoch, len(self.load.examples))[first : first + self.share]
         return self.load(indices, step * self.batch_size + self.offset)
 
 
@@ -161,9 +159,17 @@ def draws_at(key: np.ndarray, position: int, count: int) -> np.ndarray:
     return generator.random((count, DRAWS))
 
 
-def _seeds(recipe: TrainingRecipe, use: int, count: int, dtype: type) -> np.ndarray:
-    """Seeds from the recipe's. Spread out: next to each other, two seeds would give nearly the same epochs."""
-    return np.random.SeedSequence(recipe.seed, spawn_key=(use,)).generate_state(count, dtype)
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The numbers below `count` in the order of an epoch."""
+    # Not NumPy's own shuffles, which may change from release to release; the words of a bit generator never do.
+    words = np.random.Philox(key=_spread(seed, _ORDER, epoch)).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def _spread(seed: int, *use: int) -> np.ndarray:
+    """A key of Philox. Spread out: of neighbouring seeds and epochs nothing else may be alike."""
+    return np.random.SeedSequence(seed, spawn_key=use).generate_state(2, np.uint64)
 
 
 def _parts(dataset: Dataset, recipe: TrainingRecipe) -> tuple[Examples, Examples]:
@@ -186,15 +192,21 @@ def _load(dataset: Dataset, recipe: TrainingRecipe, chosen: Examples, dtype: str
     return _Load(chosen, augmentation, mean, std, dtype, key)
 
 
-def _iterate(grain: ModuleType, batches: Any, workers: int) -> Iterator[Arrays]:
-    """The batches of a `grain.MapDataset`, prepared ahead of the one that is asked for."""
-    count = len(batches)
-    team = Team(batches, min(workers, count)) if workers and count else None
-    source = batches if team is None else grain.MapDataset.range(count).map(team)
-    iterator = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+def _prepared(make: Make, numbers: range, workers: int) -> Iterator[Arrays]:
+    """Batches by number, prepared ahead of the one that is asked for: in `workers` processes, or in a thread."""
+    team = Team(make, numbers, min(workers, len(numbers))) if workers and numbers else None
+    source: Make = make if team is None else team
+    thread = ThreadPoolExecutor(1, "batches")
+    ahead: deque[Future[Arrays]] = deque()
     try:
-        yield from iterator
+        for number in numbers:
+            ahead.append(thread.submit(source, number))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        iterator.close()
+        thread.shutdown(wait=False, cancel_futures=True)
         if team is not None:
-            team.close()
+            team.close()  # which ends what the thread may be waiting for
+        thread.shutdown()

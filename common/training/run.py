@@ -25,10 +25,10 @@ from common.errors import TrainingError
 from common.files import reason, written
 from common.training import pipeline
 from common.training import recipe as recipes
-from common.training.checkpoints import Checkpoint, Checkpoints
-from common.training.metrics import Metrics
+from common.training.metrics import Metrics, read
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Batch, Measured, Replica, Trainer
+from common.training.snapshots import Snapshot, Snapshots
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica, Trainer
 
 _FORMAT = "resnet-parity run 1"
 FILE = "run.json"
@@ -90,7 +90,7 @@ QUIET = Observer()
 
 
 @dataclass(kw_only=True)
-class Result:
+class Outcome:
     """How a run ended: at its last step, or earlier because it was told to stop."""
 
     step: int
@@ -125,14 +125,14 @@ class Run:
         self._steps = plan.recipe.total_steps(self._epoch)
         # Refuses what cannot be batched or shared, before anything is made; nothing is read yet.
         pipeline.training_batches(plan.dataset, plan.recipe, start=0, stop=1, replica=self.replica)
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
+        self._snapshots = Snapshots(self.folder / "checkpoints", self.keep)
         self._trainer: Trainer = self.backend.trainer(plan.spec, plan.recipe, "float32", self.replica)
 
     @property
     def _leading(self) -> bool:
         return self.replica.rank == 0
 
-    def train(self, observer: Observer = QUIET) -> Result:
+    def train(self, observer: Observer = QUIET) -> Outcome:
         """Train from the newest intact checkpoint, or from the beginning, to the end or until told to stop.
 
         Raises `TrainingError` for a loss that is not finite, naming the first layer that is not, and for a folder that
@@ -141,15 +141,16 @@ class Run:
         started = time.perf_counter()
         self._observer = observer
         if self._leading:
-            self._checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            self._checkpoints.clean()
-        newest = self._checkpoints.newest(self._observer.warn)
+            self._snapshots.folder.mkdir(parents=True, exist_ok=True)
+            self._snapshots.clean()
+        newest = self._snapshots.newest(self._observer.warn)
         step = self._begin(newest)
-        result = Result(step=step, steps=self._steps, resumed=step or None)
+        result = Outcome(step=step, steps=self._steps, resumed=step or None)
         metrics = Metrics(self.folder, step) if self._leading else None
         # One stream for all epochs, since its worker processes take a while to start.
         batches = self._batches(step, self._steps)
         try:
+            self._make_up(step, result, metrics)
             while step < self._steps:
                 stop = min(self._steps, step + self._epoch - step % self._epoch)
                 reached, last = self._fit(islice(batches, stop - step), step, metrics)
@@ -161,17 +162,16 @@ class Run:
                     return result
                 step = reached
                 for part in self._parts_after(step):
-                    found = self._evaluate(part, result)
-                    if metrics is not None and last is not None:
-                        metrics.add(part, step, {"epoch": step / self._epoch} | _values(*found))
-                        self._observer.step(replace(last, part=part, evaluated=found[0]))
+                    evaluated = self._evaluate(part, step, result, metrics)
+                    if last is not None and self._leading:
+                        self._observer.step(replace(last, part=part, evaluated=evaluated))
                 if step == self._steps or not self.every:
                     self._save(step)
         finally:
             if metrics is not None:
                 metrics.close()
         if result.test is None:  # resumed at its end
-            self._evaluate("test", result)
+            self._evaluate("test", step, result, None)
         result.weights = self._finish()
         result.seconds = time.perf_counter() - started
         return result
@@ -180,7 +180,7 @@ class Run:
     def _averaged(self) -> bool:
         return self.plan.recipe.ema_decay is not None
 
-    def _begin(self, newest: Checkpoint | None) -> int:
+    def _begin(self, newest: Snapshot | None) -> int:
         if newest is not None:
             self._trainer.restore(newest.state)
             return newest.step
@@ -196,7 +196,7 @@ class Run:
         return canonical.init(plan.spec, plan.recipe.seed, zero_gamma=plan.recipe.zero_gamma)
 
     def _fit(
-        self, batches: Iterable[Batch], start: int, metrics: Metrics | None, *, silent: bool = False
+        self, batches: Iterable[Minibatch], start: int, metrics: Metrics | None, *, silent: bool = False
     ) -> tuple[int, Event | None]:
         """Take the steps after `start`; the step reached, and what was measured last."""
         step, last, began = start, None, time.perf_counter()
@@ -225,13 +225,13 @@ class Run:
         self._trainer.fit(batches, after)
         return step, last
 
-    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def _batches(self, start: int, stop: int) -> Iterator[Minibatch]:
         plan = self.plan
         arrays = pipeline.training_batches(
             plan.dataset, plan.recipe, start=start, stop=stop, replica=self.replica, workers=self.workers
         )
         for step, (images, labels) in enumerate(arrays, start):
-            yield Batch(images=images, labels=labels, learning_rate=self._rate(step))
+            yield Minibatch(images=images, labels=labels, learning_rate=self._rate(step))
 
     def _rate(self, step: int) -> float:
         return self.plan.recipe.learning_rate_at(step, self._epoch)
@@ -242,20 +242,34 @@ class Run:
             return ("test",)
         return ("validation", "test") if step == self._steps else ("validation",)
 
-    def _evaluate(self, part: str, result: Result) -> tuple[Measured, Measured | None]:
-        """The weights on a part of the data, and their moving average; on the test images it is the result's too."""
+    def _make_up(self, step: int, result: Outcome, metrics: Metrics | None) -> None:
+        """Evaluate what the metrics lack of the step that is gone on from: a process killed after it had written its
+        checkpoint, at the end of an epoch, had not come to that."""
+        if not step or (step % self._epoch and step < self._steps):
+            return
+        # Every process reads the same, since none can add an evaluation before all have taken part in it.
+        there = {line["kind"] for line in read(self.folder) if line["step"] == step}
+        for part in self._parts_after(step):
+            if part not in there:
+                self._evaluate(part, step, result, metrics)
+
+    def _evaluate(self, part: str, step: int, result: Outcome, metrics: Metrics | None) -> Measured:
+        """The weights on a part of the data, and their moving average, which `metrics` keeps; on the test images it is
+        the result's too."""
         recipe = self.plan.recipe if part == "validation" else self.plan.recipe.replace(validation=0)
 
         def measured(*, ema: bool) -> Measured:
             return self._trainer.evaluate(evaluation(self.plan.dataset, recipe, self.replica, self.workers), ema=ema)
 
-        found = measured(ema=False), measured(ema=True) if self._averaged else None
+        found, averaged = measured(ema=False), measured(ema=True) if self._averaged else None
         if part == "test":
-            result.test, result.ema = found
+            result.test, result.ema = found, averaged
+        if metrics is not None:
+            metrics.add(part, step, {"epoch": step / self._epoch} | _values(found, averaged))
         return found
 
     def _save(self, step: int) -> None:
-        with self._checkpoints.writing(step, leading=self._leading) as folder:
+        with self._snapshots.writing(step, leading=self._leading) as folder:
             self._trainer.save(folder)
 
     def _finish(self) -> Path:
@@ -274,7 +288,7 @@ class Run:
         By now the weights are spoilt too. Training is deterministic: the steps from the last good checkpoint are taken
         again, up to the one before, and the batch is looked at layer by layer.
         """
-        newest = self._checkpoints.newest(self._observer.warn)
+        newest = self._snapshots.newest(self._observer.warn)
         start = self._begin(newest)
         self._fit(self._batches(start, step - 1), start, None, silent=True)
         weights = self._trainer.export()
@@ -289,13 +303,13 @@ class Run:
 
 def evaluation(
     dataset: Dataset, recipe: TrainingRecipe, replica: Replica = SINGLE, workers: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[Minibatch]:
     """The test images, or the training images that the recipe holds out, in order."""
     for images, labels in pipeline.evaluation_batches(dataset, recipe, replica=replica, workers=workers):
-        yield Batch(images=images, labels=labels)
+        yield Minibatch(images=images, labels=labels)
 
 
-def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, batch: Batch) -> str:
+def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, batch: Minibatch) -> str:
     """In words, the first layer of a pass in training mode that is not finite, or the first weight that is not."""
     for name in canonical.shapes(spec):
         if not np.isfinite(weights[name]).all():

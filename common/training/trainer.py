@@ -15,7 +15,7 @@ from common.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Minibatch:
     """This process's examples of one step, and the learning rate of that step.
 
     The batches of all processes have one size. In an evaluation a label of -1 is padding, counted nowhere.
@@ -57,7 +57,7 @@ class Trainer(Protocol):
         """Begin with canonical weights: parameters and running statistics set, the optimiser at zero."""
         ...
 
-    def fit(self, batches: Iterable[Batch], after: Callable[[Measured], bool]) -> None:
+    def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         """Take an optimiser step for every batch, until they end or `after` returns False.
 
         `after` is called at the end of every step. While it runs, and when `fit` has returned, `save`, `export`,
@@ -66,7 +66,7 @@ class Trainer(Protocol):
         """
         ...
 
-    def evaluate(self, batches: Iterable[Batch], *, ema: bool = False) -> Measured:
+    def evaluate(self, batches: Iterable[Minibatch], *, ema: bool = False) -> Measured:
         """The mean loss (no smoothing) and the number of correct ones, in eval mode; `ema`: of the averaged weights.
         May be called while `after` runs, and changes nothing."""
         ...

@@ -100,7 +100,7 @@ def _late(trainer: Any, batches: Any, after: Any) -> None:
         for batch in batches:
             rate = batch.learning_rate if before is None else before
             before = batch.learning_rate
-            yield training.Batch(images=batch.images, labels=batch.labels, learning_rate=rate)
+            yield training.Minibatch(images=batch.images, labels=batch.labels, learning_rate=rate)
 
     _fit(trainer, shifted(), after)
 

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: folders that are there whole or not at all, with a checksum of every file inside.
+"""The snapshots of a run, its checkpoints: folders that are there whole or not at all, with a checksum of every file.
 
-What is in a checkpoint is the framework's own business (`Trainer.save`); where it lies, and whether it is intact, is
+What is in a snapshot is the framework's own business (`Trainer.save`); where it lies, and whether it is intact, is
 decided here. ``RUN/checkpoints/step-00001200/state`` is the framework's, ``checkpoint.json`` beside it is ours.
 """
 
@@ -23,7 +23,7 @@ _MANIFEST = "checkpoint.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Snapshot:
     """One that was found intact."""
 
     step: int  # optimiser steps taken
@@ -35,28 +35,36 @@ class Checkpoint:
         return self.path / "state"
 
 
-class Checkpoints:
-    """The checkpoints in one folder, of which the last `keep` stay."""
+class Snapshots:
+    """The snapshots in one folder, of which the last `keep` intact ones stay."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._damaged: set[Path] = set()
 
-    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, warn: Callable[[str], None]) -> Snapshot | None:
         """The newest one that is intact; `warn` hears of each newer one that is not."""
+        problems: dict[Path, str] = {}
+        found = None
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             problem, step = _examine(path)
             if not problem:
-                return Checkpoint(step=step, path=path)
-            warn(f"{path}: {problem}; the checkpoint before it is used")
-        return None
+                found = Snapshot(step=step, path=path)
+                break
+            problems[path] = problem
+        self._damaged |= problems.keys()
+        instead = f"that of step {found.step} is used" if found else "no other is intact, the training begins anew"
+        for path, problem in problems.items():
+            warn(f"{path}: {problem}; {instead}")
+        return found
 
     @contextmanager
     def writing(self, step: int, *, leading: bool = True) -> Iterator[Path]:
         """The empty folder to save the state of `step` into, which takes its name when the block ends well.
 
         Every process gets the same folder; the `leading` one makes, checks and names it. Raises `TrainingError` where
-        it cannot be written, a full disk included; the checkpoints before it stay.
+        it cannot be written, a full disk included; the snapshots before it stay.
         """
         final = self.folder / f"step-{step:08d}"
         beside = self.folder / f".{final.name}.part"
@@ -75,8 +83,8 @@ class Checkpoints:
                 shutil.rmtree(final, ignore_errors=True)
                 beside.rename(final)
                 _flush(self.folder)
-                for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                self._damaged.discard(final)
+                self._thin_out(final)
         except OSError as error:
             raise TrainingError(
                 f"{final}: the checkpoint cannot be written: {reason(error)}; those before it are kept: "
@@ -86,6 +94,14 @@ class Checkpoints:
             if leading:
                 shutil.rmtree(beside, ignore_errors=True)
 
+    def _thin_out(self, newest: Path) -> None:
+        """Remove what `newest` makes superfluous; what is newer than it is damaged, and no reason to remove any."""
+        before = [path for path in sorted(self.folder.glob("step-*")) if path.name <= newest.name]
+        intact = [path for path in before if path not in self._damaged]
+        for path in before:
+            if path not in intact[-self.keep :]:
+                shutil.rmtree(path, ignore_errors=True)
+
     def clean(self) -> None:
         """Remove what a killed process left half-written."""
         for path in self.folder.glob(".step-*.part"):
@@ -93,7 +109,7 @@ class Checkpoints:
 
 
 def _examine(path: Path) -> tuple[str, int]:
-    """What is wrong with a checkpoint, or an empty text, and its step."""
+    """What is wrong with a snapshot, or an empty text, and its step."""
     try:
         data: Any = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:

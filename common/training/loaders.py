@@ -1,72 +1,47 @@
-"""Processes that prepare batches, each every so-many-th of them: `python -m common.training.workers`.
+"""Processes that prepare batches, each every so-many-th of them: `python -m common.training.loaders`.
 
-grain has such processes of its own. Each of those imports JAX where it is installed (two seconds, 140 MB); where one is
-killed, the others may wait for ever for a lock that it held; and where a training ends early, shared memory is left
-behind. These know nothing but a pipe: they end when its other end is gone, which in turn knows at once when they are.
+They know nothing but a pipe: they end when its other end is gone, which in turn knows at once when they are. They
+import no framework, and share no lock and no memory that a killed one could leave behind.
 """
 
 import json
-import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from collections.abc import Callable
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
 
 from common import errors
-from common.errors import ParityError, TrainingError, framework
+from common.errors import ParityError, TrainingError
 from common.files import reason
 
 _PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
 
 
-def grain() -> ModuleType:
-    """The library, imported when it is first needed. Raises `BackendMissing` where it is not installed."""
-    with framework({"grain": ("grain", "training")}), _hidden("jax", "orbax"):
-        return import_module("grain")
-
-
-@contextmanager
-def _hidden(*names: str) -> Iterator[None]:
-    """As if these were not installed, where they are not imported yet.
-
-    grain takes the functions of JAX for nested containers where it finds it, and has its own. A process of PyTorch or
-    TensorFlow would import a second framework for them.
-    """
-    absent = [name for name in names if name not in sys.modules]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # "Failed to load jax profiler"
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-        logging.disable(disabled)
-
-
 class Team:
-    """Processes that prepare the batches of a `grain.MapDataset`, to be asked for one after the other."""
+    """Processes that prepare the batches `make(number)` for `numbers`, to be asked for one after the other.
 
-    def __init__(self, batches: Any, count: int) -> None:
+    `make` is pickled.
+    """
+
+    def __init__(self, make: Callable[[int], Any], numbers: range, count: int) -> None:
         """Start `count` of them. Raises `TrainingError`."""
+        self._first = numbers.start
         self._processes: list[subprocess.Popen[bytes]] = []
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             for _ in range(count):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "common.training.workers"],
+                    [sys.executable, "-m", "common.training.loaders"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pipesize=_PIPE_BYTES,
@@ -80,17 +55,17 @@ class Team:
                 assert process.stdin is not None
                 # One that has ended already shows when it is asked for a batch.
                 with suppress(BrokenPipeError), process.stdin as request:
-                    pickle.dump(batches[first::count], request)
+                    pickle.dump((make, numbers[first::count]), request)
         except OSError as error:
             self.close()
             raise TrainingError(f"no process could be started to prepare images: {reason(error)}") from None
 
-    def __call__(self, number: int) -> tuple[np.ndarray, ...]:
+    def __call__(self, number: int) -> Any:
         """Batch `number`; the one before it must have been asked for last.
 
         Raises the `ParityError` that was raised in a process, and `TrainingError` for one that ended.
         """
-        process = self._processes[number % len(self._processes)]
+        process = self._processes[(number - self._first) % len(self._processes)]
         assert isinstance(process.stdout, BufferedReader)
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
@@ -123,16 +98,15 @@ def _ended(process: subprocess.Popen[bytes]) -> TrainingError:
 
 
 def main() -> None:
-    """Send the batches of the dataset that comes in, until nobody reads them."""
+    """Send the batches that are asked for at the start, until nobody reads them."""
     # What a library prints must not come between the batches.
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    grain()
-    batches = pickle.load(sys.stdin.buffer)
+    make, numbers = pickle.load(sys.stdin.buffer)
     with suppress(BrokenPipeError):
         try:
-            for number in range(len(batches)):
-                arrays = batches[number]
+            for number in numbers:
+                arrays = make(number)
                 header = {"arrays": [(array.shape, array.dtype.str) for array in arrays]}
                 _send(replies, json.dumps(header).encode() + b"\n")
                 for array in arrays:
