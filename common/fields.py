@@ -58,6 +58,11 @@ class Checked:
             except _NotAllowed:
                 self.require(field.name, False, _in_words(hint))
 
+    def follow(self, name: str, value: Any) -> None:
+        """Fill in a field that was left to follow from the others."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise `error` with the field's name, its value and what was `expected`, unless the condition `holds`."""
         if not holds:

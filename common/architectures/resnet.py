@@ -93,16 +93,12 @@ class ResNetSpec(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         bottleneck = self.block == "bottleneck"
-        self._fill("expansion", 4 if bottleneck else 1)
-        self._fill("stride_in", "conv2" if bottleneck else "conv1")
-        self._fill("shortcut_norm", self.norm)
-        self._fill("replace_stride_with_dilation", (False,) * (len(self.blocks) - 1))
-        self._fill("input_size", ())
+        self.follow("expansion", 4 if bottleneck else 1)
+        self.follow("stride_in", "conv2" if bottleneck else "conv1")
+        self.follow("shortcut_norm", self.norm)
+        self.follow("replace_stride_with_dilation", (False,) * (len(self.blocks) - 1))
+        self.follow("input_size", ())
         self._check_contradictions()
-
-    def _fill(self, name: str, value: Any) -> None:
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
 
     def _check_contradictions(self) -> None:
         stages = len(self.blocks)
