@@ -247,7 +247,7 @@ class TestIntegers:
         assert max(sums.values()) < 2**24
         # The bound says something: values do grow on the way, and a limit that one of them reaches is refused.
         assert max(sums.values()) > 15
-        monkeypatch.setattr(weights, "EXACT_INTEGER", max(sums.values()))
+        monkeypatch.setattr(weights.random, "EXACT_INTEGER", max(sums.values()))
         with pytest.raises(WeightsError, match=f"the limit is {max(sums.values())}"):
             weights.integers(twin, 0)
 

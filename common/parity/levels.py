@@ -37,9 +37,6 @@ PRECISION_FACTOR = 5.0
 # A tensor with a larger share of zeros carries too little to prove anything.
 ZERO_SHARE = 0.95
 
-# Integers up to here are exact in float32, and so is every sum of them (L0).
-EXACT_INTEGER = 2**24
-
 
 def floor(terms: int) -> float:
     """The least response of an array, in units of u ‖b‖, whose elements are sums of so many `terms`.

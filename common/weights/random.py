@@ -1,0 +1,125 @@
+"""Weights for comparing implementations: random values that no default equals, and integers that round nothing."""
+
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from math import prod, sqrt
+
+import numpy as np
+
+from common.architectures import Spec
+from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
+from common.errors import WeightsError
+from common.weights.arrays import layer_arrays
+
+# Every integer up to here is a float32: sums that stay below are exact in any order.
+EXACT_INTEGER = 2**24
+
+
+def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """Weights for comparing implementations: every value of every tensor is distinct, random and not a default.
+
+    Kernels keep the variance of what they read, so that the network neither dies out nor overflows at any depth.
+    Values use all bits of float64: a backend that stores weights in float32 cannot hide.
+    """
+    damped = before_addition(spec)
+    # What n branches add must not grow with n: the logits of ResNet-152 would leave nothing of a float32 softmax.
+    damping = 1 / sqrt(max(len(damped), 1))
+
+    def drawn(row: tuple[Layer, str, Shape]) -> tuple[str, np.ndarray]:
+        layer, name, shape = row
+        generator = generator_for(seed, name)
+        factor = damping if layer.path in damped else 1.0
+        match name.removeprefix(f"{layer.path}."):
+            case "kernel":
+                gain = 2 if layer.kind == "conv" else 1
+                value = generator.standard_normal(shape) * (sqrt(gain / fans(shape)[0]) * factor)
+            case "scale":
+                value = generator.uniform(0.5, 1.5, shape) * factor
+            case "var":
+                value = generator.uniform(0.5, 1.5, shape)
+            case _:
+                value = generator.normal(0.0, 0.2, shape)
+        return name, value.astype(dtype, copy=False)
+
+    # Every array has a stream of its own, and NumPy lets go of the interpreter while it fills one.
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(drawn, layer_arrays(spec)))
+
+
+def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
+    """Small integer weights under which float32 computes the network exactly, whatever the order of its sums.
+
+    `spec` is one without rounding layers (`exact_twin`), its images integers in 0 … 15. A bound on the values of every
+    channel is carried through the walk; each kernel gets as many entries of ±1 as a budget allows that grows evenly
+    from the image to the last layer. Raises `WeightsError` if a sum could still reach 2^24.
+    """
+    limit, entries = float(EXACT_INTEGER), 8
+    bounds: dict[str, np.ndarray] = {INPUT: np.full(spec.in_channels, 15.0)}
+    weights: dict[str, np.ndarray] = {}
+    branch_ends = before_addition(spec)
+    for index, layer in enumerate(spec.layers):
+        bound = bounds[layer.inputs[0]]
+        if layer.kind in ("conv", "dense"):
+            budget = 2 ** (4 + 18 * (index + 1) / len(spec.layers))
+            count = int(np.clip(budget // np.median(bound), 1, entries))
+            for name, shape in layer.arrays.items():
+                generator = generator_for(seed, name)
+                if not name.endswith(".kernel"):
+                    weights[name] = generator.integers(1, 4, shape).astype(np.float32)
+                    continue
+                # A branch adds to a quarter of the channels, or the sums would double with every block.
+                share = 0.25 if layer.path in branch_ends else 1.0
+                weights[name], reach = _integer_kernel(generator, shape, bound, count, share)
+                bounds[layer.path] = reach + 3
+        elif layer.kind == "add":
+            bounds[layer.path] = bound + bounds[layer.inputs[1]]
+        elif isinstance(layer, ZeroPadShortcut):
+            bounds[layer.path] = np.pad(bound, (0, layer.channels - bound.size))
+        elif layer.kind == "flatten":
+            pixels = next(x.in_features for x in spec.layers if isinstance(x, Dense) and layer.path in x.inputs)
+            bounds[layer.path] = np.tile(bound, pixels // bound.size)
+        else:
+            bounds[layer.path] = bound
+    worst = max(bounds, key=lambda path: float(bounds[path].max()))
+    if bounds[worst].max() >= limit:
+        raise WeightsError(f"integer weights may reach {bounds[worst].max():.0f} at {worst}; the limit is {limit:.0f}")
+    return weights
+
+
+def generator_for(seed: int, name: str) -> np.random.Generator:
+    """A stream of its own for every tensor, so that no value depends on the order or number of the others."""
+    return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+
+
+def fans(kernel: Shape) -> tuple[int, int]:
+    """(fan_in, fan_out) of an HWIO or (in, out) kernel; groups already shorten its input axis."""
+    window = prod(kernel[:-2])
+    return window * kernel[-2], window * kernel[-1]
+
+
+def before_addition(spec: Spec) -> set[str]:
+    """The layers that end the residual branch of a block: the first of what an addition reads."""
+    return {layer.inputs[0] for layer in spec.layers if layer.kind == "add"}
+
+
+def _integer_kernel(
+    generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, at least one; each entry
+    anywhere in the window and on one of the input channels with the smaller half of the bounds. With it, the bounds
+    on the output channels."""
+    kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.float32)
+    reach = np.zeros(shape[-1])
+    groups = bound.size // shape[-2]
+    of_group = bound.reshape(groups, -1)
+    outputs = np.flatnonzero(generator.random(shape[-1]) < share)
+    if not outputs.size:
+        outputs = generator.integers(0, shape[-1], 1)
+    group = outputs * groups // shape[-1]
+    small = np.argsort(of_group, axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
+    for _ in range(count):
+        channels = small[group, generator.integers(0, small.shape[1], outputs.size)]
+        places = generator.integers(0, kernel.shape[0], outputs.size)
+        kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
+        reach[outputs] += of_group[group, channels]
+    return kernel.reshape(shape), reach
