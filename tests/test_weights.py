@@ -179,7 +179,7 @@ class TestRandomize:
 
     @pytest.mark.parametrize("name", ["resnet18", "resnet110"])
     def test_no_two_tensors_of_one_network_share_a_random_stream(self, name):
-        firsts = [weights._generator(0, array).random() for array in weights.shapes(architectures.find(name))]
+        firsts = [weights.random.generator_for(0, array).random() for array in weights.shapes(architectures.find(name))]
         assert len(set(firsts)) == len(firsts)
 
 
