@@ -241,7 +241,8 @@ def from_spec(
     return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
 
 
-def _builder(variant: str) -> Callable[..., ResNet]:
+def builder(variant: str) -> Callable[..., ResNet]:
+    """The public function that makes a named variant, in the convention of the Flax example."""
     spec = VARIANTS[variant].replace(**CONVENTIONS["flax_examples"])
 
     def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNet:
@@ -249,28 +250,9 @@ def _builder(variant: str) -> Callable[..., ResNet]:
         taken, weights = adopted(spec, options.pop("weights", None), variant)
         return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
 
-    build.__name__ = build.__qualname__ = variant
     build.__doc__ = (
         f"{variant} in the convention of the Flax example. `param_dtype`, `axis_name` and `weights` as in "
         "`from_spec`; with foreign weights the network takes their conventions. Every other keyword is a field of "
         "`ResNetSpec` to change."
     )
     return build
-
-
-ResNet18 = _builder("resnet18")
-ResNet34 = _builder("resnet34")
-ResNet50 = _builder("resnet50")
-ResNet101 = _builder("resnet101")
-ResNet152 = _builder("resnet152")
-WideResNet50_2 = _builder("wide_resnet50_2")
-WideResNet101_2 = _builder("wide_resnet101_2")
-ResNeXt50_32x4d = _builder("resnext50_32x4d")
-ResNeXt101_32x8d = _builder("resnext101_32x8d")
-ResNeXt101_64x4d = _builder("resnext101_64x4d")
-# The CIFAR networks of section 4.2, with ten classes.
-ResNet20 = _builder("resnet20")
-ResNet32 = _builder("resnet32")
-ResNet44 = _builder("resnet44")
-ResNet56 = _builder("resnet56")
-ResNet110 = _builder("resnet110")

@@ -1,4 +1,4 @@
-"""Constructors with the arguments of keras.applications, for a specification of any family."""
+"""What keras.applications offers, for a specification of any family: its arguments, and a model of features."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -9,6 +9,7 @@ import keras
 import resnet_keras
 from common.architectures import Spec
 from common.checkpoints import adopted
+from resnet_keras.weights import layer_names, spec_of
 
 _POOLINGS = {None: "none", "avg": "average", "max": "max"}
 _DOC = """{variant} in the convention of keras.applications.
@@ -23,8 +24,8 @@ _DOC = """{variant} in the convention of keras.applications.
     """
 
 
-def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Callable[..., keras.Model]:
-    """The public function `constructor` for `spec`, whose channels, classes and head become arguments.
+def builder(variant: str, spec: Spec, default_size: int) -> Callable[..., keras.Model]:
+    """A function that makes `spec`, whose channels, classes and head become arguments.
 
     `variant` is the default name of the model.
     """
@@ -70,9 +71,19 @@ def builder(constructor: str, variant: str, spec: Spec, default_size: int) -> Ca
         activated.spec = model.spec
         return activated
 
-    build.__name__ = build.__qualname__ = constructor
     build.__doc__ = _DOC.format(variant=variant, size=default_size, smallest=spec.output_stride)
     return build
+
+
+def stage_outputs(model: keras.Model, spec: Spec | None = None) -> keras.Model:
+    """A model with the same layers that returns the list of the stages' outputs, C2 to C5 for four stages.
+
+    `spec` is needed only for a model that was not made here but read from a file.
+    """
+    known: Any = spec_of(model, spec)
+    names = layer_names(known)
+    outputs = [model.get_layer(names[path]).output for path in known.stage_outputs]
+    return keras.Model(model.input, outputs, name=f"{model.name}_stages")
 
 
 def _agree(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:

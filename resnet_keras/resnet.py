@@ -14,9 +14,9 @@ from keras import layers
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints.base import skeleton_of
 from common.names.resnet import block_names, classic_layer
-from resnet_keras.applications import builder
+from resnet_keras import applications
 from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut
-from resnet_keras.weights import load_file, spec_of
+from resnet_keras.weights import load_file
 
 _DEFAULT = VARIANTS["resnet50.keras_applications"]
 _CHANNELS_LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
@@ -245,39 +245,12 @@ def from_spec(
     return model
 
 
-def stage_outputs(model: keras.Model, spec: ResNetSpec | None = None) -> keras.Model:
-    """A model with the same layers that returns the list of the stages' outputs, C2 to C5 for four stages.
-
-    `spec` is needed only for a model that was not made here but read from a file.
-    """
-    known: Any = spec_of(model, spec)
-    names = layer_names(known)
-    outputs = [model.get_layer(names[path]).output for path in known.stage_outputs]
-    return keras.Model(model.input, outputs, name=f"{model.name}_stages")
-
-
 # Fields in which weights made for one spec still mean the same in another: the head's last step, its resolution,
 # and what training alone does.
 _FREE_FIELDS = {"head", "head_pool", "replace_stride_with_dilation", "bn_momentum", "running_variance"}
 
 
-def _builder(variant: str, name: str, default_size: int = 224) -> Callable[..., keras.Model]:
-    return builder(name, variant, VARIANTS[variant].replace(**CONVENTIONS["keras_applications"]), default_size)
-
-
-ResNet18 = _builder("resnet18", "ResNet18")
-ResNet34 = _builder("resnet34", "ResNet34")
-ResNet50 = _builder("resnet50", "ResNet50")
-ResNet101 = _builder("resnet101", "ResNet101")
-ResNet152 = _builder("resnet152", "ResNet152")
-WideResNet50_2 = _builder("wide_resnet50_2", "WideResNet50_2")
-WideResNet101_2 = _builder("wide_resnet101_2", "WideResNet101_2")
-ResNeXt50_32x4d = _builder("resnext50_32x4d", "ResNeXt50_32x4d")
-ResNeXt101_32x8d = _builder("resnext101_32x8d", "ResNeXt101_32x8d")
-ResNeXt101_64x4d = _builder("resnext101_64x4d", "ResNeXt101_64x4d")
-# The CIFAR networks of section 4.2 of the paper.
-ResNet20 = _builder("resnet20", "ResNet20", 32)
-ResNet32 = _builder("resnet32", "ResNet32", 32)
-ResNet44 = _builder("resnet44", "ResNet44", 32)
-ResNet56 = _builder("resnet56", "ResNet56", 32)
-ResNet110 = _builder("resnet110", "ResNet110", 32)
+def builder(variant: str) -> Callable[..., keras.Model]:
+    """The public function that makes a named variant, in the convention of keras.applications."""
+    spec = VARIANTS[variant].replace(**CONVENTIONS["keras_applications"])
+    return applications.builder(variant, spec, 224 if spec.output_stride > 8 else 32)

@@ -254,7 +254,8 @@ def from_spec(
     return model
 
 
-def _builder(name: str) -> Callable[..., ResNet]:
+def builder(name: str) -> Callable[..., ResNet]:
+    """The public function that makes a named variant, with the keywords of torchvision."""
     variant = VARIANTS[name]
 
     def build(
@@ -268,7 +269,7 @@ def _builder(name: str) -> Callable[..., ResNet]:
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
     ) -> ResNet:
-        spec, weights = adopted(variant, weights, name)
+        spec, weights = adopted(variant, weights, name, progress=progress)
         spec = spec.replace(
             classes=num_classes,
             groups=groups,
@@ -277,30 +278,11 @@ def _builder(name: str) -> Callable[..., ResNet]:
         )
         return from_spec(spec, weights=weights, norm_layer=norm_layer, zero_init_residual=zero_init_residual)
 
-    build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""{name}: stages of {", ".join(map(str, variant.blocks))} {variant.block} blocks.
 
     The keywords are torchvision's. `weights` is the path of a checkpoint of any known format, a URL, or a name as
     "torchvision:IMAGENET1K_V2", "keras:imagenet" and "hf://timm/resnet50.a1_in1k"; the network takes its conventions.
-    `progress` shows a download's. Raises `SpecError` for values the network cannot have, `WeightsError` for weights
-    that cannot be had or are another network's.
+    `progress` shows a download's, as a bar on standard error. Raises `SpecError` for values the network cannot have,
+    `WeightsError` for weights that cannot be had or are another network's.
     """
     return build
-
-
-resnet18 = _builder("resnet18")
-resnet34 = _builder("resnet34")
-resnet50 = _builder("resnet50")
-resnet101 = _builder("resnet101")
-resnet152 = _builder("resnet152")
-wide_resnet50_2 = _builder("wide_resnet50_2")
-wide_resnet101_2 = _builder("wide_resnet101_2")
-resnext50_32x4d = _builder("resnext50_32x4d")
-resnext101_32x8d = _builder("resnext101_32x8d")
-resnext101_64x4d = _builder("resnext101_64x4d")
-# The networks for CIFAR of the paper, section 4.2.
-resnet20 = _builder("resnet20")
-resnet32 = _builder("resnet32")
-resnet44 = _builder("resnet44")
-resnet56 = _builder("resnet56")
-resnet110 = _builder("resnet110")

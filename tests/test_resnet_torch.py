@@ -6,6 +6,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -479,6 +482,21 @@ def test_every_named_depth_has_a_builder_of_its_spec(name):
         assert builder().spec == find(name)
     assert builder.__name__ == name
     assert name in builder.__doc__
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, "shown.safetensors"), (False, "")])
+def test_progress_is_that_of_the_download(tmp_path, capfd, progress, shown):
+    canonical.save(tmp_path / "shown.safetensors", find("resnet20"), canonical.randomize(find("resnet20"), dtype="f4"))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/shown.safetensors"
+        capfd.readouterr()
+        resnet_torch.resnet20(weights=url, progress=progress)
+        server.shutdown()
+    lines = [line for line in capfd.readouterr().err.splitlines() if '"GET ' not in line]  # the server's own
+    assert shown in "".join(lines)
+    assert bool(lines) == progress
 
 
 def test_fresh_models_are_initialised_as_torchvision_does():

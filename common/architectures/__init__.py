@@ -22,6 +22,7 @@ __all__ = [
     "matching",
     "output",
     "read",
+    "title",
     "to_dict",
     "to_json",
     "variants",
@@ -49,6 +50,13 @@ def variants_of(family: str) -> dict[str, Spec]:
 def conventions(family: str) -> dict[str, dict[str, Any]]:
     """What each published convention does differently from the spec's defaults: fields by name of the convention."""
     return {name: dict(changes) for name, changes in _FAMILIES[family].CONVENTIONS.items()}
+
+
+def title(name: str) -> str:
+    """The name of a family or a variant as people write it, and as classes and Keras' builders are called: ResNet50."""
+    titles: dict[str, str] = {start: title for family in _FAMILIES.values() for start, title in family.TITLES.items()}
+    start = max((start for start in titles if name.startswith(start)), key=len)
+    return titles[start] + name.removeprefix(start)
 
 
 def find(name: str) -> Spec:

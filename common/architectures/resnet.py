@@ -410,4 +410,6 @@ def _variants() -> dict[str, ResNetSpec]:
 
 
 VARIANTS = _variants()
+# How the names of the family and its variants begin, and how people write that.
+TITLES = {"resnet": "ResNet", "wide_resnet": "WideResNet", "resnext": "ResNeXt"}
 Spec = ResNetSpec

@@ -273,4 +273,5 @@ def _variants() -> dict[str, VGGSpec]:
 
 
 VARIANTS = _variants()
+TITLES = {"vgg": "VGG"}
 Spec = VGGSpec

@@ -160,15 +160,18 @@ def load_for(spec: Spec, reference: Path | str, *, free_fields: Collection[str] 
     return inside, weights
 
 
-def adopted(spec: Any, reference: str | PathLike[str] | None, variant: str) -> tuple[Any, Path | None]:
+def adopted(
+    spec: Any, reference: str | PathLike[str] | None, variant: str, *, progress: bool | None = None
+) -> tuple[Any, Path | None]:
     """`spec`, a builder's own, with the conventions of the weights that are to be loaded into it; and where they are.
 
     So a builder that is given foreign weights computes what the library computes that they come from. A canonical file
-    changes nothing: `load_for` holds it to its own spec. `variant` is the name of the builder's network.
+    changes nothing: `load_for` holds it to its own spec. `variant` is the name of the builder's network; `progress` is
+    that of `downloads.fetch`.
     """
     if reference is None:
         return spec, None
-    fetched = fetch(fspath(reference), variant=variant)
+    fetched = fetch(fspath(reference), variant=variant, progress=progress)
     if _is_canonical(fetched.path):
         return spec, fetched.path
     inside = load_fetched(fetched).spec
