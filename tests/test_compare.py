@@ -18,6 +18,7 @@ from common.parity import record, steps
 from common.parity.case import Case
 from common.parity.compare import Comparison, compare, in_order, rounded_to_float32
 from common.parity.levels import UNIT
+from common.parity.orders import orders
 from common.parity.record import Manifest, Record, expected_arrays
 from common.parity.session import Result, compare_files
 from common.report import console, files
@@ -88,6 +89,7 @@ def writer(folder):
             "shape": SHAPE,
             "draws": 3,
             "response": reference,
+            "orders": 1,
         }
         if "steps" in modes:
             described |= {"recipe": recipes.to_dict(RECIPE), "batches": "90"}
@@ -163,17 +165,6 @@ class TestRecord:
         assert expected["train/grad/input"] == SHAPE
         assert expected["train/stat/stem.norm.var"] == (4,)
 
-    def test_a_record_from_before_there_were_steps_can_be_read(self, write):
-        path = write("torch", modes=ALL).path
-
-        def older(metadata):
-            manifest = json.loads(metadata["manifest"])
-            metadata["manifest"] = json.dumps({k: v for k, v in manifest.items() if k not in ("recipe", "batches")})
-
-        self.rewrite(path, older)
-        assert Record(path).recipe is None
-        assert compare([Record(path), write("flax", modes=(*ALL, "steps"))]).modes == ALL
-
     def test_a_record_of_steps_holds_its_recipe(self, write):
         made = write("torch", modes=STEPS)
         assert (made.recipe, made.manifest.batches) == (RECIPE, "90")
@@ -218,6 +209,7 @@ class TestRecord:
         ("change", "expected"),
         [
             (lambda m: m.update(format="resnet-parity weights 1"), "not a record: format is 'resnet-parity weights 1'"),
+            (lambda m: m.update(format="resnet-parity record 1"), "not a record: format is 'resnet-parity record 1'"),
             (lambda m: m.pop("format"), "not a record: format is None"),
             (lambda m: m.pop("manifest"), "the manifest is damaged"),
             (lambda m: m.update(manifest="{"), "the manifest is damaged"),
@@ -226,7 +218,7 @@ class TestRecord:
             (lambda m: m.update(manifest="null"), "the manifest is damaged"),
             (lambda m: m.update(manifest="{}"), "the manifest is damaged"),
         ],
-        ids=range(8),
+        ids=range(9),
     )
     def test_metadata_that_are_no_records_are_refused(self, write, change, expected):
         path = write("torch").path
@@ -252,6 +244,9 @@ class TestRecord:
             ("response", None),
             ("response", {"eval/loss": "small"}),
             ("response", {"eval/loss": -1.0}),
+            ("order_response", {"eval/loss": -1.0}),
+            ("order_response", []),
+            ("orders", "2"),
             ("not_restored", "all"),
             ("recipe", "digits"),
             ("batches", 3),
@@ -464,6 +459,13 @@ class TestIdentity:
             assert compared.passed == (verdict == "same")
             assert compared.first is None
 
+    def test_a_perturbed_pass_that_is_not_finite_is_a_problem_of_the_reference(self, write):
+        reference = write("torch", response=responses(arrays(), 1e-12) | {CONV: nan})
+        compared = compare([reference, write("flax")])
+        assert not compared.passed
+        assert [(p.backend, p.tensor) for p in compared.problems] == [("torch", CONV)]
+        assert "NaN or infinite where weights and images moved by an ulp" in compared.problems[0].what
+
     @pytest.mark.parametrize("response", [1e-3, nan])
     def test_a_large_or_lost_response_does_not_excuse_a_difference(self, write, response):
         reference = write("torch", response=responses(arrays(), 1e-12) | {CONV: response})
@@ -503,6 +505,106 @@ class TestIdentity:
         assert found == {THREE[:2]: "same", ("torch", "flax"): "same", THREE[1:]: "different"}
         assert not compared.passed
         assert compared.odd_one_out is None
+
+
+class TestOrdersOfTheBatch:
+    """The order response, of every backend."""
+
+    @pytest.mark.parametrize(("of_torch", "of_flax"), [(5, 0), (0, 5), (2, 3)])
+    @pytest.mark.parametrize("modes", [ALL, STEPS])
+    def test_what_another_order_changes_in_either_backend_widens_the_limit(self, write, modes, of_torch, of_flax):
+        tensor = "train/grad/stem.conv.kernel" if modes is ALL else "step01/velocity/stem.conv.kernel"
+        response = 1e-12 * record.norm(arrays(modes)[tensor])
+        reference = write("torch", modes=modes, order_response={tensor: of_torch * response})
+        for factor, verdict in ((0.999, "same"), (1.001, "different")):
+            change = {tensor: put(factor * 8 * 5 * response)}
+            compared = compare(
+                [reference, write("flax", change, modes=modes, order_response={tensor: of_flax * response})]
+            )
+            assert verdicts(compared, tensor) == {verdict}
+            assert next(d for d in compared.differences if d.tensor == tensor).response == pytest.approx(5 * response)
+            assert not compared.order_dependent
+
+    def test_of_a_third_backend_it_excuses_nothing(self, write):
+        response = 1e-12 * record.norm(arrays()[CONV])
+        third = write("keras:tensorflow", order_response={CONV: 100 * response})
+        compared = compare([write("torch"), third, write("flax", {CONV: put(9 * response)})])
+        found = {d.pair: d.verdict for d in compared.differences if d.tensor == CONV}
+        assert found == {THREE[:2]: "same", THREE[1:]: "same", ("torch", "flax"): "different"}
+
+    @pytest.mark.parametrize("backend", THREE)
+    @pytest.mark.parametrize("tensor", ["train/tap/stem.norm", "eval/grad/head.fc.kernel", "train/stat/stem.norm.var"])
+    def test_beyond_a_thousand_responses_the_backend_itself_is_at_fault(self, write, backend, tensor):
+        response = 1e-12 * record.norm(arrays(ALL)[tensor])
+        for factor, passed in ((999.0, True), (1001.0, False)):
+            changes = {tensor: factor * response, "train/grad/input": 1e-3 * factor}
+            compared = compare([write(b, modes=ALL, order_response=changes if b == backend else {}) for b in THREE])
+            if passed:
+                assert not any(found.tensor == tensor for found in compared.order_dependent)
+                continue
+            assert not compared.passed
+            (found,) = compared.order_dependent
+            assert (found.backend, found.tensor) == (backend, tensor)
+            assert found.ratio == pytest.approx(1001)
+            assert found.error == pytest.approx(1001e-12)
+            assert compared.odd_one_out == backend
+
+    def test_what_is_beyond_that_excuses_no_difference(self, write):
+        response = 1e-12 * record.norm(arrays()[CONV])
+        moved = write("flax", {CONV: put(9 * response)}, order_response={CONV: 1e6 * response})
+        compared = compare([write("torch"), write("keras:tensorflow"), moved])
+        assert verdicts(compared, CONV) == {"same", "different"}
+        assert compared.first.tensor == CONV
+        assert compared.odd_one_out == "flax"
+
+    @pytest.mark.parametrize("change", [nan, inf])
+    def test_an_order_whose_result_is_not_finite_is_a_fault(self, write, change):
+        compared = compare([write("torch"), write("flax", order_response={CONV: change})])
+        assert not compared.passed
+        assert [(f.backend, f.tensor) for f in compared.order_dependent] == [("flax", CONV)]
+
+    def test_integers_come_out_the_same_in_any_order(self, write):
+        exact = {"modes": ("exact",), "dtype": "float32", "response": {}}
+        tensor = "exact/tap/stem.conv"
+        assert compare([write("torch", **exact), write("flax", **exact, order_response={tensor: 0.0})]).passed
+        compared = compare([write("torch", **exact), write("flax", **exact, order_response={tensor: 1e-9})])
+        assert not compared.passed
+        assert compared.odd_one_out == "flax"
+
+    def test_in_float32_a_flip_in_another_order_is_no_fault(self, write):
+        values = arrays(ALL, "float32")
+        tensor = "train/grad/stem.conv.kernel"
+        quiet = {"modes": ALL, "dtype": "float32", "response": responses(values, 1e-7)}
+        flipped = {tensor: 0.01 * record.norm(values[tensor])}
+        compared = compare([write("torch", **quiet), write("flax", **quiet, order_response=flipped)])
+        assert compared.passed
+        assert verdicts(compared, tensor) == {"reported"}
+        # What is no gradient does not jump.
+        tap = {"train/tap/stem.conv": 0.01 * record.norm(values["train/tap/stem.conv"])}
+        compared = compare([write("torch", **quiet), write("flax", **quiet, order_response=tap)])
+        assert [found.tensor for found in compared.order_dependent] == ["train/tap/stem.conv"]
+
+    def test_a_single_image_has_no_order_and_leaves_what_exceeds_the_limit_undecided(self, write):
+        alone = {"shape": (1, 8, 8, 3), "orders": 0}
+        response = 1e-12 * record.norm(arrays()[CONV])
+        for distance, verdict in ((7.9, "same"), (8.1, "undecided"), (1e9, "undecided")):
+            single = {name: lambda a: a[:1] for name in arrays() if "/tap/" in name}
+            first = write("torch", single, **alone)
+            change = {CONV: lambda a, d=distance: put(d * response)(a[:1])}
+            compared = compare([first, write("flax", single | change, **alone)])
+            assert verdicts(compared, CONV) == {verdict}
+            assert compared.passed == (verdict == "same")
+            assert compared.first is None
+        shown = io.StringIO()
+        Console(file=shown, width=200).print(console.comparison(compared))
+        assert "use a batch of 2" in shown.getvalue()
+
+    @pytest.mark.parametrize(("images", "expected"), [(1, 0), (2, 1), (3, 3), (5, 3)])
+    def test_orders_are_other_orders_and_all_different(self, images, expected):
+        found = [tuple(order) for order in orders(images)]
+        assert len(set(found)) == len(found) == expected
+        assert tuple(range(images)) not in found
+        assert all(sorted(order) == list(range(images)) for order in found)
 
 
 class TestPrecision:
@@ -882,17 +984,6 @@ class TestSteps:
             moved = write("flax", {tensor: put(factor * terms * UNIT["float64"] * size)}, modes=STEPS)
             assert compare([reference, moved]).passed == passed
 
-    @pytest.mark.parametrize(("kind", "passed"), [("stat", True), ("param", False)])
-    def test_a_running_statistic_of_n_values_may_be_off_by_two_roots_of_n_roundings(self, write, kind, passed):
-        shape = (64, 8, 8, 3)  # 4096 values a channel: 128 roundings, where the floor is 32
-        tensor = of_step(2, kind, "stem.norm.mean" if kind == "stat" else "stem.norm.scale")
-        size = record.norm(arrays(STEPS)[tensor])
-        given = {"shape": shape, "modes": STEPS}
-        reference = write("torch", **given, response=responses(arrays(STEPS), 1e-18))
-        for roundings, expected in ((127, passed), (129, False)):
-            moved = write("flax", {tensor: put(roundings * UNIT["float64"] * size)}, **given)
-            assert compare([reference, moved]).passed == expected
-
     @pytest.mark.parametrize(
         ("tensor", "verdict"),
         [
@@ -1082,6 +1173,10 @@ def outcomes(tmp_path_factory):
             compare([write(b, {of_step(2, "param"): lambda a: a * 1.1} if b == "flax" else None, modes=STEPS)
                      for b in THREE])
         ),
+        "order": result(
+            compare([write(b, modes=ALL, name=f"order-{b}", order_response={"train/tap/stem.norm": 1e-6} if b == "flax"
+                           else {}) for b in TWO])
+        ),
         "soft": result(compare([write("torch", modes=ALL), write("keras:jax", modes=ALL)], float32=float32)),
         "crashed": result(
             failures={"flax": BackendCrashed("backend flax: its process was killed; \x1b[31mlast\x00 words <&>\ufffe")}
@@ -1093,7 +1188,7 @@ def outcomes(tmp_path_factory):
 PASSING = {"same", "soft"}
 OUTCOMES = (
     "same", "different", "not finite", "not finite anywhere", "undecided", "reported", "no response", "imprecise",
-    "steps", "soft", "crashed", "nothing",
+    "steps", "order", "soft", "crashed", "nothing",
 )  # fmt: skip
 
 
@@ -1210,6 +1305,14 @@ class TestReports:
             ("no response", ["L0 exact", "first difference: head.fc"]),
             ("imprecise", ["imprecise: flax at stages.0.blocks.0.conv1 (eval)", "the limit is 5"]),
             ("steps", ["first difference: stages.0.blocks.0.conv1.kernel, step 2 (steps, param)", "steps, velocity"]),
+            (
+                "order",
+                [
+                    "flax depends on the order of the batch: first at stem.norm (train)",
+                    "the limit is 1000",
+                    "the odd one out: flax",
+                ],
+            ),
             ("soft", ["keras:jax rounds to float32 inside this float64 network", "SAME FUNCTION"]),
             ("crashed", ["its process was killed", "NOT SHOWN TO BE THE SAME"]),
             ("nothing", ["NOT SHOWN TO BE THE SAME"]),

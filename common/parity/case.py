@@ -15,7 +15,8 @@ from common.architectures.layers import output_shapes
 from common.errors import InputError, RecipeError, RecordError
 from common.files import written
 from common.parity import steps
-from common.parity.levels import DRAWS
+from common.parity.levels import DRAWS, ORDERS
+from common.parity.orders import orders
 from common.parity.record import MODES, Mode, passes
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
@@ -77,6 +78,7 @@ class Task:
     values: str
     modes: tuple[Mode, ...]
     draws: int = 0
+    orders: int = 0
 
 
 def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
@@ -86,11 +88,13 @@ def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
     inside a float64 network, and is held to the float32 response.
     """
     draws = DRAWS if reference else 0
-    made = [Task(name="exact", dtype="float32", values="integers", modes=("exact",))]
+    # Sums of integers are exact in any order: one shows whether an image is seen by another.
+    made = [Task(name="exact", dtype="float32", values="integers", modes=("exact",), orders=1)]
+    measured: dict[str, Any] = {"modes": case.modes, "draws": draws, "orders": ORDERS}
     if "float64" in case.dtypes:
-        made.append(Task(name="float64", dtype="float64", values="float64", modes=case.modes, draws=draws))
+        made.append(Task(name="float64", dtype="float64", values="float64", **measured))
     if "float32" in case.dtypes or (reference and soft):
-        made.append(Task(name="float32", dtype="float32", values="float32", modes=case.modes, draws=draws))
+        made.append(Task(name="float32", dtype="float32", values="float32", **measured))
     if "float32" in case.dtypes and reference and "eval" in case.modes:
         made.append(Task(name="truth", dtype="float64", values="float32", modes=("eval",)))
     return made
@@ -101,8 +105,9 @@ def told(case: Case, task: Task) -> int:
     runs = passes(task.modes)
     # Beside the work itself: build and load of each, and once write.
     of_passes = 2 + len(runs) if runs else 0
-    of_steps = 3 + (case.recipe.steps or 0) * (1 + task.draws) if "steps" in task.modes else 0
-    return 1 + of_passes + of_steps + task.draws
+    other = task.draws + len(orders(case.batch)[: task.orders])
+    of_steps = 3 + (case.recipe.steps or 0) * (1 + other) if "steps" in task.modes else 0
+    return 1 + of_passes + of_steps + other
 
 
 class Inputs:
@@ -145,7 +150,7 @@ class Inputs:
         if "steps" in task.modes:
             manifest |= {"recipe": recipes.to_dict(case.training), "batches": digests["batches"]}
         paths = {what: str(self.path(what, task.values)) for what in digests}
-        return {"manifest": manifest, "draws": task.draws} | paths
+        return {"manifest": manifest, "draws": task.draws, "orders": task.orders} | paths
 
     def path(self, what: str, values: str) -> Path:
         """The file of the ``weights``, ``inputs`` or ``batches`` that were rounded to `values`."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import isnan
 from statistics import median_low
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.architectures.layers import INPUT, Layer, Shape
 from common.backends.process import COLUMNS, cores
 from common.errors import RecordError
 from common.parity import steps
-from common.parity.gate import Difference, Gate, Level, rank
+from common.parity.gate import Difference, Gate, Level, OrderDependence, rank
 from common.parity.levels import PRECISION_FACTOR, UNIT, ZERO_SHARE
 from common.parity.record import Record, distance, expected_arrays, norm
 
@@ -56,6 +57,7 @@ class Comparison:
     modes: tuple[str, ...]
     differences: tuple[Difference, ...]
     problems: tuple[Problem, ...] = ()
+    order_dependent: tuple[OrderDependence, ...] = ()
     precision: tuple[Precision, ...] = ()
     # Columns known to round inside a float64 network: where they do, as measured.
     float32_inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Comparison:
         return (
             decided
             and not self.problems
+            and not self.order_dependent
             and all(d.verdict in ("same", "reported") for d in self.differences)
             and all(p.passed for p in self.precision)
         )
@@ -81,6 +84,9 @@ class Comparison:
         """The backend that alone disagrees where a difference first shows; None where that cannot be told."""
         if self.problems:
             culprits = {problem.backend for problem in self.problems}
+            return culprits.pop() if len(culprits) == 1 else None
+        if self.order_dependent:
+            culprits = {found.backend for found in self.order_dependent}
             return culprits.pop() if len(culprits) == 1 else None
         if self.first is None:
             imprecise = {p.backend for p in self.precision if not p.passed}
@@ -141,6 +147,13 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for label, record in labels.items()
         for name in record.manifest.not_restored
     ]
+    problems += [
+        Problem(backend=label, tensor=name, what="became NaN or infinite where weights and images moved by an ulp")
+        for label, record in {**labels, f"{reference.manifest.backend} in float32": float32}.items()
+        if record is not None
+        for name, change in record.manifest.response.items()
+        if isnan(change)
+    ]
     exact = truth if level == "L2" and truth is not None and "eval" in truth.manifest.modes else None
 
     def measure(name: str) -> _Measured:
@@ -157,7 +170,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         Difference(
             tensor=name,
             pair=pair,
-            level="L2" if set(pair) & soft else level,
+            level=level,
             distance=apart,
             norm=found.norm,
             response=0.0,
@@ -166,7 +179,8 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for name, found in measured.items()
         for pair, apart in found.distances.items()
     ]
-    gate = Gate(reference, float32, norms)
+    gate = Gate(level, reference, float32, labels, soft, norms)
+    dependent = [found for label in labels if (found := gate.order_dependence(label))]
     judged = tuple(gate.judge(difference) for difference in differences)
     if not judged and not problems:
         raise RecordError("the records have no arrays in common: nothing was compared")
@@ -178,6 +192,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         modes=modes,
         differences=judged,
         problems=tuple(problems),
+        order_dependent=tuple(dependent),
         precision=tuple(precision),
         float32_inside={label: rounded_to_float32(labels[label], spec.layers) for label in sorted(soft)},
     )

@@ -1,14 +1,22 @@
 """Every tolerance of the project, each with its derivation. Nothing else in the tree holds one.
 
 A tolerance is measured, not chosen: the reference network is run again with every weight and input moved by -1, 0 or
-+1 unit in the last place, `DRAWS` times, and the largest change of a tensor is its one-ulp response ρ. (In mode steps
++1 unit in the last place, `DRAWS` times, and the largest change of a tensor is its one-ulp response. (In mode steps
 the powers of AdamW's betas are moved too: see `common.parity.steps.rates`.) Two implementations of one function
 differ by rounding alone, and rounding the weights once is the least that any implementation does.
+
+What each addition of a long sum rounds away is decided by the low bits of the partial sum, and is the same in every
+such draw. So every backend runs the same images in other orders too, and the largest change, with the results put back
+in order, is its order response: of that backend's own sums. Of a pair ρ is made of all three by `rho`.
 """
 
-from math import sqrt
-
 DRAWS = 3
+
+# The same images in so many other orders, where the batch has them.
+ORDERS = 3
+# A backend's order response is believed up to here, in one-ulp responses of the reference (or in what the floor below
+# makes of it). Honest ones reach about 150; float32 inside one layer of a float64 network stands near 5e8.
+ORDER_LIMIT = 1000.0
 
 # Unit roundoff: half the distance from 1 to the next number.
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
@@ -50,13 +58,10 @@ def floor(terms: int) -> float:
     return max(FLOOR, terms / RESPONSE_FACTOR)
 
 
-def floor_of_mean(terms: int) -> float:
-    """The same of a running statistic after optimiser steps, the mean or variance of so many `terms` a batch.
+def rho(response: float, order_a: float, order_b: float) -> float:
+    """What a pair's difference is held to: from the one-ulp response of the reference, its floor included, and the
+    order responses of the two.
 
-    Added one after another, as PyTorch does, rounding errors of either sign leave about √n u of the bound above (Higham
-    and Mary 2019, doi:10.1137/18M1226312); `RESPONSE_FACTOR` times a quarter of it is twice that. Measured after 20
-    steps: 0.8 √n u for the mean behind the stem of ResNet-18 at 64. The response cannot show it, since what rounding
-    the weights once does is another thing in every batch, and this is the same; a single pass, of which the statistic
-    takes but a tenth, stays below the plain floor.
+    ‖a-b‖ is at most the error of a and the error of b, so those two add.
     """
-    return max(FLOOR, sqrt(terms) / 4)
+    return max(response, order_a + order_b)

@@ -28,18 +28,19 @@ from common.training.recipe import TrainingRecipe
 Mode = Literal["eval", "train", "grad", "steps", "exact"]
 MODES: tuple[Mode, ...] = ("eval", "train", "grad")  # unless others are asked for
 
-_FORMAT = "resnet-parity record 1"
+_FORMAT = "resnet-parity record 2"
 # What a field of the manifest is in JSON, where it is no string.
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("spec", "versions", "response", "recipe"), dict),
+    **dict.fromkeys(("spec", "versions", "response", "order_response", "recipe"), dict),
     **dict.fromkeys(("modes", "shape", "not_restored"), list),
-    **dict.fromkeys(("threads", "seed", "draws"), int),
+    **dict.fromkeys(("threads", "seed", "draws", "orders"), int),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Where a record comes from. `response` is the one-ulp response ρ of every array, where it was measured."""
+    """Where a record comes from, and what its arrays answer to rounding: `response` is the one-ulp response of every
+    array, where it was measured, `order_response` the largest change in `orders` other orders of the batch."""
 
     backend: str
     variant: str
@@ -58,6 +59,8 @@ class Manifest:
     batches: str = ""  # digest of the images and labels of all steps, as float64
     draws: int = 0
     response: dict[str, float] = field(default_factory=dict)
+    orders: int = 0
+    order_response: dict[str, float] = field(default_factory=dict)
     not_restored: tuple[str, ...] = ()  # weights that did not come back bitwise after load and export
 
 
@@ -113,9 +116,10 @@ def _manifest(data: Any) -> Manifest:
         raise ValueError(f"recipe is {manifest.recipe!r}; expected one with its number of steps")
     if len(manifest.shape) != 4 or not all(isinstance(n, int) and n > 0 for n in manifest.shape):
         raise ValueError(f"shape is {manifest.shape}; expected that of a batch, (N, H, W, C)")
-    for name, change in manifest.response.items():
-        if not isinstance(change, float) or change < 0:
-            raise ValueError(f"the response of {name} is {change!r}; expected a norm")
+    for responses in (manifest.response, manifest.order_response):
+        for name, change in responses.items():
+            if not isinstance(change, float) or change < 0:
+                raise ValueError(f"the response of {name} is {change!r}; expected a norm")
     return replace(
         manifest,
         modes=tuple(manifest.modes),

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file
 from common import architectures
 from common import weights as canonical
 from common.architectures import Spec
+from common.architectures.layers import INPUT
 from common.backends.clock import Clock
 from common.backends.process import Backend
 from common.parity import record, steps
+from common.parity.orders import orders
 from common.parity.record import Manifest
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
@@ -25,22 +27,34 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
     """Run a network and write its record.
 
     The request holds `manifest` (the fields of `record.Manifest` that do not depend on the backend), `weights`,
-    `inputs` and, in mode steps, `batches` (paths), `output` (path), `draws` (of the one-ulp response; 0 for none), and
-    `plant` (a defect that a test plants, ``module:function``, or none).
+    `inputs` and, in mode steps, `batches` (paths), `output` (path), `draws` (of the one-ulp response; 0 for none),
+    `orders` (of the batch, at most; 0 for none), and `plant` (a defect that a test plants, ``module:function``,
+    or none).
     """
     given = request["manifest"]
     spec, modes = architectures.from_dict(given["spec"]), tuple(given["modes"])
     recipe = recipes.from_dict(given["recipe"]) if "steps" in modes else None
     arrays: dict[str, np.ndarray] = {}
     response: dict[str, float] = {}
+    order_response: dict[str, float] = {}
+    other_orders = orders(given["shape"][0])[: request["orders"]]
 
     def keep(name: str, array: np.ndarray) -> None:
         if name in wanted:
             arrays[name] = array
 
-    def measure(name: str, array: np.ndarray) -> None:
-        if name in arrays:
-            response[name] = max(response.get(name, 0.0), record.distance(array, arrays[name]))
+    def largest(responses: dict[str, float], order: np.ndarray | None = None) -> Keep:
+        """Keeps in `responses` the largest change of every array, of images in another order put back in the first."""
+
+        def measure(name: str, array: np.ndarray) -> None:
+            if name in arrays:
+                if order is not None and is_of_images(name):
+                    array = array[np.argsort(order)]
+                change = record.distance(array, arrays[name])
+                # A change that is no number stays one: `max` would drop it.
+                responses[name] = float(np.maximum(responses.get(name, 0.0), change))
+
+        return measure
 
     with _planted(request.get("plant"), backend):
         # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
@@ -58,11 +72,16 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
                 not_restored |= _not_restored(spec, weights, subject.export(), given["dtype"])
         for subject in subjects:
             subject.run(keep)
+        for index, order in enumerate(other_orders):
+            with clock.step("order", f"{index + 1} of {len(other_orders)}"):
+                for subject in subjects:
+                    subject.load(weights)
+                    subject.run(largest(order_response, order), order=order)
         for draw in range(request["draws"]):
             with clock.step("response", f"{draw + 1} of {request['draws']}"):
                 for subject in subjects:
                     subject.load(canonical.perturb(weights, seed=draw))
-                    subject.run(measure, draw)
+                    subject.run(largest(response), draw=draw)
         described = backend.describe()
     device = described.pop("device")
     manifest = Manifest(
@@ -73,6 +92,8 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
         threads=threads,
         draws=request["draws"],
         response=response,
+        orders=len(other_orders),
+        order_response=order_response,
         not_restored=tuple(not_restored),
     )
     with clock.step("write"):
@@ -95,15 +116,19 @@ class _Network:
     def export(self) -> canonical.Weights:
         return self._backend.export(self._model)
 
-    def run(self, keep: Keep, draw: int | None = None) -> None:
-        """Hand every array to `keep`; with `draw` for images that are moved by an ulp."""
+    def run(self, keep: Keep, *, draw: int | None = None, order: np.ndarray | None = None) -> None:
+        """Hand every array to `keep`; with `draw` for images that are moved by an ulp, with `order` for images in
+        another order, as the arrays are then."""
         images = self._images if draw is None else canonical.perturb_array(self._images, draw, "input")
+        labels = self._labels
+        if order is not None:
+            images, labels = images[order], labels[order]
         for run in record.passes(self._modes):
-            with self._clock.step(run) if draw is None else nullcontext():
+            with self._clock.step(run) if draw is None and order is None else nullcontext():
                 arrays = self._backend.run(
                     self._model,
                     images,
-                    self._labels,
+                    labels,
                     training=run == "train",
                     gradients="grad" in self._modes and run != "exact",
                 )
@@ -129,7 +154,7 @@ class _Training:
     def export(self) -> canonical.Weights:
         return self._trainer.export()
 
-    def run(self, keep: Keep, draw: int | None = None) -> None:
+    def run(self, keep: Keep, *, draw: int | None = None, order: np.ndarray | None = None) -> None:
         """As `_Network.run`, with `draw` for rates that are moved too; it tells of every step."""
 
         def keep_and_tell(name: str, array: np.ndarray) -> None:
@@ -138,9 +163,17 @@ class _Training:
             keep(name, array)
 
         images = self._images if draw is None else canonical.perturb_array(self._images, draw, "batches")
+        labels = self._labels
+        if order is not None:
+            images, labels = images[:, order], labels[:, order]
         rates = steps.rates(self._recipe, self._dtype, draw)
-        with self._clock.step("steps") if draw is None else nullcontext():
-            steps.take(self._trainer, images, self._labels, rates, keep_and_tell)
+        with self._clock.step("steps") if draw is None and order is None else nullcontext():
+            steps.take(self._trainer, images, labels, rates, keep_and_tell)
+
+
+def is_of_images(name: str) -> bool:
+    """Whether the first axis of an array is that of the images."""
+    return name.split("/")[1] == "tap" or name.endswith(f"/grad/{INPUT}")
 
 
 def _batch(path: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from common.backends.process import COLUMNS, BackendProcess, cores, resolve
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, tasks, told
 from common.parity.compare import Comparison, compare
-from common.parity.levels import DRAWS
+from common.parity.levels import DRAWS, ORDERS
 from common.parity.record import Record
 
 Progress = Callable[[str, str], None]
@@ -163,7 +163,8 @@ def make_record(case: Case, column: str, output: Path, *, response: bool = True,
     """Run `case` in one backend and keep its record, in the first of the case's dtypes. Raises `ParityError`."""
     column = resolve(column)
     dtype = case.dtypes[0]
-    task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=DRAWS if response else 0)
+    draws = DRAWS if response else 0
+    task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=draws, orders=ORDERS)
     with (
         tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder,
         BackendProcess(column, threads=cores()) as worker,

@@ -13,8 +13,8 @@ from common.architectures.layers import INPUT, output_shapes
 from common.architectures.layers import multiply_adds as multiply_adds_of
 from common.backends.process import BackendProcess
 from common.parity.compare import Comparison
-from common.parity.gate import Difference
-from common.parity.levels import PRECISION_FACTOR, RESPONSE_FACTOR
+from common.parity.gate import Difference, place, section
+from common.parity.levels import ORDER_LIMIT, PRECISION_FACTOR, RESPONSE_FACTOR
 from common.parity.session import Result
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
@@ -83,12 +83,12 @@ def _table(compared: Comparison) -> Table:
     ):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.columns[-1].overflow = "fold"
-    for section, differences in _by_section(compared.worst()).items():
+    for part, differences in _by_section(compared.worst()).items():
         for index, difference in enumerate(differences):
             style = _STYLES[difference.verdict]
             note = "" if difference.verdict in ("same", "different") else f"  ({difference.verdict})"
             table.add_row(
-                section if index == 0 else "",
+                part if index == 0 else "",
                 " | ".join(difference.pair),
                 Text(f"{difference.error:.1e}", style),
                 Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
@@ -129,6 +129,13 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         yield Text(f"{problem.backend}: {problem.tensor} {problem.what}", style="bold red")
     if len(compared.problems) > _MOST:
         yield Text(f"… and {len(compared.problems) - _MOST} more problems of this kind", style="bold red")
+    for found in compared.order_dependent:
+        yield Text(
+            f"{found.backend} depends on the order of the batch: first at {place(found.tensor)} "
+            f"({section(found.tensor)}), relative change {found.error:.1e}, {found.ratio:.3g} one-ulp responses; the "
+            f"limit is {ORDER_LIMIT if found.response else 0:g}",
+            style="bold red",
+        )
     if (first := compared.first) is not None:
         yield Text(
             f"first difference: {_where(first)} ({first.section}), {' | '.join(first.pair)}: relative error "
@@ -136,7 +143,15 @@ def _explain(compared: Comparison) -> Iterable[Text]:
             style="bold red",
         )
     undecided = {d.tensor: d for d in compared.differences if d.verdict == "undecided"}
-    if undecided:
+    unordered = {d.tensor: d for d in undecided.values() if not d.ordered and d.distance > RESPONSE_FACTOR * d.response}
+    if unordered:
+        example = next(iter(unordered.values()))
+        yield Text(
+            f"undecided: {len(unordered)} arrays, {_where(example)} ({example.section}) first: a single image has no "
+            "other order to measure what sums may do; use a batch of 2 (--batch 2)",
+            style="yellow",
+        )
+    elif undecided:
         example = next(iter(undecided.values()))
         yield Text(
             f"undecided: {len(undecided)} arrays, {_where(example)} ({example.section}) first: rounding alone moves "

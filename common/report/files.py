@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 from common import architectures
 from common.errors import RecordError
 from common.files import written
+from common.parity import steps
 from common.parity.compare import Comparison
-from common.parity.gate import Difference, rank
+from common.parity.gate import Difference, OrderDependence, place, rank, section
 from common.parity.levels import RESPONSE_FACTOR
 from common.parity.session import Result
 from common.training import recipe as recipes
@@ -62,6 +63,7 @@ def _entry(result: Result, compared: Comparison) -> dict[str, Any]:
         "modes": _modes(compared),
         "first_difference": _difference(compared.first) if compared.first else None,
         "odd_one_out": compared.odd_one_out if not compared.passed else None,
+        "order_dependent": [_order_dependence(found) for found in compared.order_dependent],
         "problems": [vars(problem) for problem in compared.problems],
         "imprecise": [
             vars(p) | {"error": _finite(p.error), "median": _finite(p.median)}
@@ -93,6 +95,18 @@ def _difference(difference: Difference) -> dict[str, Any]:
         "pair": list(difference.pair),
         "level": difference.level,
         "verdict": difference.verdict,
+    }
+
+
+def _order_dependence(found: OrderDependence) -> dict[str, Any]:
+    return {
+        "backend": found.backend,
+        "tensor": place(found.tensor),
+        "pass": found.tensor.split("/")[0],
+        "kind": found.tensor.split("/")[1],
+        "step": steps.number(found.tensor),
+        "error": _finite(found.error),
+        "ratio": _finite(found.ratio),
     }
 
 
@@ -130,6 +144,11 @@ def _add_cases(suite: ElementTree.Element, compared: Comparison) -> None:
             after = f" after step {difference.step}" if difference.step else ""
             message = f"{difference.verdict} at {difference.place}{after}: relative error {difference.error:.2e}"
             ElementTree.SubElement(case, "failure", message=f"{message}, {difference.ratio:.3g} responses")
+    for found in compared.order_dependent:
+        name = f"{section(found.tensor)} {found.backend} in another order"
+        case = ElementTree.SubElement(suite, "testcase", classname=classname, name=name)
+        message = f"depends on the order of the batch at {place(found.tensor)}: relative change {found.error:.2e}"
+        ElementTree.SubElement(case, "failure", message=f"{message}, {found.ratio:.3g} one-ulp responses")
     for problem in compared.problems:
         case = ElementTree.SubElement(
             suite, "testcase", classname=classname, name=f"{problem.backend} {problem.tensor}"
