@@ -24,7 +24,7 @@ TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, cl
 def run(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `resnet-parity` with these arguments."""
     return subprocess.run(
-        [sys.executable, "-m", "common.commands.prove", *map(str, arguments)],
+        [sys.executable, "-m", "common.commands", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd or ROOT,
@@ -273,7 +273,7 @@ def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, t
 
 @pytest.mark.parametrize(("arguments", "code"), [(["list"], 0), (["list", "--nothing"], 2), (["show", "none"], 2)])
 def test_closed_streams_are_no_error(arguments: list[str], code: int) -> None:
-    command = 'exec "$0" -m common.commands.prove "$@" >&- 2>&-'
+    command = 'exec "$0" -m common.commands "$@" >&- 2>&-'
     assert subprocess.run(["sh", "-c", command, sys.executable, *arguments]).returncode == code
 
 
@@ -289,7 +289,7 @@ def test_a_terminal_sees_a_progress_bar_and_none_of_the_frameworks_chatter(spec_
         [
             sys.executable,
             "-m",
-            "common.commands.prove",
+            "common.commands",
             "check",
             "--spec",
             str(spec_file),

@@ -19,7 +19,7 @@ OPTIONS = ["--set", "batch_size=128", "--set", "epochs=2", "--checkpoint-every",
 
 def command(backend, out, *options):
     arguments = ["train", "resnet20", "--data", "digits", "--backend", backend, "--out", str(out)]
-    return ["-m", "common.commands.prove", *arguments, *OPTIONS, *options]
+    return ["-m", "common.commands", *arguments, *OPTIONS, *options]
 
 
 def free_port():
@@ -90,7 +90,7 @@ def test_a_killed_worker_ends_the_others_and_one_process_goes_on(backend, rank, 
     workers = [p.pid for p in processes]
     if backend == "torch":
         children = psutil.Process(processes[0].pid).children(recursive=True)
-        workers = [child.pid for child in children if "common.commands.prove" in child.cmdline()]
+        workers = [child.pid for child in children if "common.commands" in child.cmdline()]
     killed = time.monotonic()
     os.kill(workers[rank], signal.SIGKILL)
     codes, said = ended(processes, 90)

@@ -27,7 +27,7 @@ KILLS = {"torch": 10, "keras": 5, "flax": 5}
 
 def command(backend, out, *options):
     arguments = ["train", "resnet20", "--backend", backend, "--data", "digits", "--threads", "1", "--out", str(out)]
-    return [sys.executable, "-m", "common.commands.prove", *arguments, *options]
+    return [sys.executable, "-m", "common.commands", *arguments, *options]
 
 
 def begun(backend, out, *options):
@@ -313,7 +313,7 @@ def test_bad_input_is_one_line_and_makes_no_folder(options, words, tmp_path):
 
 def test_images_too_small_for_the_network_are_refused(tmp_path):
     arguments = ["train", "resnet50", "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "-m", "common.commands.prove", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "common.commands", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert "8x8, too small for resnet50" in done.stderr
     assert "--set augmentation.size=32" in done.stderr
@@ -324,9 +324,7 @@ def test_evaluate_measures_what_the_run_measured_in_every_framework(whole):
     last = metrics.read(whole("torch"))[-1]
     for backend in BACKENDS:
         arguments = ["evaluate", "--weights", str(final), "--data", "digits", "--backend", backend]
-        done = subprocess.run(
-            [sys.executable, "-m", "common.commands.prove", *arguments], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-m", "common.commands", *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"accuracy {last['accuracy']:.2%}" in done.stdout
         assert f"loss {last['loss']:.4f}" in done.stdout
@@ -347,7 +345,7 @@ def test_images_held_out_are_evaluated_after_every_epoch_and_the_test_images_at_
     evaluate = [
         sys.executable,
         "-m",
-        "common.commands.prove",
+        "common.commands",
         "evaluate",
         "--weights",
         str(folder / "final.safetensors"),
@@ -359,18 +357,18 @@ def test_images_held_out_are_evaluated_after_every_epoch_and_the_test_images_at_
     assert "of 355)" in found.stdout
     found = subprocess.run([*evaluate, "--set", "validation=100"], capture_output=True, text=True)
     assert f"accuracy {lines[1]['accuracy']:.2%}" in found.stdout
-    plotted = subprocess.run([sys.executable, "-m", "common.commands.prove", "plot", str(folder), "-o", str(picture)])
+    plotted = subprocess.run([sys.executable, "-m", "common.commands", "plot", str(folder), "-o", str(picture)])
     assert plotted.returncode == 0
 
 
 def test_plot_draws_the_runs_over_each_other(whole, tmp_path):
     picture = tmp_path / "curves.png"
     arguments = ["plot", str(whole("torch")), str(whole("flax")), "-o", str(picture)]
-    done = subprocess.run([sys.executable, "-m", "common.commands.prove", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "common.commands", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     refused = subprocess.run(
-        [sys.executable, "-m", "common.commands.prove", "plot", str(tmp_path), "-o", str(picture)],
+        [sys.executable, "-m", "common.commands", "plot", str(tmp_path), "-o", str(picture)],
         capture_output=True,
         text=True,
     )

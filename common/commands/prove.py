@@ -1,20 +1,16 @@
-"""The command line. Exit codes: 0 the same, 1 different, 2 wrong usage or bad input."""
+"""The commands that prove: check, record, compare, and list and show what there is to prove."""
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from common import architectures, checkpoints, images
 from common.architectures import Spec
 from common.backends.process import COLUMNS
-from common.commands import train as cli_training
-from common.commands import weights as cli_checkpoints
-from common.commands.terminal import check_writable, choices, err, out, progress_bar
-from common.errors import InputError, ParityError, SpecError
+from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
+from common.errors import InputError, SpecError
 from common.parity.case import DTYPES, Case
 from common.parity.record import MODES
 from common.parity.session import Result, Session, compare_files, make_record
@@ -24,68 +20,45 @@ from common.report import files
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe, changed
 
-app = typer.Typer(
-    help="One ResNet specification, three native implementations, and the proof that they are the same function.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-DIFFERENT, WRONG = 1, 2
-
+app = typer.Typer()
+_PANEL = "Prove that networks are the same function"
 _USUAL_MODES = ",".join(MODES)
 _MODES = (*MODES, "steps")
 _SPEC = "A specification as a JSON file, instead of a named variant."
 Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
 Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps. [default: 20]")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps.", show_default="20")]
 RecipeName = Annotated[
-    str | None, typer.Option(metavar="FILE|PRESET", help="What mode steps trains by. [default: one for the check]")
+    str | None, typer.Option(metavar="FILE|PRESET", help="What mode steps trains by.", show_default="one for the check")
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
 ]
 ImageFiles = Annotated[
-    list[Path] | None, typer.Option("--image", metavar="FILE", help="A photograph; may be repeated. [default: two]")
+    list[Path] | None,
+    typer.Option("--image", metavar="FILE", help="A photograph; may be repeated.", show_default="two"),
 ]
 SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE", help=_SPEC)]
 WeightsFile = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="Canonical weights. [default: random ones]")
+    Path | None, typer.Option("--weights", metavar="FILE", help="Canonical weights.", show_default="random ones")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")]
 
 
-@app.command("list")
-def list_variants(
-    pattern: Annotated[str, typer.Argument(help="A part of a name, or a pattern with * and ?.")] = "*",
-) -> None:
-    """List the named variants."""
-    names = architectures.matching(pattern)
-    if not names:
-        raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
-    out().print(tables.variants({name: architectures.find(name) for name in names}))
-
-
-@app.command()
-def show(
-    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
-    size: Size = "224",
-    spec: SpecFile = None,
-) -> None:
-    """Show a variant's layers, shapes, parameters and multiply-adds."""
-    _, found = _one_spec(variant, spec)
-    fixed = found.input_size
-    out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
-
-
-@app.command()
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples(
+        "resnet-parity check resnet50",
+        "resnet-parity check resnet18 resnet50 --backends torch,flax --json out.json --junit out.xml",
+        "resnet-parity check resnet18 --mode steps --steps 20 --set optimizer=adamw",
+    ),
+)
 def check(
     variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT", help="Named variants.")] = None,
     backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
     dtype: Annotated[
-        str | None, typer.Option(help="Of float64,float32. [default: both; float64 with mode steps]")
+        str | None, typer.Option(help="Of float64,float32.", show_default="both; float64 with mode steps")
     ] = None,
     mode: Modes = _USUAL_MODES,
     size: Size = "64",
@@ -100,7 +73,9 @@ def check(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JUnit XML.")] = None,
     timings: Annotated[bool, typer.Option("--timings", help="Show where the time went.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Backends at work at a time. [default: one per core]")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Backends at work at a time.", show_default="one per core")
+    ] = None,
 ) -> None:
     """Check that backends compute the same function: every layer, gradient and statistic, or optimiser step."""
     names = choices("backends", backends, None)
@@ -133,7 +108,10 @@ def check(
         raise typer.Exit(WRONG)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity record torch resnet50 -o before.safetensors"),
+)
 def record(
     backend: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
@@ -168,7 +146,10 @@ def record(
     out().print(f"{output}: {len(made)} arrays of {name} in {dtypes[0]} by {made.manifest.backend} ({versions})")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity compare before.safetensors after.safetensors"),
+)
 def compare(
     records: Annotated[list[Path], typer.Argument(metavar="FILE", help="Records, two or more.")],
 ) -> None:
@@ -180,31 +161,34 @@ def compare(
         raise typer.Exit(DIFFERENT)
 
 
-app.command()(cli_checkpoints.inspect)
-app.command()(cli_checkpoints.convert)
-app.command("predict")(cli_checkpoints.predict_command)
-app.command()(cli_training.train)
-app.command()(cli_training.evaluate)
-app.command()(cli_training.plot)
+@app.command(
+    "list",
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity list", "resnet-parity list 'resnet50*'"),
+)
+def list_variants(
+    pattern: Annotated[str, typer.Argument(help="A part of a name, or a pattern with * and ?.")] = "*",
+) -> None:
+    """List the named variants."""
+    names = architectures.matching(pattern)
+    if not names:
+        raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
+    out().print(tables.variants({name: architectures.find(name) for name in names}))
 
 
-def main() -> None:
-    """Run the command line, an error of ours as one line."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this, as a daemon's
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    try:
-        app()
-    except ParityError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        err().print("interrupted")
-        sys.exit(130)
-
-
-def _fail(message: str) -> NoReturn:
-    err().print(f"resnet-parity: {message}", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(WRONG)
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity show resnet50", "resnet-parity show resnet18 --size 193x129"),
+)
+def show(
+    variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
+    size: Size = "224",
+    spec: SpecFile = None,
+) -> None:
+    """Show a variant's layers, shapes, parameters and multiply-adds."""
+    _, found = _one_spec(variant, spec)
+    fixed = found.input_size
+    out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
 
 
 def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:
@@ -263,7 +247,3 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise InputError(f"--size {text} is not a size; expected N or HxW in pixels, as 64 or 64x96")
     return int(parts[0]), int(parts[-1])
-
-
-if __name__ == "__main__":
-    main()

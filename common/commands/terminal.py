@@ -20,6 +20,13 @@ from rich.progress import (
 
 from common.errors import InputError
 
+DIFFERENT, WRONG = 1, 2  # exit codes
+
+
+def examples(*commands: str) -> str:
+    """What the help of a command shows below its options, a line each."""
+    return "\n\n".join(("Examples:" if len(commands) > 1 else "Example:", *commands))
+
 
 def out() -> Console:
     """The console of results."""

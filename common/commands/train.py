@@ -17,7 +17,7 @@ from common import architectures, checkpoints, datasets
 from common.architectures import Spec
 from common.backends import process as backend
 from common.backends.process import COLUMNS, cores, resolve
-from common.commands.terminal import check_writable, counting, err, native_silence, out
+from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
 from common.datasets import Dataset
 from common.errors import InputError
 from common.training import recipe as recipes
@@ -25,6 +25,9 @@ from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
 from common.training.run import Event, Observer, Outcome, Plan, Run
 from common.training.trainer import SINGLE, Replica
+
+app = typer.Typer()
+_PANEL = "Train"
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
 _RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file. [default: the one made for the data]"
@@ -40,6 +43,13 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 
 
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples(
+        "resnet-parity train resnet20 --data digits --backend flax --out runs/flax",
+        "resnet-parity train resnet20 --data digits --backend flax --out runs/flax --resume",
+    ),
+)
 @native_silence()
 def train(
     variant: Annotated[str, typer.Argument(help="A named variant, with as many channels and classes as the data.")],
@@ -107,6 +117,10 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity evaluate --weights runs/flax/final.safetensors --data digits --backend keras"),
+)
 @native_silence()
 def evaluate(
     weights: Annotated[str, typer.Option(metavar="FILE", help="A checkpoint of any format, a URL or a name.")],
@@ -143,6 +157,7 @@ def evaluate(
     )
 
 
+@app.command(rich_help_panel=_PANEL, epilog=examples("resnet-parity plot runs/flax runs/torch -o curves.png"))
 def plot(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .png, .svg or .pdf file.")],

@@ -14,9 +14,12 @@ from common.architectures.resnet import VARIANTS
 from common.checkpoints import FORMATS, Checkpoint
 from common.checkpoints.inference import NAMED_CONVENTIONS, UNSEEN
 from common.checkpoints.prediction import PRESETS, Prediction, predict
-from common.commands.terminal import choices, err, out, progress_bar
+from common.commands.terminal import choices, err, examples, out, progress_bar
 from common.errors import InputError, SpecError
 from common.sources.downloads import Fetched, fetch
+
+app = typer.Typer()
+_PANEL = "Move weights"
 
 _SOURCE = "A checkpoint: a file or folder, a URL, or a name as torchvision:resnet50:IMAGENET1K_V2, hf://OWNER/REPO."
 Source = Annotated[str, typer.Argument(metavar="FILE", help=_SOURCE)]
@@ -31,6 +34,7 @@ Classes = Annotated[int | None, typer.Option(min=1, help="Make a new head for so
 InChannels = Annotated[int | None, typer.Option(min=1, help="Adapt the stem to so many input channels.")]
 
 
+@app.command(rich_help_panel=_PANEL, epilog=examples("resnet-parity inspect resnet50.weights.h5"))
 def inspect(file: Source, convention: Convention = None, changes: Changes = None) -> None:
     """Show what a checkpoint is: format, network, conventions assumed, parameters, suspicious values, digest."""
     _, found = _load(file, convention, changes)
@@ -56,6 +60,13 @@ def inspect(file: Source, convention: Convention = None, changes: Changes = None
     out().print(table)
 
 
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples(
+        "resnet-parity convert resnet50.pth r50.msgpack",
+        "resnet-parity convert hf://timm/resnet50.a1_in1k r50.weights.h5 --to keras_classic",
+    ),
+)
 def convert(
     file: Source,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write; the end of its name says how.")],
@@ -90,6 +101,11 @@ def convert(
             )
 
 
+@app.command(
+    "predict",
+    rich_help_panel=_PANEL,
+    epilog=examples("resnet-parity predict cat.jpg --weights torchvision:resnet50:IMAGENET1K_V2 --backend all"),
+)
 def predict_command(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Photographs.")],
     weights: Annotated[str, typer.Option(metavar="FILE", help=_SOURCE)],
