@@ -26,7 +26,6 @@ VARIANT = "resnet152"
 FORMATS = {
     "canonical": ("w.safetensors", "canonical"),
     "pth": ("w.pth", "torchvision"),
-    "legacy pth": ("l.pth", "torchvision:legacy"),
     "huggingface": ("h.safetensors", "huggingface"),
     "weights.h5": ("w.weights.h5", "keras_applications"),
     "h5": ("w.h5", "keras_classic"),
@@ -41,14 +40,10 @@ def plain(format_: str) -> tuple[Callable[[Path], Any], Callable[[Any, Path], No
         from safetensors.numpy import load_file, save_file
 
         return load_file, lambda content, path: save_file(content, path)
-    if format_ in ("pth", "legacy pth"):
+    if format_ == "pth":
         import torch
 
-        new = format_ == "pth"
-        return (
-            lambda path: torch.load(path, weights_only=True),
-            lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=new),
-        )
+        return lambda path: torch.load(path, weights_only=True), torch.save
     if format_ in ("weights.h5", "h5"):
         return read_h5, write_h5
     if format_ == "msgpack":

@@ -8,7 +8,7 @@ import pytest
 from common import architectures, checkpoints
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import base, inference
+from common.checkpoints import base, containers, inference
 from common.errors import CheckpointError, SpecError, WeightsError
 
 BOTTLENECK = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
@@ -18,7 +18,6 @@ KERAS = BOTTLENECK.replace(**CONVENTIONS["keras_applications"])
 WRITTEN_HERE = [
     ("canonical", "w.safetensors"),
     ("torchvision", "w.pth"),
-    ("torchvision:legacy", "w.pth"),
     ("torchvision", "w.safetensors"),
     ("huggingface", "w.safetensors"),
     ("huggingface", "w.bin"),
@@ -107,7 +106,7 @@ def native(spec, naming):
     for name, (key, layer) in base.native_names(spec, naming).items():
         role = name.removeprefix(f"{layer.path}.")
         array = base.to_native(np.broadcast_to(np.float32(0), layer.arrays[name]), layer, role, naming.kernels)
-        tensors[key] = base.stored(array)
+        tensors[key] = containers.stored(array)
     return tensors
 
 
@@ -172,20 +171,22 @@ def test_the_stem_takes_another_number_of_channels_and_says_so(tmp_path, channel
 def test_tensors_that_are_missing_or_belong_nowhere_are_listed(tmp_path):
     weights = canonical.randomize(BOTTLENECK)
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
-    tensors = dict(checkpoints._module("pytorch").read(path).tensors)
+    tensors = dict(containers.container_of(path).read(path).tensors)
     table = checkpoints._naming("torchvision")
-    source = base.Source(container="test", tensors=tensors | {"extra.weight": tensors["fc.weight"]})
+    source = containers.Source(container="test", tensors=tensors | {"extra.weight": tensors["fc.weight"]})
     with pytest.raises(CheckpointError, match=r"unexpected extra\.weight"):
         checkpoints._read(path, source, None, None)
     del tensors["layer2.1.bn2.bias"], tensors["bn1.running_var"]
     with pytest.raises(CheckpointError, match=r"missing bn1\.running_var, layer2\.1\.bn2\.bias"):
-        checkpoints._read(path, base.Source(container="test", tensors=tensors), None, None)
+        checkpoints._read(path, containers.Source(container="test", tensors=tensors), None, None)
     assert table.ignored("bn1.num_batches_tracked")
 
 
 def test_what_no_format_is_for_is_refused(tmp_path):
     weights = canonical.randomize(BOTTLENECK)
     for name, to, message in [
+        ("w.pth", "torchvision:legacy", "unknown format 'torchvision:legacy'; expected one of canonical, torchvision"),
+        ("w.safetensors", "torchvision:legacy", "unknown format 'torchvision:legacy'"),
         ("w.pth", "onnx", "unknown format 'onnx'; expected one of canonical, torchvision"),
         ("w.onnx", None, "no format goes by '.onnx'"),
         ("w.pth", "flax", "flax does not go into such a file; expected torchvision or huggingface"),

@@ -24,11 +24,12 @@ from common import checkpoints
 from common import weights as canonical
 from common.architectures import find
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.checkpoints import base
+from common.checkpoints import base, containers
 from common.checkpoints.containers import msgpack as msgpack_file
 from common.checkpoints.containers import orbax as orbax_file
+from common.checkpoints.containers.trees import variables
 from common.errors import CheckpointError
-from common.names.flax import NAMINGS, variables
+from common.names.flax import NAMINGS
 from resnet_flax.weights import variable_paths
 
 TINY = ResNetSpec(
@@ -453,12 +454,12 @@ def test_variables_that_are_not_a_whole_network_are_refused_by_name(tmp_path, ch
 
 def test_block_numbers_of_another_writing_are_not_blocks():
     odd = [f"params/ResNetBlock_{number}/Conv_0/kernel" for number in ("00", "٣", "1" * 5000, "-1")]
-    tensors = {name: base.stored(np.ones((3, 3, 1, 1), np.float32)) for name in odd}
+    tensors = {name: containers.stored(np.ones((3, 3, 1, 1), np.float32)) for name in odd}
     assert NAMINGS["flax"].skeleton(tensors) is None
 
 
 def test_two_leaves_of_one_name_are_refused():
-    leaf = base.stored(np.ones(1, np.float32))
+    leaf = containers.stored(np.ones(1, np.float32))
     with pytest.raises(CheckpointError, match="batch_stats/x is there twice"):
         variables({"params/params/a": leaf, "params/batch_stats/x": leaf, "batch_stats/x": leaf}, "msgpack")
 

@@ -10,12 +10,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from test_checkpoints import BOTTLENECK, EVERY, written
 
+from common import checkpoints
 from common import weights as canonical
 
 PER_FORMAT = 200
 CHECKED = [("canonical", "w.safetensors"), ("torchvision", "w.pth"), ("huggingface", "w.bin")]
+LEGACY = ("torchvision before 1.6", "w.pth")  # read, and written by PyTorch alone
 SCRIPT = Path(__file__).parent / "fuzz_checkpoints.py"
 
 
@@ -42,9 +45,14 @@ def test_at_least_two_thousand_files_are_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_", EVERY, ids=":".join)
+@pytest.mark.parametrize("format_", [*EVERY, LEGACY], ids=":".join)
 def test_a_mutated_file_is_refused_in_a_line_or_read(tmp_path, format_):
-    path = written(tmp_path, format_, BOTTLENECK, canonical.randomize(BOTTLENECK, dtype="float32"))
+    if format_ == LEGACY:
+        checkpoints.save(tmp_path / "zip.pth", BOTTLENECK, canonical.randomize(BOTTLENECK, dtype="float32"))
+        path = tmp_path / format_[1]
+        torch.save(torch.load(tmp_path / "zip.pth"), path, _use_new_zipfile_serialization=False)
+    else:
+        path = written(tmp_path, format_, BOTTLENECK, canonical.randomize(BOTTLENECK, dtype="float32"))
     counted = Counter(run(path, 0, PER_FORMAT))
     allowed = {"refused", "same"} if format_ in CHECKED else {"refused", "same", "changed"}
     assert set(counted) <= allowed, counted

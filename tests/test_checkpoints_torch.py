@@ -42,7 +42,6 @@ SPECS = {
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 FORMATS = {
     "zip": (".pth", "torchvision"),
-    "legacy": (".pth", "torchvision:legacy"),
     "safetensors": (".safetensors", "torchvision"),
     "huggingface": (".safetensors", "huggingface"),
     "huggingface zip": (".bin", "huggingface"),
@@ -267,13 +266,12 @@ class TestWrappers:
 
 
 class TestWhatWeWrite:
-    @pytest.mark.parametrize(("suffix", "to"), [FORMATS["zip"], FORMATS["legacy"]], ids=["zip", "legacy"])
     @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
     @every_spec
-    def test_pytorch_loads_strictly_and_bitwise(self, spec, dtype, suffix, to, tmp_path):
-        path = tmp_path / f"m{suffix}"
+    def test_pytorch_loads_strictly_and_bitwise(self, spec, dtype, tmp_path):
+        path = tmp_path / "m.pth"
         given = weights.randomize(spec, 2, dtype=dtype)
-        checkpoints.save(path, spec, given, to)
+        checkpoints.save(path, spec, given)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             state = torch.load(path, weights_only=True)
@@ -364,7 +362,7 @@ else:
 import sys
 from common import checkpoints
 found = checkpoints.load({str(path)!r})
-for to, name in (("torchvision", "a.pth"), ("torchvision:legacy", "b.pth"), ("huggingface", "c.safetensors")):
+for to, name in (("torchvision", "a.pth"), ("huggingface", "c.safetensors")):
     checkpoints.save({str(tmp_path)!r} + "/" + name, found.spec, found.weights, to)
     assert len(dict(checkpoints.load({str(tmp_path)!r} + "/" + name).weights)) == len(found.weights)
 assert not {{"torch", "jax", "tensorflow", "keras", "pickle5"}} & set(sys.modules)

@@ -5,6 +5,7 @@ No framework is needed to read any of them, and nothing in a file is ever execut
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -20,22 +21,20 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.checkpoints.base import (
-    Container,
     Naming,
-    Source,
-    Stored,
     canonical_shape,
     native_names,
     native_weights,
     to_canonical,
 )
+from common.checkpoints.containers import BY_FRAMEWORK, Source, Stored, container_of, suffix_of, writer_of
+from common.checkpoints.containers.native import write as write_by_framework
 from common.checkpoints.inference import UNSEEN, infer
-from common.errors import CheckpointError, WeightsError, framework
+from common.errors import CheckpointError, WeightsError
+from common.files import written
 from common.sources.downloads import Fetched, fetch
 from common.weights import LazyWeights, Weights
 
-# In the order in which a file is tried. A module is imported when it is asked: each needs a library of its own.
-_CONTAINERS = ("safetensors", "pytorch", "pytorch_legacy", "hdf5", "orbax", "msgpack")
 _NAMINGS = {
     "torchvision": "torchvision",
     "huggingface": "huggingface",
@@ -46,21 +45,18 @@ _NAMINGS = {
 CANONICAL = "canonical"
 FORMATS = (CANONICAL, *_NAMINGS)
 _ALIASES = {"timm": "torchvision", "pytorch": "torchvision", "hf": "huggingface", "keras": "keras_applications"}
-# By the end of the file's name: its container, and the naming that people expect in it.
-_SUFFIXES = {
-    ".safetensors": ("safetensors", CANONICAL),
-    ".pth": ("pytorch", "torchvision"),
-    ".pt": ("pytorch", "torchvision"),
-    ".bin": ("pytorch", "huggingface"),
-    ".weights.h5": ("hdf5", "keras_applications"),
-    ".h5": ("hdf5", "keras_applications"),
-    ".keras": ("hdf5", "keras_applications"),
-    ".msgpack": ("msgpack", "flax"),
-    "": ("orbax", "flax"),
-}
-_LIBRARIES = {
-    "h5py": ("h5py", "checkpoints"),
-    "tensorstore": ("tensorstore", "checkpoints"),
+_KERAS = ("keras_applications", "keras_classic")
+# By the end of the file's name: the namings that may stand in it, first the one that people expect.
+_NAMINGS_IN: dict[str, tuple[str, ...]] = {
+    ".safetensors": (CANONICAL, "torchvision", "huggingface"),
+    ".pth": ("torchvision", "huggingface"),
+    ".pt": ("torchvision", "huggingface"),
+    ".bin": ("huggingface", "torchvision"),
+    ".weights.h5": _KERAS,
+    ".h5": _KERAS,
+    ".keras": _KERAS,
+    ".msgpack": ("flax",),
+    "": ("flax",),
 }
 
 
@@ -94,9 +90,9 @@ def load(
     tensors that are missing or belong nowhere.
     """
     path = Path(path)
-    module = _container_of(path)
+    container = container_of(path)
     try:
-        source = module.read(path)
+        source = container.read(path)
         if source.metadata.get("format") == canonical.FORMAT:
             if convention is not None or changes:
                 raise CheckpointError("a canonical file states its own spec; no convention or field can be set")
@@ -117,17 +113,24 @@ def load(
 def save(path: Path | str, spec: Spec, weights: Weights, to: str | None = None) -> str:
     """Write canonical weights in a public format; beside the target first, then renamed. Returns the format.
 
-    `to` is one of FORMATS; without it the end of the file's name says. ``torchvision:legacy`` is PyTorch's old file
-    format. Raises `CheckpointError` for an unknown format, or one that cannot stand in such a file.
+    `to` is one of FORMATS; without it the end of the file's name says. Raises `CheckpointError` for an unknown format,
+    or one that cannot stand in such a file.
     """
     path = Path(path)
-    container, naming = _target(path, to)
+    suffix, naming = _target(path, to)
     if naming == CANONICAL:
         canonical.save(path, spec, weights)
         return naming
     canonical.check_names("the weights are not this spec's", weights, canonical.shapes(spec))
     table = _naming(naming)
-    _module(container).write(path, native_weights(spec, weights, table), spec, table)
+    if suffix in BY_FRAMEWORK:
+        write_by_framework(path, BY_FRAMEWORK[suffix], spec, weights, naming)
+        return naming
+    with ExitStack() as stack:
+        for name, text in table.beside(path, spec).items():
+            beside = stack.enter_context(written(path.with_name(name), CheckpointError))
+            beside.write_text(text, encoding="utf-8")
+        writer_of(path).write(path, native_weights(spec, weights, table), table.metadata)
     return naming
 
 
@@ -224,23 +227,23 @@ def suspicious(spec: Spec, weights: Weights) -> list[str]:
 def _read(path: Path, source: Source, convention: str | None, changes: Mapping[str, Any] | None) -> Checkpoint:
     """The checkpoint in a foreign source, every one of its tensors accounted for."""
     for naming in map(_naming, _NAMINGS):
-        skeleton = naming.skeleton(source.tensors)
-        if skeleton is not None:
+        tensors, notes = naming.usual(source.tensors)
+        if (skeleton := naming.skeleton(tensors)) is not None:
             break
     else:
         some = ", ".join(list(source.tensors)[:4]) or "none"
         raise CheckpointError(
             f"a {source.container} file whose {len(source.tensors)} tensors have no names known here: {some}"
         )
-    inferred = infer(naming, skeleton, source.tensors, convention=convention, changes=changes)
+    inferred = infer(naming, skeleton, tensors, convention=convention, changes=changes)
     names = native_names(inferred.spec, naming)
     wanted = dict.fromkeys(native for native, _ in names.values())  # in the order of the walk
-    ignored = tuple(name for name in source.tensors if name not in wanted and naming.ignored(name))
-    left = [name for name in source.tensors if name not in ignored]
+    ignored = tuple(name for name in tensors if name not in wanted and naming.ignored(name))
+    left = [name for name in tensors if name not in ignored]
     canonical.check_names(f"not a whole network in {naming.title}'s names", left, wanted, CheckpointError)
     getters = {}
     for name, (native, layer) in names.items():
-        tensor, role = source.tensors[native], name.removeprefix(f"{layer.path}.")
+        tensor, role = tensors[native], name.removeprefix(f"{layer.path}.")
         found, expected = canonical_shape(tensor.shape, layer.kind, role, naming.kernels), layer.arrays[name]
         if found != expected:
             raise CheckpointError(
@@ -257,7 +260,7 @@ def _read(path: Path, source: Source, convention: str | None, changes: Mapping[s
         weights=LazyWeights(getters),
         assumed=inferred.assumed,
         ignored=ignored,
-        notes=source.notes,
+        notes=(*source.notes, *notes, *naming.told(path)),
     )
 
 
@@ -317,65 +320,21 @@ def _loaded_as(path: Path, spec: Spec, free_fields: Collection[str]) -> tuple[Sp
 
 def _is_canonical(path: Path) -> bool:
     try:
-        return _module("safetensors").recognises(path) and (
-            _module("safetensors").read(path).metadata.get("format") == canonical.FORMAT
-        )
+        return container_of(path).read(path).metadata.get("format") == canonical.FORMAT
     except WeightsError:
         return False
 
 
-def _container_of(path: Path) -> Container:
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        for name in _CONTAINERS:
-            if (module := _module(name)).recognises(path):
-                return module
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    raise CheckpointError(
-        f"{path}: not a checkpoint of a known format; expected safetensors, a PyTorch, HDF5, Keras or msgpack file, "
-        "or an orbax folder"
-    )
-
-
 def _target(path: Path, to: str | None) -> tuple[str, str]:
-    """(container, naming) for a file to be written."""
-    name, _, variant = (to or "").partition(":")
-    name = _ALIASES.get(name, name)
-    if to and name not in FORMATS:
+    """(end of the name, naming) for a file to be written."""
+    if to and _ALIASES.get(to, to) not in FORMATS:
         raise CheckpointError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}")
-    if variant and (name, variant) != ("torchvision", "legacy"):
-        raise CheckpointError(f"unknown format {to!r}; the one variant there is, is torchvision:legacy")
-    suffix = next((s for s in _SUFFIXES if s and path.name.endswith(s)), path.suffix)
-    if suffix not in _SUFFIXES:
-        known = ", ".join(s for s in _SUFFIXES if s)
-        raise CheckpointError(f"{path}: no format goes by {path.suffix!r}; name the file one of {known}, or a folder")
-    container, usual = _SUFFIXES[suffix]
-    naming = name or usual
-    if variant:
-        container = "pytorch_legacy"
-    allowed = _NAMINGS_IN[container]
+    suffix = suffix_of(path)
+    allowed = _NAMINGS_IN[suffix]
+    naming = _ALIASES.get(to, to) if to else allowed[0]
     if naming not in allowed:
         raise CheckpointError(f"{path}: {naming} does not go into such a file; expected {' or '.join(allowed)}")
-    return container, naming
-
-
-_KERAS = ("keras_applications", "keras_classic")
-_NAMINGS_IN: dict[str, tuple[str, ...]] = {
-    "safetensors": (CANONICAL, "torchvision", "huggingface"),
-    "pytorch": ("torchvision", "huggingface"),
-    "pytorch_legacy": ("torchvision",),
-    "hdf5": _KERAS,
-    "msgpack": ("flax",),
-    "orbax": ("flax",),
-}
-
-
-def _module(name: str) -> Container:
-    with framework(_LIBRARIES):
-        module: Container = import_module(f"{__package__}.containers.{name}")
-    return module
+    return suffix, naming
 
 
 def _naming(name: str) -> Naming:

@@ -5,8 +5,8 @@ A container (`pytorch_file`, `safetensors_file`, `hdf5_file`, …) reads and wri
 layouts of a community, and knows no file. Any naming may stand in any container that its community uses.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ import numpy as np
 
 from common.architectures import Spec
 from common.architectures.layers import Layer, Shape
+from common.checkpoints.containers import Stored
 from common.errors import CheckpointError
 from common.weights import LazyWeights, Weights
 
@@ -28,47 +29,12 @@ _TO_CANONICAL: dict[KernelLayout, dict[str, tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor in a file: what its header says, and how to read it. `dtype` is NumPy's name of what `read` returns."""
-
-    shape: Shape
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The content of a file, whatever names its tensors have. Nothing but headers has been read."""
-
-    container: str  # for people: "PyTorch zip", "safetensors"
-    tensors: Mapping[str, Stored]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what was unwrapped or converted on the way, one line each
-
-
-@dataclass(frozen=True, kw_only=True)
 class Skeleton:
     """What the names alone show of a network; some communities' names of layers depend on it."""
 
     block: Literal["basic", "bottleneck"]
     blocks: tuple[int, ...]
     classes: int | None = None  # Keras' classic names have it in that of the classifier
-
-
-class Container(Protocol):
-    """A module that reads and writes one kind of file."""
-
-    def recognises(self, path: Path) -> bool:
-        """Whether the content of `path`, a file or a folder, looks like this container's; its name says nothing."""
-        ...
-
-    def read(self, path: Path) -> Source:
-        """Names, shapes and types of what is inside. Raises `CheckpointError` for anything damaged or unsafe."""
-        ...
-
-    def write(self, path: Path, tensors: Weights, spec: Spec, naming: "Naming") -> None:
-        """Write `tensors`, native names and layouts, beside `path` and rename. Raises `CheckpointError`."""
-        ...
 
 
 class Naming(Protocol):
@@ -92,15 +58,30 @@ class Naming(Protocol):
         """Whether a native tensor is known to belong to no layer (counters, optimiser state)."""
         ...
 
+    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+        """The tensors with other spellings that this community has for a name replaced by the one used here, and a note
+        on what a person should know of it."""
+        ...
 
-def widened_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16's bits, uint16: their upper half."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    def told(self, path: Path) -> tuple[str, ...]:
+        """Notes on what files that this community writes beside its weights, which are at `path`, say of them."""
+        ...
 
+    # Writing
 
-def stored(array: np.ndarray) -> Stored:
-    """A tensor that is in memory already."""
-    return Stored(shape=array.shape, dtype=array.dtype.name, read=lambda: array)
+    metadata: Mapping[str, str]  # what the community's loaders look for, in a file that can hold it
+
+    def ordered(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """Layers with arrays, in the order in which this community's files have them."""
+        ...
+
+    def counters(self, layer: Layer, scale: str) -> Mapping[str, np.ndarray]:
+        """What its loaders want of a norm whose scale has the native name `scale`, and no network computes with."""
+        ...
+
+    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
+        """Files that belong beside weights at `path`: name -> text. Raises `CheckpointError` where they cannot be."""
+        ...
 
 
 def skeleton_of(spec: Spec) -> Skeleton:
@@ -157,22 +138,19 @@ def to_native(array: np.ndarray, layer: Layer, role: str, kernels: KernelLayout)
 
 
 def native_weights(spec: Spec, weights: Weights, naming: Naming) -> Weights:
-    """Canonical weights under native names and in native layouts, converted one at a time."""
+    """What a file of this naming holds: native names, layouts and order, and counters; each made when asked for."""
 
     def convert(name: str, layer: Layer) -> np.ndarray:
         return to_native(weights[name], layer, name.removeprefix(f"{layer.path}."), naming.kernels)
 
     names = native_names(spec, naming)
-    return LazyWeights({native: partial(convert, name, layer) for name, (native, layer) in names.items()})
-
-
-def native_layers(spec: Spec, naming: Naming) -> Iterator[tuple[Layer, dict[str, str]]]:
-    """Every layer of the walk that holds arrays, with the native name of each by its role."""
-    skeleton = skeleton_of(spec)
-    for layer in spec.layers:
-        roles = [name.removeprefix(f"{layer.path}.") for name in layer.arrays]
-        if roles:
-            yield layer, {role: naming.array(layer.path, layer.kind, role, skeleton) for role in roles}
+    getters: dict[str, Callable[[], np.ndarray]] = {}
+    for layer in naming.ordered([layer for layer in spec.layers if layer.arrays]):
+        getters |= {names[name][0]: partial(convert, name, layer) for name in layer.arrays}
+        if layer.kind == "norm":
+            counters = naming.counters(layer, names[f"{layer.path}.scale"][0])
+            getters |= {name: partial(counters.__getitem__, name) for name in counters}
+    return LazyWeights(getters)
 
 
 def skeleton_from(convolutions: Iterable[tuple[int, int, int]]) -> Skeleton | None:

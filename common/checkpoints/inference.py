@@ -10,7 +10,8 @@ from typing import Any
 
 from common.architectures.layers import Shape
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.checkpoints.base import Naming, Skeleton, Stored, canonical_shape
+from common.checkpoints.base import Naming, Skeleton, canonical_shape
+from common.checkpoints.containers import Stored
 from common.errors import CheckpointError, SpecError
 
 # torchvision's own are the defaults of the spec.

@@ -5,12 +5,19 @@ alone do not say where a stage begins: see `_Flax.skeleton`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from common.architectures import Spec
+from common.architectures.layers import Layer
 from common.architectures.resnet import CONVENTIONS
-from common.checkpoints.base import KernelLayout, Skeleton, Source, Stored, widened_bfloat16
+from common.checkpoints.base import KernelLayout, Skeleton
+from common.checkpoints.containers import Stored
+from common.checkpoints.containers.trees import is_beside
 from common.errors import CheckpointError
 
 BLOCKS = {"basic": "ResNetBlock", "bottleneck": "BottleneckResNetBlock"}
@@ -32,15 +39,7 @@ LEAVES: dict[str, dict[str, tuple[str, str]]] = {
         "var": ("batch_stats", "var"),
     },
 }
-COLLECTIONS = ("params", "batch_stats")
-# What else a train state holds.
-_IGNORED = ("opt_state", "step", "epoch", "dynamic_scale", "rng", "rngs", "dropout_rng", "key", "config", "metrics")
 _CONV = re.compile(r"params/(ResNetBlock|BottleneckResNetBlock)_(0|[1-9][0-9]{0,5})/Conv_([0-9])/kernel")
-# Around the variables, as in {"model": state}, or in a state whose `params` are all of the variables.
-_INSIDE = re.compile(r"((?:(?:model|state|train_state|variables|params)/)*)params/(?!batch_stats/)")
-# Types of arrays that can be read -> bytes of an element.
-DTYPES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-DTYPES |= {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 class _Flax:
@@ -48,6 +47,7 @@ class _Flax:
     title = "the Flax example"
     kernels: KernelLayout = "HWIO"
     convention: Mapping[str, Any] = CONVENTIONS["flax_examples"]
+    metadata: Mapping[str, str] = {}
 
     def skeleton(self, tensors: Mapping[str, Stored]) -> Skeleton | None:
         """A stage begins where a block has other output channels than the one before it, or projects its shortcut.
@@ -79,7 +79,22 @@ class _Flax:
         return "/".join((collection, *module_path(layer, skeleton), leaf))
 
     def ignored(self, name: str) -> bool:
-        return _ignored(name)
+        return is_beside(name)
+
+    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+        return tensors, ()
+
+    def told(self, path: Path) -> tuple[str, ...]:
+        return ()
+
+    def ordered(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return layers
+
+    def counters(self, layer: Layer, scale: str) -> Mapping[str, np.ndarray]:
+        return {}
+
+    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
+        return {}
 
 
 NAMINGS = {"flax": _Flax()}
@@ -98,41 +113,3 @@ def block_name(stage: int, block: int, skeleton: Skeleton) -> str:
     """Name of a block's module: blocks are numbered through all stages."""
     first = (0, *accumulate(skeleton.blocks))[stage]
     return f"{BLOCKS[skeleton.block]}_{first + block}"
-
-
-def variables(leaves: Mapping[str, Stored | None], container: str, notes: Iterable[str] = ()) -> Source:
-    """The source in the leaves of a tree, which is the variables or a train state; None is a leaf that is no array.
-
-    A leaf has any dtype by name, and reads as the bits, uint16, of a bfloat16. What is around the variables is taken
-    off, with a note. Raises `CheckpointError` for a leaf of the variables that is not of NumPy's types or bfloat16, and
-    for two leaves that would have one name.
-    """
-    around = [match[1] for path in leaves if not _ignored(path) and (match := _INSIDE.match(path))]
-    prefix = min(around, key=len, default="")
-    found = [*notes, *([f"the variables were inside {prefix.removesuffix('/')!r}"] if prefix else [])]
-    tensors: dict[str, Stored] = {}
-    for path, leaf in leaves.items():
-        name = path.removeprefix(prefix)
-        if name in tensors:
-            raise CheckpointError(f"{name} is there twice, inside and outside {prefix.removesuffix('/')!r}")
-        if leaf is not None and leaf.dtype in DTYPES:
-            tensors[name] = _readable(leaf)
-        elif name.partition("/")[0] in COLLECTIONS:
-            what = "no array" if leaf is None else f"of dtype {leaf.dtype}"
-            raise CheckpointError(
-                f"{path} is {what}; expected an array of float32 or another type of NumPy, or bfloat16"
-            )
-    if any(leaf is not None and leaf.dtype == "bfloat16" for leaf in leaves.values()):
-        found.append("bfloat16 arrays are read as float32, exactly")
-    return Source(container=container, tensors=tensors, notes=tuple(found))
-
-
-def _readable(leaf: Stored) -> Stored:
-    if leaf.dtype != "bfloat16":
-        return leaf
-    return Stored(shape=leaf.shape, dtype="float32", read=lambda: widened_bfloat16(leaf.read()))
-
-
-def _ignored(name: str) -> bool:
-    top = name.partition("/")[0]
-    return top in _IGNORED or top == "ema" or top.startswith("ema_")

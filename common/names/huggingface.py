@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.architectures import Spec
+from common.checkpoints.containers import Stored
 from common.errors import CheckpointError
 from common.names.torchvision import StateDictNaming
 
 NAME = "huggingface"
 # What the library leaves away when it saves a model without a classifier.
 BASE = "resnet."
+CONFIG = "config.json"
 
 _LAYERS = {
     "stem.conv": "resnet.embedder.embedder.convolution",
@@ -27,8 +29,26 @@ _IN_BLOCK = {
 }
 _MOST_CONFIG = 2**20  # bytes; a thousand classes with their names take 80,000
 
+
+class _HuggingFace(StateDictNaming):
+    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+        """The headless `ResNetModel` keeps its tensors without what stands before them in the model with a head."""
+        if not all(name.startswith(("embedder.", "encoder.")) for name in tensors):
+            return tensors, ()
+        note = f"{BASE!r} was put before every name: a model without its classifier"
+        return {f"{BASE}{name}": tensor for name, tensor in tensors.items()}, (note,)
+
+    def told(self, path: Path) -> tuple[str, ...]:
+        return told_by_config(path / CONFIG if path.is_dir() else path.with_name(CONFIG))
+
+    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
+        """``model.safetensors`` gets transformers' ``config.json``."""
+        config = config_for(path.with_name(CONFIG), spec) if path.name == "model.safetensors" else None
+        return {} if config is None else {CONFIG: config}
+
+
 NAMINGS = {
-    NAME: StateDictNaming(
+    NAME: _HuggingFace(
         name=NAME,
         title="Hugging Face transformers",
         layers=_LAYERS,
@@ -39,13 +59,6 @@ NAMINGS = {
         first_convolution=0,
     )
 }
-
-
-def with_base(names: Collection[str]) -> dict[str, str]:
-    """Names of the headless `ResNetModel` -> as the model with a classifier has them; empty for any other names."""
-    if not all(name.startswith(("embedder.", "encoder.")) for name in names):
-        return {}
-    return {name: f"{BASE}{name}" for name in names}
 
 
 def config_for(path: Path, spec: Spec) -> str | None:

@@ -7,13 +7,20 @@ same scheme is used for them.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
+
+from common.architectures import Spec
+from common.architectures.layers import Layer
 from common.architectures.resnet import CONVENTIONS
-from common.checkpoints.base import KernelLayout, Skeleton, Stored, skeleton_from
+from common.checkpoints.base import KernelLayout, Skeleton, skeleton_from
+from common.checkpoints.containers import Stored
 from common.errors import CheckpointError
 
 ARRAYS = {
@@ -158,13 +165,44 @@ class _Keras:
     convention: Mapping[str, Any]
     layer: Callable[[str, Skeleton], str]
     skeleton: Callable[[Mapping[str, Stored]], Skeleton | None]
+    projection_first: bool
     kernels: KernelLayout = "HWIO"
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def array(self, layer: str, kind: str, role: str, skeleton: Skeleton) -> str:
         return f"{self.layer(layer, skeleton)}/{ARRAYS[kind][role]}"
 
     def ignored(self, name: str) -> bool:
         return _IGNORED.fullmatch(name) is not None
+
+    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+        return usual(tensors), ()
+
+    def told(self, path: Path) -> tuple[str, ...]:
+        return ()
+
+    def ordered(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """The order of `model.layers` of a Keras model.
+
+        Keras sorts by the distance from the output, so that a projection stands beside the last layers of its block:
+        before them in keras.applications, which adds the branch to the shortcut; after them in the classic code, which
+        adds the shortcut to the branch.
+        """
+        ordered: list[Layer] = []
+        for _, group in groupby(layers, lambda layer: layer.path.split(".")[:4]):
+            block = list(group)
+            shortcut = [layer for layer in block if ".shortcut." in layer.path]
+            branch = block[: len(block) - len(shortcut)]
+            ordered += branch[: len(branch) - len(shortcut)]
+            for pair in zip(branch[len(branch) - len(shortcut) :], shortcut, strict=True):
+                ordered += reversed(pair) if self.projection_first else pair
+        return ordered
+
+    def counters(self, layer: Layer, scale: str) -> Mapping[str, np.ndarray]:
+        return {}
+
+    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
+        return {}
 
 
 NAMINGS = {
@@ -174,6 +212,7 @@ NAMINGS = {
         convention=CONVENTIONS["keras_applications"],
         layer=applications_layer,
         skeleton=_applications_skeleton,
+        projection_first=True,
     ),
     "keras_classic": _Keras(
         name="keras_classic",
@@ -181,5 +220,6 @@ NAMINGS = {
         convention=CONVENTIONS["keras_classic"],
         layer=classic_layer,
         skeleton=_classic_skeleton,
+        projection_first=False,
     ),
 }

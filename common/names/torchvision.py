@@ -1,11 +1,17 @@
 """torchvision's names, which timm and most PyTorch code share: ``layer3.0.conv1.weight``, ``layer3.0.downsample.1``."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from common.checkpoints.base import KernelLayout, Skeleton, Stored, skeleton_from
+import numpy as np
+
+from common.architectures import Spec
+from common.architectures.layers import Layer
+from common.checkpoints.base import KernelLayout, Skeleton, skeleton_from
+from common.checkpoints.containers import Stored
 
 LAYERS = {"stem.conv": "conv1", "stem.norm": "bn1", "head.fc": "fc"}
 IN_BLOCK = {
@@ -35,6 +41,7 @@ class StateDictNaming:
     first_convolution: int
     kernels: ClassVar[KernelLayout] = "OIHW"
     convention: ClassVar[Mapping[str, Any]] = {}
+    metadata: ClassVar[Mapping[str, str]] = {"format": "pt"}  # transformers loads only files that state a framework
 
     def skeleton(self, tensors: Mapping[str, Stored]) -> Skeleton | None:
         found = [tuple(map(int, match.groups())) for match in map(self.convolution.fullmatch, tensors) if match]
@@ -51,6 +58,22 @@ class StateDictNaming:
 
     def ignored(self, name: str) -> bool:
         return name.endswith(".num_batches_tracked")
+
+    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+        return tensors, ()
+
+    def told(self, path: Path) -> tuple[str, ...]:
+        return ()
+
+    def ordered(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return layers
+
+    def counters(self, layer: Layer, scale: str) -> Mapping[str, np.ndarray]:
+        """PyTorch asks for the number of batches that a norm has seen when it loads strictly."""
+        return {f"{scale.rpartition('.')[0]}.num_batches_tracked": np.zeros((), np.int64)}
+
+    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
+        return {}
 
 
 NAMINGS = {

@@ -20,16 +20,13 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from common.architectures import Spec
-from common.architectures.layers import Layer, Shape
-from common.checkpoints.base import Naming, Source, Stored, native_layers, native_names, to_canonical, widened_bfloat16
-from common.checkpoints.containers import native
+from common.architectures.layers import Shape
+from common.checkpoints.containers import Source, Stored, widened_bfloat16
 from common.checkpoints.containers.hdf5_text import text_attribute
 from common.checkpoints.containers.keras_order import names_by_order
 from common.errors import CheckpointError
 from common.files import reason, written
-from common.names.resnet import ARRAYS, usual
-from common.weights import LazyWeights, Weights
+from common.weights import Weights
 
 # A file may claim so many times what it holds (a compressed network of zeros does), or so many bytes if it is small.
 _EXPANSION, _ALWAYS = 64, 64 << 20
@@ -79,23 +76,18 @@ def read(path: Path) -> Source:
         tensors = found.of_keras_3() if keras_3 else found.of_legacy()
     return Source(
         container="Keras archive" if archived else "Keras 3 weights" if keras_3 else "Keras legacy HDF5",
-        tensors=usual(tensors),
+        tensors=tensors,
         notes=tuple(found.notes),
     )
 
 
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
-    """The end of the file's name says which of the three; ``.keras`` is written by Keras itself."""
+def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
+    """Tensors by ``<layer>/<array>``. The end of the file's name says whether as Keras 3 has it or as all before it."""
+    layers = {layer: list(names) for layer, names in groupby(tensors, lambda name: name.rpartition("/")[0])}
     with written(path, CheckpointError) as beside:
-        if path.name.endswith(".keras"):
-            _write_archive(beside, tensors, spec, naming)
-            return
         try:
             with h5py.File(beside, "w") as file:
-                if path.name.endswith(".weights.h5"):
-                    _write_keras_3(file, tensors, spec, naming)
-                else:
-                    _write_legacy(file, tensors, spec, naming)
+                (_write_keras_3 if path.name.endswith(".weights.h5") else _write_legacy)(file, tensors, layers)
         except RuntimeError as error:  # what HDF5 makes of a full disk when it closes the file
             raise OSError(reason(error)) from None
 
@@ -384,73 +376,33 @@ def _size(shape: Shape, dtype: np.dtype) -> int:
 # Writing
 
 
-def _layers(spec: Spec, naming: Naming) -> list[tuple[Layer, dict[str, str]]]:
-    """The layers with arrays in the order of `model.layers` of a Keras model.
-
-    Keras sorts by the distance from the output, so that a projection stands beside the last layers of its block:
-    before them in keras.applications, which adds the branch to the shortcut; after them in the classic code, which
-    adds the shortcut to the branch.
-    """
-    ordered: list[tuple[Layer, dict[str, str]]] = []
-    for _, block in groupby(native_layers(spec, naming), lambda item: item[0].path.split(".")[:4]):
-        layers = list(block)
-        shortcut = [item for item in layers if ".shortcut." in item[0].path]
-        branch = layers[: len(layers) - len(shortcut)]
-        ordered += branch[: len(branch) - len(shortcut)]
-        for pair in zip(branch[len(branch) - len(shortcut) :], shortcut, strict=True):
-            ordered += reversed(pair) if naming.name == "keras_applications" else pair
-    return ordered
-
-
-def _write_keras_3(file: h5py.File, tensors: Weights, spec: Spec, naming: Naming) -> None:
+def _write_keras_3(file: h5py.File, tensors: Weights, layers: Mapping[str, list[str]]) -> None:
     counts: dict[str, int] = {}
-    for layer, names in _layers(spec, naming):
-        kind = _CLASS[layer.kind]
+    for layer, names in layers.items():
+        arrays = {name.rpartition("/")[2]: tensors[name] for name in names}
+        kind = "batch_normalization" if "kernel" not in arrays else "conv2d" if arrays["kernel"].ndim == 4 else "dense"
         number = counts[kind] = counts.get(kind, -1) + 1
         folder = f"{kind}_{number}" if number else kind
         group = file.create_group(f"layers/{folder}/vars")
-        group.attrs["name"] = next(iter(names.values())).partition("/")[0]
-        for index, role in enumerate(ARRAYS[layer.kind]):
-            if role in names:
-                group.create_dataset(str(index), data=np.ascontiguousarray(tensors[names[role]]))
-        if layer.kind == "norm" and getattr(layer, "running_variance", "biased") == "unbiased":
-            # Our own layer for it has a class of its own, and Keras looks under its name.
+        group.attrs["name"] = layer
+        for index, array in enumerate(arrays.values()):
+            group.create_dataset(str(index), data=np.ascontiguousarray(array))
+        if kind == "batch_normalization":
+            # Our own layer for an unbiased running variance has a class of its own, and Keras looks under its name.
             file[f"layers/unbiased_{folder}"] = file[f"layers/{folder}"]
 
 
-def _write_legacy(file: h5py.File, tensors: Weights, spec: Spec, naming: Naming) -> None:
+def _write_legacy(file: h5py.File, tensors: Weights, layers: Mapping[str, list[str]]) -> None:
     # Without a version, Keras takes a file for one of Keras 1 and converts it.
     file.attrs["keras_version"], file.attrs["backend"] = b"2.15.0", b"tensorflow"
-    layers = []
-    for layer, names in _layers(spec, naming):
-        own = next(iter(names.values())).partition("/")[0]
-        group = file.create_group(own)
-        native = [names[role] for role in ARRAYS[layer.kind] if role in names]
-        group.attrs["weight_names"] = [f"{name}:0".encode() for name in native]
-        for name in native:
+    for layer, names in layers.items():
+        group = file.create_group(layer)
+        group.attrs["weight_names"] = [f"{name}:0".encode() for name in names]
+        for name in names:
             group.create_dataset(f"{name}:0", data=np.ascontiguousarray(tensors[name]))
-        layers.append(own.encode())
-    texts = np.array(layers)
+    texts = np.array([layer.encode() for layer in layers])
     if texts.nbytes <= _ATTRIBUTE_LIMIT:
         file.attrs["layer_names"] = texts
         return
     for index, piece in enumerate(np.array_split(texts, -(-texts.nbytes // _ATTRIBUTE_LIMIT) + 1)):
         file.attrs[f"layer_names{index}"] = piece
-
-
-def _write_archive(beside: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
-    """Keras writes under a name of its own choice of ending, which tells it the names of the layers too."""
-    getters = {
-        name: partial(_canonical, tensors, native_name, layer, name.removeprefix(f"{layer.path}."), naming)
-        for name, (native_name, layer) in native_names(spec, naming).items()
-    }
-    named = beside.with_name(f"{beside.name}.{naming.name}.keras")
-    try:
-        native.write("keras", spec, LazyWeights(getters), named)
-        named.replace(beside)
-    finally:
-        named.unlink(missing_ok=True)
-
-
-def _canonical(tensors: Weights, native_name: str, layer: Layer, role: str, naming: Naming) -> np.ndarray:
-    return to_canonical(tensors[native_name], layer, role, naming.kernels)

@@ -15,12 +15,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from common.architectures import Spec
 from common.architectures.layers import Shape
-from common.checkpoints.base import Naming, Source, Stored
+from common.checkpoints.containers import Source, Stored
+from common.checkpoints.containers.trees import DTYPES, variables
 from common.errors import CheckpointError
 from common.files import reason, written
-from common.names.flax import DTYPES, variables
 from common.weights import Weights
 
 CHUNK = 2**30  # bytes of the largest array that Flax writes in one piece
@@ -195,7 +194,7 @@ def read(path: Path) -> Source:
     return variables(leaves, "msgpack")
 
 
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
+def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
     """Write `tensors` as `flax.serialization.msgpack_serialize` does, byte for byte, one at a time."""
     tree: dict[str, Any] = {}
     for name in tensors:

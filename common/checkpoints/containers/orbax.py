@@ -7,8 +7,6 @@ manifest is `manifest.ocdbt`. `_METADATA` holds the tree. A run has a folder for
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
@@ -18,13 +16,10 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from common.architectures import Spec
-from common.checkpoints.base import Naming, Source, Stored, native_names, to_canonical
-from common.checkpoints.containers import native
+from common.checkpoints.containers import Source, Stored
+from common.checkpoints.containers.trees import DTYPES, variables
 from common.errors import CheckpointError
 from common.files import reason
-from common.names.flax import DTYPES, variables
-from common.weights import LazyWeights, Weights
 
 _TREE, _MANIFEST, _STEP = "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"
 _STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")
@@ -61,32 +56,6 @@ def read(path: Path) -> Source:
         raise CheckpointError(f"its arrays claim {claimed} bytes, in a folder of {size}; is it whole?")
     leaves = {name: _stored(name, store) if store is not None else None for name, store in stores.items()}
     return variables(leaves, "orbax", notes)
-
-
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
-    """Have orbax write `tensors`, in a process of its own. Raises `CheckpointError` where something is already."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: is there already, and not an empty folder; remove it or name another")
-    weights = LazyWeights(
-        {
-            name: partial(_canonical, tensors, name, native_name, layer, naming)
-            for name, (native_name, layer) in native_names(spec, naming).items()
-        }
-    )
-    beside: str | None = None
-    try:
-        beside = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent)
-        native.write("flax", spec, weights, Path(beside) / "checkpoint")
-        (Path(beside) / "checkpoint").rename(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {reason(error)}; nothing was left there") from None
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _canonical(tensors: Weights, name: str, native_name: str, layer: Any, naming: Naming) -> np.ndarray:
-    return to_canonical(tensors[native_name], layer, name.removeprefix(f"{layer.path}."), naming.kernels)
 
 
 def _is_item(folder: Path) -> bool:

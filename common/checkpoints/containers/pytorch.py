@@ -8,7 +8,7 @@ byte is found or is one that no value depends on.
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
@@ -18,20 +18,18 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
-from common.architectures import Spec
 from common.architectures.layers import Shape
-from common.checkpoints.base import Naming, Source
-from common.checkpoints.containers import pickled
+from common.checkpoints.containers import Source, pickled
 from common.checkpoints.containers.state_dict import (
     WRITTEN,
     Storage,
     item_size,
+    little,
     mapped,
     raw_type,
     shown,
     storage_type,
     tensors_in,
-    written_state,
 )
 from common.errors import CheckpointError
 from common.files import written
@@ -114,11 +112,12 @@ def read(path: Path) -> Source:
     return Source(container="PyTorch zip", tensors=tensors, notes=notes)
 
 
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
+def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
     """A state_dict that `torch.load` takes with ``weights_only=True``, one tensor in memory at a time."""
     with written(path, CheckpointError) as beside, ZipFile(beside, "w", ZIP_STORED) as archive:
         described: dict[str, tuple[str, Shape]] = {}
-        for key, (name, array) in enumerate(written_state(tensors, spec, naming)):
+        for key, name in enumerate(tensors):
+            array = little(tensors[name], name)
             described[name] = array.dtype.name, array.shape
             _add(archive, f"archive/data/{key}", array.reshape(-1).view(np.uint8).data)
         # Last, since only now all shapes are known; readers look entries up by name.

@@ -12,11 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from common.architectures import Spec
-from common.architectures.layers import Shape
-from common.checkpoints.base import Naming, Source
-from common.checkpoints.containers import pickled
-from common.checkpoints.containers.pytorch import integer, pickle_of, storage_global, text
+from common.checkpoints.containers import Source, pickled
 from common.checkpoints.containers.state_dict import (
     Storage,
     item_size,
@@ -25,11 +21,8 @@ from common.checkpoints.containers.state_dict import (
     shown,
     storage_type,
     tensors_in,
-    written_state,
 )
 from common.errors import CheckpointError
-from common.files import written
-from common.weights import Weights
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -100,27 +93,6 @@ def read(path: Path) -> Source:
     return Source(container="PyTorch, before 1.6", tensors=tensors, notes=notes)
 
 
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
-    """What every PyTorch reads, one tensor in memory at a time.
-
-    Its shapes come before its numbers: every tensor is asked for twice.
-    """
-    described: dict[str, tuple[str, Shape]] = {}
-    for name, array in written_state(tensors, spec, naming):
-        described[name] = array.dtype.name, array.shape
-    with written(path, CheckpointError) as beside, beside.open("wb") as file:
-        sizes = {"short": 2, "int": 4, "long": 4}
-        for head in (_MAGIC, _PROTOCOL, {"protocol_version": _PROTOCOL, "little_endian": True, "type_sizes": sizes}):
-            pickle.dump(head, file, protocol=2)
-        file.write(pickle_of(described, _storage))
-        pickle.dump([str(key) for key in range(len(described))], file, protocol=2)
-        for name, array in written_state(tensors, spec, naming):
-            if described[name] != (array.dtype.name, array.shape):
-                raise CheckpointError(f"{name} changed while it was written")
-            file.write(struct.pack("<q", array.size))
-            file.write(array.reshape(-1).view(np.uint8).data)
-
-
 def _is_ours(head: bytes) -> bool:
     # The protocol is the caller's of torch.save to choose; from 4 on, a frame comes before the number.
     return head[:1] == b"\x80" and _MAGIC_OPCODE in head[:32]
@@ -143,7 +115,3 @@ def _starts(
     if at != file.size:
         raise CheckpointError(f"{file.size - at} bytes follow the last storage; fetch or make the file again")
     return starts
-
-
-def _storage(key: int, dtype: str, numel: int) -> bytes:
-    return b"(" + text("storage") + storage_global(dtype) + text(str(key)) + text("cpu") + integer(numel) + b"NtQ"

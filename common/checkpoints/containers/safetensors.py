@@ -14,22 +14,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.architectures import Spec
-from common.checkpoints.base import Naming, Source, Stored
+from common.checkpoints.containers import Source, Stored
 from common.checkpoints.containers.state_dict import (
     BFLOAT16,
     item_size,
+    little,
     mapped,
     raw_type,
     renamed,
     shown,
     widened,
     widened_type,
-    written_state,
 )
 from common.errors import CheckpointError
 from common.files import reason, written
-from common.names import huggingface
 from common.weights import Weights, contiguous
 
 SINGLE = "model.safetensors"
@@ -67,23 +65,15 @@ def read(path: Path) -> Source:
     tensors, notes = renamed(stored)
     if "bfloat16" in types:
         notes = (BFLOAT16, *notes)
-    if huggingface.NAMINGS[huggingface.NAME].skeleton(tensors) is not None:
-        notes = (*notes, *huggingface.told_by_config(path.with_name("config.json")))
     container = "safetensors, sharded" if sharded else "safetensors"
     return Source(container=container, tensors=tensors, metadata=metadata, notes=notes)
 
 
-def write(path: Path, tensors: Weights, spec: Spec, naming: Naming) -> None:
-    """One file; ``model.safetensors`` in Hugging Face's names gets transformers' ``config.json``."""
-    config = None
-    if path.name == SINGLE and naming.name == huggingface.NAME:
-        config = huggingface.config_for(path.with_name("config.json"), spec)
+def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
+    """One file, `metadata` in its header."""
     with written(path, CheckpointError) as beside:
-        # transformers loads only files that state a framework.
-        save_file(dict(written_state(contiguous(tensors), spec, naming)), beside, {"format": "pt"})
-        if config is not None:
-            with written(path.with_name("config.json"), CheckpointError) as config_beside:
-                config_beside.write_text(config, encoding="utf-8")
+        arrays = contiguous(tensors)
+        save_file({name: little(arrays[name], name) for name in arrays}, beside, dict(metadata))
 
 
 def _tensors(file: np.ndarray) -> tuple[dict[str, Stored], set[str], Mapping[str, str]]:

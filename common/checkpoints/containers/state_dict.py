@@ -1,6 +1,6 @@
 """A PyTorch state_dict, whatever file it is in: its types, its strided tensors, and what tools wrap around it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -9,13 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.architectures import Spec
-from common.checkpoints.base import Naming, Stored, native_layers, widened_bfloat16
+from common.checkpoints.containers import Stored, widened_bfloat16
 from common.checkpoints.containers.pickled import Named, PickledTensor
 from common.errors import CheckpointError
 from common.files import reason
-from common.names import huggingface
-from common.weights import Weights
 
 # Name of a storage's type -> NumPy's name of its elements, and bfloat16, which NumPy does not have.
 STORAGES = {
@@ -122,7 +119,7 @@ BFLOAT16 = "bfloat16 was widened to float32, which is exact"
 
 
 def renamed(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """The tensors under the names of their community, without prefixes that all share, and notes.
+    """The tensors without prefixes that tools have put before all of their names, and notes.
 
     Raises `CheckpointError` for a name that is none.
     """
@@ -136,9 +133,6 @@ def renamed(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], tuple[str
     while kept and (prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in kept)), None)):
         kept = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
         notes.append(f"every name began with {prefix!r}, which was taken off")
-    if based := huggingface.with_base(kept):
-        kept = {based[name]: tensor for name, tensor in kept.items()}
-        notes.append(f"{huggingface.BASE!r} was put before every name: a model without its classifier")
     return kept, tuple(notes)
 
 
@@ -203,18 +197,6 @@ def _read(tensor: PickledTensor) -> np.ndarray:
     strides = [stride * flat.itemsize if length > 1 else 0 for length, stride in axes]
     view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
     return widened(view, storage.dtype)
-
-
-def written_state(tensors: Weights, spec: Spec, naming: Naming) -> Iterator[tuple[str, np.ndarray]]:
-    """What a state_dict of native `tensors` holds, in order, one at a time.
-
-    Behind each norm comes the counter of the batches it has seen: PyTorch asks for it when it loads strictly.
-    """
-    for layer, natives in native_layers(spec, naming):
-        for native in natives.values():
-            yield native, little(tensors[native], native)
-        if layer.kind == "norm":
-            yield f"{natives['scale'].rpartition('.')[0]}.num_batches_tracked", np.zeros((), np.int64)
 
 
 def little(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,0 +1,55 @@
+"""The tree of variables or of a whole train state that Flax's users save, whichever container holds it."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from common.checkpoints.containers import Source, Stored, widened_bfloat16
+from common.errors import CheckpointError
+
+# What of a train state are the network's variables, and what is beside them.
+_COLLECTIONS = ("params", "batch_stats")
+BESIDE = ("opt_state", "step", "epoch", "dynamic_scale", "rng", "rngs", "dropout_rng", "key", "config", "metrics")
+# Around the variables, as in {"model": state}, or in a state whose `params` are all of the variables.
+_INSIDE = re.compile(r"((?:(?:model|state|train_state|variables|params)/)*)params/(?!batch_stats/)")
+# Types of arrays that can be read -> bytes of an element.
+DTYPES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+DTYPES |= {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def variables(leaves: Mapping[str, Stored | None], container: str, notes: Iterable[str] = ()) -> Source:
+    """The source in the leaves of a tree, which is the variables or a train state; None is a leaf that is no array.
+
+    A leaf has any dtype by name, and reads as the bits, uint16, of a bfloat16. What is around the variables is taken
+    off, with a note. Raises `CheckpointError` for a leaf of the variables that is not of NumPy's types or bfloat16, and
+    for two leaves that would have one name.
+    """
+    around = [match[1] for path in leaves if not is_beside(path) and (match := _INSIDE.match(path))]
+    prefix = min(around, key=len, default="")
+    found = [*notes, *([f"the variables were inside {prefix.removesuffix('/')!r}"] if prefix else [])]
+    tensors: dict[str, Stored] = {}
+    for path, leaf in leaves.items():
+        name = path.removeprefix(prefix)
+        if name in tensors:
+            raise CheckpointError(f"{name} is there twice, inside and outside {prefix.removesuffix('/')!r}")
+        if leaf is not None and leaf.dtype in DTYPES:
+            tensors[name] = _readable(leaf)
+        elif name.partition("/")[0] in _COLLECTIONS:
+            what = "no array" if leaf is None else f"of dtype {leaf.dtype}"
+            raise CheckpointError(
+                f"{path} is {what}; expected an array of float32 or another type of NumPy, or bfloat16"
+            )
+    if any(leaf is not None and leaf.dtype == "bfloat16" for leaf in leaves.values()):
+        found.append("bfloat16 arrays are read as float32, exactly")
+    return Source(container=container, tensors=tensors, notes=tuple(found))
+
+
+def _readable(leaf: Stored) -> Stored:
+    if leaf.dtype != "bfloat16":
+        return leaf
+    return Stored(shape=leaf.shape, dtype="float32", read=lambda: widened_bfloat16(leaf.read()))
+
+
+def is_beside(name: str) -> bool:
+    """Whether a leaf, by its path, belongs to training and not to the network."""
+    top = name.partition("/")[0]
+    return top in BESIDE or top == "ema" or top.startswith("ema_")
