@@ -66,6 +66,20 @@ def test_show_gives_layers_shapes_parameters_and_multiply_adds() -> None:
     last = shown.splitlines()[-1].split()
     assert last == ["total", "25,557,032", "4,089,184,256"]
     assert "97x65x64" in run("show", "resnet18", "--size", "193x129").stdout
+    assert run("show", "resnet50").stdout == shown
+    assert "32x32x3" in run("show", "resnet20").stdout
+
+
+def test_without_a_size_a_network_gets_the_one_that_it_takes(tmp_path: Path) -> None:
+    flat = TINY.replace(head_pool="flatten", input_size=(32, 48))
+    path, made = tmp_path / "flat.json", tmp_path / "flat.safetensors"
+    path.write_text(architectures.to_json(flat))
+    assert "32x48x3" in run("show", "--spec", path).stdout
+    done = run("record", "torch", "--spec", path, "-o", made, "--mode", "eval", "--no-response")
+    assert done.returncode == 0, done.stderr
+    assert load_file(made)["eval/tap/stem.conv"].shape == (2, 16, 24, 8)
+    for command in (["show", "--spec", path], ["check", "--spec", path]):
+        refused(run(*command, "--size", 64), "input size 64x64 does not fit", "images of its input_size only")
 
 
 def test_check_passes_and_writes_json_and_junit(spec_file: Path, tmp_path: Path) -> None:
@@ -275,6 +289,22 @@ def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, t
 def test_closed_streams_are_no_error(arguments: list[str], code: int) -> None:
     command = 'exec "$0" -m common.commands "$@" >&- 2>&-'
     assert subprocess.run(["sh", "-c", command, sys.executable, *arguments]).returncode == code
+
+
+def test_the_help_groups_the_commands_and_each_shows_an_example() -> None:
+    groups = {
+        "Prove that networks are the same function": ("check", "record", "compare", "list", "show"),
+        "Move weights": ("inspect", "convert", "predict"),
+        "Train": ("train", "evaluate", "plot"),
+    }
+    shown = run("--help").stdout
+    titles = [shown.index(f" {title} ") for title in groups]
+    assert titles == sorted(titles)
+    for (title, commands), end in zip(groups.items(), [*titles[1:], len(shown)], strict=True):
+        panel = shown[shown.index(f" {title} ") : end]
+        for command in commands:
+            assert f"│ {command} " in panel
+            assert f"resnet-parity {command} " in run(command, "--help").stdout.partition("Example")[2]
 
 
 def test_wrong_usage_ends_with_2() -> None:

@@ -24,8 +24,12 @@ app = typer.Typer()
 _PANEL = "Prove that networks are the same function"
 _USUAL_MODES = ",".join(MODES)
 _MODES = (*MODES, "steps")
+_USUAL_SIZE = (64, 64)  # cheap, and 2x2 pixels at the end of a network of stride 32
 _SPEC = "A specification as a JSON file, instead of a named variant."
-Size = Annotated[str, typer.Option(metavar="N|HxW", help="Height and width of the images.")]
+_SIZE = "Height and width of the images."
+Size = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="64, or the one size that the network takes")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
 Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps.", show_default="20")]
@@ -61,7 +65,7 @@ def check(
         str | None, typer.Option(help="Of float64,float32.", show_default="both; float64 with mode steps")
     ] = None,
     mode: Modes = _USUAL_MODES,
-    size: Size = "64",
+    size: Size = None,
     batch: Batch = 2,
     image: ImageFiles = None,
     spec: SpecFile = None,
@@ -118,7 +122,7 @@ def record(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
     mode: Modes = _USUAL_MODES,
-    size: Size = "64",
+    size: Size = None,
     batch: Batch = 2,
     image: ImageFiles = None,
     spec: SpecFile = None,
@@ -182,13 +186,14 @@ def list_variants(
 )
 def show(
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
-    size: Size = "224",
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="what such a network is usually fed")
+    ] = None,
     spec: SpecFile = None,
 ) -> None:
     """Show a variant's layers, shapes, parameters and multiply-adds."""
     _, found = _one_spec(variant, spec)
-    fixed = found.input_size
-    out().print(tables.layers(found, (fixed[0], fixed[1]) if fixed else _size(size)))
+    out().print(tables.layers(found, found.default_size if size is None else _size(size)))
 
 
 def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:
@@ -211,7 +216,7 @@ def _one_spec(variant: str | None, path: Path | None) -> tuple[str, Spec]:
 def _case(
     name: str,
     spec: Spec,
-    size: str,
+    size: str | None,
     batch: int,
     photos: list[Path] | None,
     weights: Path | None,
@@ -223,7 +228,7 @@ def _case(
     return Case(
         variant=name,
         spec=spec,
-        size=_size(size),
+        size=_size(size) if size is not None else spec.default_size if spec.input_size else _USUAL_SIZE,
         batch=max(batch, len(photos or [])),
         photos=tuple(photos if photos else images.sample_photos()),
         weights=checkpoints.load_for(spec, weights)[1] if weights else None,
