@@ -1,5 +1,6 @@
 # make demo   set up .venv and show, on real photographs, that ResNet-50 is one function in three frameworks
-# make test   set up .venv and run the whole suite
+# make test   set up .venv and run the suite but for what follows
+# make test-long  every named variant at its own depth and width, and more random networks
 # make test-training  whole trainings: three seeds in three frameworks, kills, several processes
 # make fast   the tests worth running after each edit
 # make test-peers  set up .venv-peers, with torchvision, timm and transformers (5 GB on x86-64), and compare with them
@@ -9,13 +10,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
-.PHONY: demo test test-training test-peers fast lint bench clean
+.PHONY: demo test test-long test-training test-peers fast lint bench clean
 
 demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
 
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not training"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not training and not long"
+
+test-long: .venv/installed
+	$(BIN)/pytest -n 2 --dist load -m long
 
 test-training: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m training
@@ -24,7 +28,7 @@ test-peers: .venv-peers/installed
 	$(PEERS)/pytest tests/peers
 
 fast: .venv/installed
-	$(BIN)/pytest -m "not slow and not training"
+	$(BIN)/pytest -m "not slow and not training and not long"
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,5 +1,7 @@
 """The frameworks compute the same function: every named variant, at even and odd sizes, and who is wrong if not."""
 
+from dataclasses import replace
+
 import pytest
 
 from common import architectures
@@ -15,6 +17,31 @@ DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SMALL = {"resnet20": 32, "resnet32": 32, "resnet44": 32, "resnet56": 32, "resnet110": 32}
 
 
+def twin(spec: ResNetSpec) -> ResNetSpec:
+    """A quarter as wide, of few blocks: every convention of `spec`, a block that strides in each stage and one that
+    does not. What is left of the depth and width is the same code with other numbers."""
+    return replace(
+        spec,
+        blocks=(1, 2, 1, 1)[: len(spec.blocks)],
+        widths=tuple(width // 4 for width in spec.widths),
+        stem_width=spec.stem_width // 4,
+        classes=10,
+    )
+
+
+def kinds() -> dict[str, ResNetSpec]:
+    """The twins that differ, each under the name of the first variant that has it."""
+    found: dict[ResNetSpec, str] = {}
+    for name in architectures.variants():
+        spec = architectures.find(name)
+        if isinstance(spec, ResNetSpec):
+            found.setdefault(twin(spec), name)
+    return {name: spec for spec, name in found.items()}
+
+
+KINDS = kinds()
+
+
 def explain(result: Result) -> str:
     """The console report, for the message of a failing test."""
     from io import StringIO
@@ -26,29 +53,41 @@ def explain(result: Result) -> str:
     return text.getvalue()
 
 
-def check(session: Session, name: str, size: int, **options: object) -> Result:
-    spec = architectures.find(name)
-    assert isinstance(spec, ResNetSpec)
-    options = {"dtypes": ("float64",), "photos": PHOTOS} | options
-    return session.check(Case(variant=name, spec=spec, size=(size, size), **options))  # type: ignore[arg-type]
+def check(session: Session, name: str, size: int | tuple[int, int], **options: object) -> Result:
+    options = {"spec": architectures.find(name), "dtypes": ("float64",), "photos": PHOTOS} | options
+    size = (size, size) if isinstance(size, int) else size
+    return session.check(Case(variant=name, size=size, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_network_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
+    """Even one way and odd the other: 65 = 1 mod 32, where every SAME padding is symmetric, and nowhere else."""
+    result = check(session, name, (64, 65), spec=KINDS[name])
+    assert result.passed, explain(result)
+
+
+@pytest.mark.slow
+def test_resnet50_is_one_function_in_three_frameworks(session: Session) -> None:
+    result = check(session, "resnet50", (64, 65))
+    assert result.passed, explain(result)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", architectures.variants())
 def test_every_named_variant_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
     result = check(session, name, SMALL.get(name, 64))
     assert result.passed, explain(result)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*DEPTHS, *(f"resnet18.{convention}" for convention in CONVENTIONS)])
 def test_sizes_are_no_special_case(session: Session, name: str) -> None:
-    """65 = 1 mod 32: every SAME padding is symmetric there, and nowhere else."""
     result = check(session, name, 65)
     assert result.passed, explain(result)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet50_at_full_size(session: Session) -> None:
     result = check(session, "resnet50", 224)
     assert result.passed, explain(result)
