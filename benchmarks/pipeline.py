@@ -20,7 +20,7 @@ import numpy as np
 
 from common import architectures, datasets, images
 from common import weights as canonical
-from common.backends.process import cores, start_here
+from common.backends.columns import cores, start_here
 from common.datasets import Dataset
 from common.training import pipeline
 from common.training.recipe import PRESETS, TrainingRecipe

@@ -20,7 +20,7 @@ from PIL import Image
 from common import architectures, datasets, images
 from common import weights as canonical
 from common.architectures.layers import output_shapes
-from common.backends.process import cores, start_here
+from common.backends.columns import cores, start_here
 from common.training import pipeline
 from common.training.recipe import PRESETS
 from common.training.snapshots import Snapshots

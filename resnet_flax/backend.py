@@ -1,4 +1,4 @@
-"""Runs a Flax model and records every layer: the Backend protocol of common/backends/process.py.
+"""Runs a Flax model and records every layer: the Backend protocol of common/backends/protocol.py.
 
 JAX reads its environment when it first uses a device, so this module imports neither JAX nor Flax before `start`.
 """

@@ -57,7 +57,7 @@ def join() -> Replica:
             f"are all processes running, and {address} reachable" if address else f"set {', '.join(cluster.SETTINGS)}"
         )
         raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
-    # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
+    # `jax.process_index` would begin to use the devices, before `backend.start` has said how.
     return Replica(rank=global_state.process_id, count=global_state.num_processes)
 
 

@@ -36,7 +36,7 @@ class _State:
 
 
 def join() -> Replica:
-    """Join the other processes of a training, before `probe.start`.
+    """Join the other processes of a training, before `backend.start`.
 
     On JAX they are those of a cluster that it knows (Slurm, Open MPI, Kubernetes, Cloud TPU). Elsewhere every process
     is started with ``RESNET_PARITY_COORDINATOR=host:port`` (of process 0, a port that is free there),
@@ -79,7 +79,7 @@ def _join_jax() -> Replica:
             f"are all running, and is {address} reachable" if address else f"is this no cluster? Set {cluster.SETTINGS}"
         )
         raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
-    # `jax.process_index` would begin to use the devices, before `probe.start` has said how.
+    # `jax.process_index` would begin to use the devices, before `backend.start` has said how.
     return Replica(rank=global_state.process_id, count=global_state.num_processes)
 
 

@@ -59,7 +59,7 @@ def start(threads: int) -> "TorchBackend":
 
 
 class TorchBackend:
-    """See `common.backends.process.Backend`."""
+    """See `common.backends.protocol.Backend`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

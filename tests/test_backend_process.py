@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from mutants.planting import Chatter, Crash, Fail
 
-from common.architectures import to_dict
 from common.architectures.resnet import ResNetSpec
-from common.backends.process import BackendProcess, resolve
+from common.backends.columns import resolve
+from common.backends.process import BackendProcess
 from common.errors import BackendCrashed, BackendError, BackendMissing, InputError
 from common.parity.case import Case
 from common.parity.session import Session
@@ -77,7 +78,7 @@ def test_a_missing_framework_is_named_with_the_extra_that_installs_it(
 
 
 def test_a_column_whose_framework_is_missing_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.backends import process as backend
+    from common.backends import columns as backend
 
     found = backend.find_spec
     monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "jax" else found(name))
@@ -105,7 +106,7 @@ def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -
         def progress(backend: str, step: str) -> None:
             if backend == "torch" and step == "float64: eval" and not killed.is_set():
                 killed.set()
-                os.kill(session.workers["torch"].pid, signal.SIGKILL)
+                os.kill(session.processes["torch"].pid, signal.SIGKILL)
 
         result = session.check(case, progress=progress)
         assert killed.is_set()
@@ -125,17 +126,24 @@ def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -
 def test_a_crash_is_reported_with_the_last_output() -> None:
     crashed = pytest.raises(BackendCrashed, match=r"exit code 7 while .*; its last output: out of luck")
     with BackendProcess("torch") as worker, crashed:
-        worker.ask("record", _request(plant="tests.mutants.planting:crash"))
+        worker.ask(Crash())
 
 
 def test_an_error_inside_a_backend_comes_through_as_one_line() -> None:
     with BackendProcess("torch") as worker, pytest.raises(BackendError, match="backend torch: ZeroDivisionError: "):
-        worker.ask("record", _request(plant="tests.mutants.planting:fail"))
+        worker.ask(Fail())
 
 
 def test_what_a_framework_prints_is_not_taken_for_a_reply() -> None:
     with BackendProcess("torch") as worker, pytest.raises(BackendError, match="ZeroDivisionError"):
-        worker.ask("record", _request(plant="tests.mutants.planting:chatter"))
+        worker.ask(Chatter())
+
+
+def test_a_request_that_the_process_cannot_know_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fail, "__module__", "nowhere")
+    monkeypatch.setitem(sys.modules, "nowhere", sys.modules[Crash.__module__])
+    with BackendProcess("torch") as worker, pytest.raises(BackendError, match="No module named 'nowhere'"):
+        worker.ask(Fail())
 
 
 def test_a_process_ends_when_the_one_that_asks_is_killed() -> None:
@@ -163,18 +171,3 @@ def _alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
-
-
-def _request(plant: str) -> dict[str, object]:
-    return {
-        "manifest": {
-            "spec": to_dict(TINY),
-            "modes": ["eval"],
-            "dtype": "float32",
-        },
-        "weights": os.devnull,
-        "inputs": os.devnull,
-        "output": os.devnull,
-        "draws": 0,
-        "plant": plant,
-    }

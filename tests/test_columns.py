@@ -1,14 +1,15 @@
 """All five columns at once: Keras on each of its engines beside the others."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
+from mutants.bench import Bench
 from test_parity import PHOTOS, check, explain
 
 from common import architectures
 from common.architectures.resnet import ResNetSpec
-from common.backends.process import COLUMNS
+from common.backends.columns import COLUMNS
 from common.parity.case import Case
 from common.parity.session import Session
 
@@ -33,12 +34,13 @@ def test_keras_on_its_other_engines_is_float32_precise_and_named_where_it_rounds
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_a_defect_in_any_column_is_laid_to_that_column(all_columns: Session, column: str, tmp_path: Path) -> None:
+def test_a_defect_in_any_column_is_laid_to_that_column(all_columns: Session, column: str) -> None:
     spec = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
     case = Case(variant="tiny", spec=spec, size=(32, 32), photos=PHOTOS, dtypes=("float64", "float32"))
-    plant = {column: f"tests.mutants.of_{column.split(':')[0]}:dense_bias_shifted"}
-    result = all_columns.check(case, plant=plant)
-    for compared in result.comparisons:
+    plant = f"tests.mutants.of_{column.split(':')[0]}:dense_bias_shifted"
+    with ExitStack() as stack:
+        comparisons = Bench(all_columns, stack).check(case, column, plant)
+    for compared in comparisons:
         assert not compared.passed
         assert compared.odd_one_out == column
         assert compared.first is not None

@@ -8,7 +8,7 @@ import pytest
 from mutants.bench import Bench
 from mutants.catalogue import BASE, EQUIVALENTS, MUTANTS, SIZE, Equivalent, Mutant
 
-from common.backends.process import ALIASES
+from common.backends.columns import ALIASES
 from common.images import sample_photos
 from common.parity.case import DTYPES, Case
 from common.parity.compare import Comparison

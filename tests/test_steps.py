@@ -15,7 +15,7 @@ from test_parity import explain
 
 from common import architectures
 from common.architectures.resnet import ResNetSpec
-from common.backends.process import ALIASES
+from common.backends.columns import ALIASES
 from common.errors import RecipeError
 from common.images import sample_photos
 from common.parity.case import Case

@@ -8,10 +8,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from common import architectures
-from common.backends.process import BackendProcess, cores, resolve
+from common.backends.columns import cores, resolve
+from common.backends.process import BackendProcess
+from common.backends.requests import Predict
 from common.checkpoints import Checkpoint
 from common.errors import InputError
 from common.images import PRESETS, class_names, preprocess
@@ -64,15 +65,12 @@ def predict(
     last = [layer for layer in spec.layers if layer.kind != "softmax"][-1]
     outputs = []
     with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder:
-        weights, given, made = (Path(folder) / name for name in ("weights", "images", "outputs"))
+        weights = Path(folder) / "weights"
         save_file({key: np.ascontiguousarray(found.weights[key], np.float32) for key in found.weights}, weights)
-        save_file({"images": images}, given)
-        request = {"spec": architectures.to_dict(spec), "weights": str(weights), "images": str(given)}
         for column in columns:
             with BackendProcess(column, threads=cores()) as worker:
-                sent = request | {"layer": last.path, "output": str(made)}
-                worker.ask("predict", sent, partial(progress, column))
-            outputs.append(load_file(made)["outputs"].astype(np.float64))
+                request = Predict(spec=spec, weights=weights, images=images, layer=last.path)
+                outputs.append(worker.ask(request, partial(progress, column)).astype(np.float64))
     classes = outputs[0].shape[1]
     return Prediction(
         backends=tuple(columns),

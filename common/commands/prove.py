@@ -8,7 +8,7 @@ import typer
 
 from common import architectures, checkpoints, images
 from common.architectures import Spec
-from common.backends.process import COLUMNS
+from common.backends.columns import COLUMNS
 from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
 from common.errors import InputError, SpecError
 from common.parity.case import DTYPES, Case
@@ -101,7 +101,7 @@ def check(
                 results.append(session.check(case, progress=progress))
             out().print(tables.result(results[-1]))
         if timings:
-            out().print(tables.timings(session.workers, session.seconds))
+            out().print(tables.timings(session.processes, session.seconds))
     if json:
         files.write_json(json, results)
     if junit:

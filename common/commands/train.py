@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import architectures, checkpoints, datasets
 from common.architectures import Spec
-from common.backends import process as backend
-from common.backends.process import COLUMNS, cores, resolve
+from common.backends import columns as backend
+from common.backends.columns import COLUMNS, cores, resolve
 from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
 from common.datasets import Dataset
 from common.errors import InputError
@@ -220,7 +220,7 @@ def _fits(spec: Spec, weights: str, dataset: Dataset) -> None:
 
 
 def _join(column: str) -> Replica:
-    package = COLUMNS[column].probe.partition(".")[0]
+    package = COLUMNS[column].backend.partition(".")[0]
     os.environ.update(COLUMNS[column].environment)
     replica: Replica = import_module(f"{package}.distributed").join()
     return replica

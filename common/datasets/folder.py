@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 
 from common import images
-from common.backends.process import cores
+from common.backends.columns import cores
 from common.datasets.base import Dataset, Examples, Seen, few, lines
 from common.errors import DataError, InputError
 from common.files import cache_folder, reason, written

@@ -18,6 +18,7 @@ from common.parity import steps
 from common.parity.levels import DRAWS, ORDERS
 from common.parity.orders import orders
 from common.parity.record import MODES, Mode, passes
+from common.parity.recording import MakeRecord
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -132,8 +133,8 @@ class Inputs:
                 of_steps = {"batches": batches} if batches is not None else {}
                 self._write(values, weights, {"inputs": batch} | of_steps)
 
-    def request(self, task: Task) -> dict[str, Any]:
-        """The part of a request to a backend that the case fixes."""
+    def request(self, task: Task, backend: str, threads: int, output: Path) -> MakeRecord:
+        """What a backend's process is asked, for the record that the task names."""
         case, exact = self.case, task.values == "integers"
         digests = self._digests[task.values]
         manifest = {
@@ -149,8 +150,17 @@ class Inputs:
         }
         if "steps" in task.modes:
             manifest |= {"recipe": recipes.to_dict(case.training), "batches": digests["batches"]}
-        paths = {what: str(self.path(what, task.values)) for what in digests}
-        return {"manifest": manifest, "draws": task.draws, "orders": task.orders} | paths
+        return MakeRecord(
+            given=manifest,
+            backend=backend,
+            threads=threads,
+            weights=self.path("weights", task.values),
+            inputs=self.path("inputs", task.values),
+            batches=self.path("batches", task.values) if "batches" in digests else None,
+            output=output,
+            draws=task.draws,
+            orders=task.orders,
+        )
 
     def path(self, what: str, values: str) -> Path:
         """The file of the ``weights``, ``inputs`` or ``batches`` that were rounded to `values`."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.architectures.layers import INPUT, Layer, Shape
-from common.backends.process import COLUMNS, cores
+from common.backends.columns import COLUMNS, cores
 from common.errors import RecordError
 from common.parity import steps
 from common.parity.gate import Difference, Gate, Level, OrderDependence, rank

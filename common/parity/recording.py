@@ -1,8 +1,9 @@
 """Makes a record, inside a backend's process: the network as the request gives it, in every mode asked for."""
 
-import importlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from common import architectures
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import INPUT
-from common.backends.clock import Clock
-from common.backends.process import Backend
+from common.backends.messages import Clock
+from common.backends.protocol import Backend
 from common.parity import record, steps
 from common.parity.orders import orders
 from common.parity.record import Manifest
@@ -23,21 +24,35 @@ from common.training.recipe import TrainingRecipe
 Keep = Callable[[str, np.ndarray], None]
 
 
-def make_record(backend: Backend, column: str, threads: int, request: Mapping[str, Any], clock: Clock) -> None:
-    """Run a network and write its record.
+@dataclass(frozen=True, kw_only=True)
+class MakeRecord:
+    """Run a network as the case gives it, in every mode asked for, and write its record to `output`.
 
-    The request holds `manifest` (the fields of `record.Manifest` that do not depend on the backend), `weights`,
-    `inputs` and, in mode steps, `batches` (paths), `output` (path), `draws` (of the one-ulp response; 0 for none),
-    `orders` (of the batch, at most; 0 for none), and `plant` (a defect that a test plants, ``module:function``,
-    or none).
+    `given` are the fields of `record.Manifest` that do not depend on the backend.
     """
-    given = request["manifest"]
+
+    given: dict[str, Any]
+    backend: str  # the column's name
+    threads: int
+    weights: Path
+    inputs: Path
+    batches: Path | None  # of mode steps
+    output: Path
+    draws: int  # of the one-ulp response; 0 for none
+    orders: int  # of the batch, at most; 0 for none
+
+    def perform(self, backend: Backend, clock: Clock) -> None:
+        _make_record(self, backend, clock)
+
+
+def _make_record(request: MakeRecord, backend: Backend, clock: Clock) -> None:
+    given = request.given
     spec, modes = architectures.from_dict(given["spec"]), tuple(given["modes"])
     recipe = recipes.from_dict(given["recipe"]) if "steps" in modes else None
     arrays: dict[str, np.ndarray] = {}
     response: dict[str, float] = {}
     order_response: dict[str, float] = {}
-    other_orders = orders(given["shape"][0])[: request["orders"]]
+    other_orders = orders(given["shape"][0])[: request.orders]
 
     def keep(name: str, array: np.ndarray) -> None:
         if name in wanted:
@@ -56,57 +71,56 @@ def make_record(backend: Backend, column: str, threads: int, request: Mapping[st
 
         return measure
 
-    with _planted(request.get("plant"), backend):
-        # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
-        weights = canonical.mapped(request["weights"])
-        wanted = record.expected_arrays(spec, modes, tuple(given["shape"]), recipe)
-        subjects: list[_Network | _Training] = []
-        if record.passes(modes):
-            subjects.append(_Network(backend, spec, request, clock))
-        if recipe is not None:
-            subjects.append(_Training(backend, spec, recipe, request, clock))
-        not_restored: dict[str, None] = {}
-        for subject in subjects:
-            with clock.step("load"):
+    # A tensor at a time: held whole, the weights of a large network are a gigabyte that nothing needs.
+    weights = canonical.mapped(request.weights)
+    wanted = record.expected_arrays(spec, modes, tuple(given["shape"]), recipe)
+    subjects: list[_Network | _Training] = []
+    if record.passes(modes):
+        subjects.append(_Network(backend, spec, request, clock))
+    if recipe is not None:
+        subjects.append(_Training(backend, spec, recipe, request, clock))
+    not_restored: dict[str, None] = {}
+    for subject in subjects:
+        with clock.step("load"):
+            subject.load(weights)
+            not_restored |= _not_restored(spec, weights, subject.export(), given["dtype"])
+    for subject in subjects:
+        subject.run(keep)
+    for index, order in enumerate(other_orders):
+        with clock.step("order", f"{index + 1} of {len(other_orders)}"):
+            for subject in subjects:
                 subject.load(weights)
-                not_restored |= _not_restored(spec, weights, subject.export(), given["dtype"])
-        for subject in subjects:
-            subject.run(keep)
-        for index, order in enumerate(other_orders):
-            with clock.step("order", f"{index + 1} of {len(other_orders)}"):
-                for subject in subjects:
-                    subject.load(weights)
-                    subject.run(largest(order_response, order), order=order)
-        for draw in range(request["draws"]):
-            with clock.step("response", f"{draw + 1} of {request['draws']}"):
-                for subject in subjects:
-                    subject.load(canonical.perturb(weights, seed=draw))
-                    subject.run(largest(response), draw=draw)
-        described = backend.describe()
+                subject.run(largest(order_response, order), order=order)
+    for draw in range(request.draws):
+        with clock.step("response", f"{draw + 1} of {request.draws}"):
+            for subject in subjects:
+                subject.load(canonical.perturb(weights, seed=draw))
+                subject.run(largest(response), draw=draw)
+    described = backend.describe()
     device = described.pop("device")
     manifest = Manifest(
         **given,
-        backend=column,
+        backend=request.backend,
         versions=described,
         device=device,
-        threads=threads,
-        draws=request["draws"],
+        threads=request.threads,
+        draws=request.draws,
         response=response,
         orders=len(other_orders),
         order_response=order_response,
         not_restored=tuple(not_restored),
     )
     with clock.step("write"):
-        record.write(request["output"], arrays, manifest)
+        record.write(request.output, arrays, manifest)
 
 
 class _Network:
     """The passes of the modes eval, train, grad and exact."""
 
-    def __init__(self, backend: Backend, spec: Spec, request: Mapping[str, Any], clock: Clock) -> None:
+    def __init__(self, backend: Backend, spec: Spec, request: MakeRecord, clock: Clock) -> None:
         self._backend, self._clock = backend, clock
-        self._modes, dtype = tuple(request["manifest"]["modes"]), request["manifest"]["dtype"]
-        self._images, self._labels = _batch(request["inputs"], dtype)
+        self._modes, dtype = tuple(request.given["modes"]), request.given["dtype"]
+        self._images, self._labels = _batch(request.inputs, dtype)
         with clock.step("build"):
             self._model = backend.build(spec, dtype)
 
@@ -139,12 +153,10 @@ class _Network:
 class _Training:
     """The optimiser steps of mode steps."""
 
-    def __init__(
-        self, backend: Backend, spec: Spec, recipe: TrainingRecipe, request: Mapping[str, Any], clock: Clock
-    ) -> None:
+    def __init__(self, backend: Backend, spec: Spec, recipe: TrainingRecipe, request: MakeRecord, clock: Clock) -> None:
         self._recipe, self._clock = recipe, clock
-        self._dtype = request["manifest"]["dtype"]
-        self._images, self._labels = _batch(request["batches"], self._dtype)
+        self._dtype = request.given["dtype"]
+        self._images, self._labels = _batch(request.batches, self._dtype)
         with clock.step("build"):
             self._trainer = backend.trainer(spec, recipe, self._dtype)
 
@@ -176,7 +188,8 @@ def is_of_images(name: str) -> bool:
     return name.split("/")[1] == "tap" or name.endswith(f"/grad/{INPUT}")
 
 
-def _batch(path: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def _batch(path: Path | None, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    assert path is not None
     batch = load_file(path)
     return batch["images"].astype(dtype), batch["labels"]
 
@@ -189,12 +202,3 @@ def _not_restored(spec: Spec, weights: canonical.Weights, exported: canonical.We
         if name not in exported or not np.array_equal(exported[name], weights[name].astype(dtype))
     ]
     return dict.fromkeys([*lost, *(name for name in exported if name not in weights)])
-
-
-def _planted(plant: str | None, backend: Backend) -> AbstractContextManager[None]:
-    """The context in which a planted defect is at work: `module:function`, called with the backend."""
-    if plant is None:
-        return nullcontext()
-    module, function = plant.split(":")
-    context: AbstractContextManager[None] = getattr(importlib.import_module(module), function)(backend)
-    return context

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.backends.process import COLUMNS, BackendProcess, cores, resolve
+from common.backends.columns import COLUMNS, cores, resolve
+from common.backends.process import BackendProcess
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, tasks, told
 from common.parity.compare import Comparison, compare
@@ -52,9 +53,9 @@ class Session:
                 raise InputError(f"backend {column} is named {self.columns.count(column)} times; name each once")
         # The response must come from a column that honours float64, if there is one.
         self.references = sorted(self.columns, key=lambda c: not COLUMNS[c].float64)
-        self._soft = any(not COLUMNS[c].float64 for c in self.columns)
+        self.soft = any(not COLUMNS[c].float64 for c in self.columns)
         self.jobs = min(jobs or cores(), len(self.columns))
-        self.workers: dict[str, BackendProcess] = {}
+        self.processes: dict[str, BackendProcess] = {}
         self.seconds: dict[str, float] = {}  # of this process, by what the time went into
         self._exit = ExitStack()
 
@@ -62,21 +63,18 @@ class Session:
         self._folder = Path(tempfile.mkdtemp(prefix="resnet-parity-"))
         self._exit.callback(shutil.rmtree, self._folder, ignore_errors=True)
         for column in self.columns:
-            self._worker(column)
+            self.process(column)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for worker in self.workers.values():
-            worker.close()
+        for process in self.processes.values():
+            process.close()
         self._exit.close()
 
-    def check(
-        self, case: Case, *, progress: Progress = lambda backend, step: None, plant: Mapping[str, str] | None = None
-    ) -> Result:
-        """Run `case` in every backend and compare. `progress` hears of every step; `plant` names, by backend, a defect
-        that a test plants there (``module:function``)."""
+    def check(self, case: Case, *, progress: Progress = lambda backend, step: None) -> Result:
+        """Run `case` in every backend and compare. `progress` hears of every step."""
         started = time.perf_counter()
         records: dict[str, dict[str, Record]] = {}
         failures: dict[str, ParityError] = {}
@@ -84,7 +82,7 @@ class Session:
 
             def run(column: str) -> None:
                 try:
-                    records[column] = self.run(column, inputs, reference == column, progress, (plant or {}).get(column))
+                    records[column] = self.run(column, inputs, reference == column, progress)
                 except ParityError as error:
                     failures[column] = error
 
@@ -112,7 +110,7 @@ class Session:
         """The weights and images of `case` on disk, in a folder that goes away at the end, the records with it."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             with self._timed("prepare"):
-                inputs = Inputs(case, Path(folder), tasks(case, reference=True, soft=self._soft))
+                inputs = Inputs(case, Path(folder), tasks(case, reference=True, soft=self.soft))
             yield inputs
 
     def run(
@@ -121,18 +119,18 @@ class Session:
         inputs: Inputs,
         reference: bool,
         progress: Progress = lambda backend, step: None,
-        plant: str | None = None,
     ) -> dict[str, Record]:
         """The records one backend makes of a case, by the task's name. Raises what happens in its process."""
         made: dict[str, Record] = {}
         try:
-            for task in tasks(inputs.case, reference=reference, soft=self._soft):
-                output = inputs.folder / f"{column}-{task.name}-{plant or ''}.safetensors"
-                request = inputs.request(task) | {"output": str(output), "plant": plant}
-                self._worker(column).ask("record", request, lambda step, t=task: progress(column, f"{t.name}: {step}"))  # type: ignore[misc]
+            for task in tasks(inputs.case, reference=reference, soft=self.soft):
+                output = inputs.folder / f"{column}-{task.name}.safetensors"
+                process = self.process(column)
+                request = inputs.request(task, column, process.threads, output)
+                process.ask(request, lambda step, t=task: progress(column, f"{t.name}: {step}"))  # type: ignore[misc]
                 made[task.name] = Record(output)
         except BackendCrashed:
-            self.workers.pop(column).close()
+            self.processes.pop(column).close()
             raise
         return made
 
@@ -141,14 +139,14 @@ class Session:
         return sum(
             told(case, task)
             for column in self.columns
-            for task in tasks(case, reference=column == self.references[0], soft=self._soft)
-        ) + sum(not self.workers[column].seconds for column in self.columns if column in self.workers)
+            for task in tasks(case, reference=column == self.references[0], soft=self.soft)
+        ) + sum(not self.processes[column].seconds for column in self.columns if column in self.processes)
 
-    def _worker(self, column: str) -> BackendProcess:
+    def process(self, column: str) -> BackendProcess:
         """The column's process; a new one where the last one ended."""
-        if column not in self.workers:
-            self.workers[column] = BackendProcess(column, threads=max(1, cores() // self.jobs))
-        return self.workers[column]
+        if column not in self.processes:
+            self.processes[column] = BackendProcess(column, threads=max(1, cores() // self.jobs))
+        return self.processes[column]
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -167,10 +165,10 @@ def make_record(case: Case, column: str, output: Path, *, response: bool = True,
     task = Task(name=dtype, dtype=dtype, values=dtype, modes=case.modes, draws=draws, orders=ORDERS)
     with (
         tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder,
-        BackendProcess(column, threads=cores()) as worker,
+        BackendProcess(column, threads=cores()) as process,
     ):
-        request = Inputs(case, Path(folder), [task]).request(task) | {"output": str(output.absolute())}
-        worker.ask("record", request, lambda step: progress(column, step))
+        request = Inputs(case, Path(folder), [task]).request(task, column, process.threads, output.absolute())
+        process.ask(request, lambda step: progress(column, step))
     return Record(output)
 
 

@@ -235,16 +235,16 @@ def _window(layer: object) -> str:
     return ", ".join(parts)
 
 
-def timings(workers: Mapping[str, BackendProcess], own: Mapping[str, float]) -> Table:
+def timings(processes: Mapping[str, BackendProcess], own: Mapping[str, float]) -> Table:
     """Where the time went, by backend, with the largest memory of each process."""
-    what = [key for key in dict.fromkeys(k for w in workers.values() for k in w.seconds) if key != "in all"]
+    what = [key for key in dict.fromkeys(k for p in processes.values() for k in p.seconds) if key != "in all"]
     table = Table(box=None, pad_edge=False, header_style="dim", title="seconds", title_justify="left")
     table.add_column("backend")
     for column in (*what, "in all", "peak memory"):
         table.add_column(column, justify="right")
-    for name, worker in workers.items():
-        seconds = [f"{worker.seconds.get(key, 0.0):.1f}" for key in (*what, "in all")]
-        table.add_row(name, *seconds, f"{worker.peak_bytes / 2**30:.2f} GiB")
+    for name, process in processes.items():
+        seconds = [f"{process.seconds.get(key, 0.0):.1f}" for key in (*what, "in all")]
+        table.add_row(name, *seconds, f"{process.peak_bytes / 2**30:.2f} GiB")
     table.caption = "this process: " + ", ".join(f"{key} {value:.1f}" for key, value in own.items())
     table.caption_justify = "left"
     return table

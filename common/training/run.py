@@ -19,7 +19,7 @@ import numpy as np
 from common import architectures
 from common import weights as canonical
 from common.architectures import Spec
-from common.backends.process import Backend
+from common.backends.protocol import Backend
 from common.datasets import Dataset, Examples
 from common.errors import TrainingError
 from common.files import reason, written

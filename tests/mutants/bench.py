@@ -2,11 +2,12 @@
 
 from contextlib import ExitStack
 
-from common.backends.process import ALIASES
-from common.parity.case import Case, Inputs
+from common.backends.columns import ALIASES
+from common.parity.case import Case, Inputs, tasks
 from common.parity.compare import Comparison
 from common.parity.record import Record
 from common.parity.session import Session, compare_case
+from tests.mutants.planting import Planted
 
 
 class Bench:
@@ -29,9 +30,18 @@ class Bench:
         records = {}
         for column in self._session.columns:
             if column == backend:
-                records[column] = self._session.run(column, inputs, column == reference, plant=plant)
+                records[column] = self._run_planted(column, inputs, column == reference, plant)
                 continue
             if (case, column) not in self._clean:
                 self._clean[case, column] = self._session.run(column, inputs, column == reference)
             records[column] = self._clean[case, column]
         return compare_case(case, records, reference)
+
+    def _run_planted(self, column: str, inputs: Inputs, reference: bool, plant: str) -> dict[str, Record]:
+        made = {}
+        for task in tasks(inputs.case, reference=reference, soft=self._session.soft):
+            output = inputs.folder / f"{column}-{task.name}-{plant}.safetensors"
+            process = self._session.process(column)
+            process.ask(Planted(request=inputs.request(task, column, process.threads, output), plant=plant))
+            made[task.name] = Record(output)
+        return made

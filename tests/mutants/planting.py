@@ -1,16 +1,34 @@
 """How a defect is planted in a backend's process, for one record, and taken out again."""
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from common.backends.messages import Done
+
 Plant = Callable[[Any], Any]
 Weights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """A request performed with a defect at work: `plant` is ``module:function``, called with the backend."""
+
+    request: Any
+    plant: str
+
+    def perform(self, backend: Any, clock: Any) -> Any:
+        module, function = self.plant.split(":")
+        with getattr(import_module(module), function)(backend):
+            return self.request.perform(backend, clock)
 
 
 def after_build(change: Callable[[Any], None]) -> Plant:
@@ -86,19 +104,27 @@ def both(*plants: Plant) -> Plant:
     return plant
 
 
-def crash(backend: Any) -> Any:
+@dataclass(frozen=True)
+class Crash:
     """A process that ends in the middle of its work, as a fault in native code would end it."""
-    print("out of luck", file=sys.stderr, flush=True)
-    os._exit(7)
+
+    def perform(self, backend: Any, clock: Any) -> None:
+        print("out of luck", file=sys.stderr, flush=True)
+        os._exit(7)
 
 
-def fail(backend: Any) -> Any:
-    raise ZeroDivisionError("something that nobody foresaw\nwith a second line")
+@dataclass(frozen=True)
+class Fail:
+    def perform(self, backend: Any, clock: Any) -> None:
+        raise ZeroDivisionError("something that nobody foresaw\nwith a second line")
 
 
-def chatter(backend: Any) -> Any:
-    """Writes what looks like a reply, from Python and from below it, before it fails."""
-    reply = '{"event": "done", "seconds": {}, "peak_bytes": 0}\n'
-    print(reply, flush=True)
-    os.write(1, reply.encode())
-    return fail(backend)
+@dataclass(frozen=True)
+class Chatter:
+    """Writes what looks like an answer, from Python and from below it, before it fails."""
+
+    def perform(self, backend: Any, clock: Any) -> None:
+        answer = pickle.dumps(Done(answer=None, seconds={}, peak_bytes=0))
+        print(answer.decode("latin-1"), flush=True)
+        os.write(1, answer)
+        Fail().perform(backend, clock)

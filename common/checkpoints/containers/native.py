@@ -5,9 +5,10 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from common import architectures
 from common.architectures import Spec
-from common.backends.process import BackendProcess, cores
+from common.backends.columns import cores
+from common.backends.process import BackendProcess
+from common.backends.requests import SaveCheckpoint
 from common.errors import CheckpointError
 from common.files import reason
 from common.weights import Weights, contiguous
@@ -30,8 +31,7 @@ def write(path: Path, column: str, spec: Spec, weights: Weights, naming: str) ->
             save_file(contiguous(weights), given)
             # Keras goes by the end of the name, and our backend for it by what is before that.
             made = Path(folder) / f"checkpoint.{naming}{path.suffix}"
-            request = {"spec": architectures.to_dict(spec), "weights": str(given), "output": str(made)}
-            worker.ask("save", request)
+            worker.ask(SaveCheckpoint(spec=spec, weights=given, output=made))
             made.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {reason(error)}; nothing was left there") from None
