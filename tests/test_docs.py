@@ -49,6 +49,10 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield words[words.index("resnet-parity") + 1 :]
 
 
+def make_targets() -> set[str]:
+    return set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
+
+
 def test_the_readme_is_short() -> None:
     assert len(PAGES[0].read_text().splitlines()) <= 150
 
@@ -69,6 +73,11 @@ def test_the_readme_leads_to_every_page() -> None:
     assert set(PAGES[1:]) <= linked
 
 
+def test_the_readme_says_what_every_make_target_does() -> None:
+    rows = re.findall(r"^\| `make ([\w-]+)` \|", PAGES[0].read_text(), re.MULTILINE)
+    assert set(rows) == make_targets() - {"clean"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_make_targets_that_are_named_exist(page: Path) -> None:
     code = [*spans(page), *(line for block in blocks(page) for line in block.splitlines())]
@@ -76,9 +85,8 @@ def test_files_and_make_targets_that_are_named_exist(page: Path) -> None:
     for path in named:
         for family in architectures.families():
             assert (ROOT / path.replace("/F.py", f"/{family}.py")).exists(), path
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for text in code:
-        assert set(re.findall(r"^make ([\w-]+)", text)) <= set(targets), text
+        assert set(re.findall(r"^make ([\w-]+)", text)) <= make_targets(), text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -109,6 +117,12 @@ def test_the_examples_in_the_help_parse() -> None:
             words = shlex.split(line)
             assert words[1] == name
             command.make_context(name, words[2:])
+
+
+def test_the_help_shows_all_that_it_says() -> None:
+    """What stands in brackets is taken for markup, and not shown."""
+    for command in COMMANDS.values():
+        assert "[" not in command.help + "".join(parameter.help or "" for parameter in command.params)
 
 
 @pytest.mark.slow

@@ -30,15 +30,17 @@ app = typer.Typer()
 _PANEL = "Train"
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
-_RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file. [default: the one made for the data]"
+_RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file."
 Data = Annotated[str, typer.Option("--data", metavar="digits|DIR", help=_DATA)]
 BackendName = Annotated[str, typer.Option("--backend", help=f"One of {', '.join(COLUMNS)}.")]
-Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE|PRESET", help=_RECIPE)]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE|PRESET", help=_RECIPE, show_default="the one made for the data")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="One field of the recipe, as lr=0.05; repeatable."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the framework. [default: one per core]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the framework.", show_default="one per core")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images; 0: this one does.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 
@@ -63,7 +65,7 @@ def train(
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with, as final.safetensors of another run.")
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints. [default: an epoch's]")
+        int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints.", show_default="an epoch's")
     ] = None,
     keep: Annotated[int, typer.Option(min=1, help="So many checkpoints stay.")] = 3,
     threads: Threads = None,

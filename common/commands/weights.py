@@ -25,7 +25,9 @@ _SOURCE = "A checkpoint: a file or folder, a URL, or a name as torchvision:resne
 Source = Annotated[str, typer.Argument(metavar="FILE", help=_SOURCE)]
 Convention = Annotated[
     str | None,
-    typer.Option(help=f"What shapes cannot say, by name: {', '.join(NAMED_CONVENTIONS)}. [default: the format's own]"),
+    typer.Option(
+        help=f"What shapes cannot say, by name: {', '.join(NAMED_CONVENTIONS)}.", show_default="the format's own"
+    ),
 ]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="One field of the spec; may be repeated.")
@@ -112,7 +114,8 @@ def predict_command(
     backend: Annotated[str, typer.Option(help="torch, keras, flax, other columns, or all three: all.")] = "torch",
     top: Annotated[int, typer.Option(min=1, help="So many classes of each image.")] = 5,
     preprocess: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}. [default: that of the weights or their format]")
+        str | None,
+        typer.Option(help=f"One of {', '.join(PRESETS)}.", show_default="that of the weights or their format"),
     ] = None,
     convention: Convention = None,
     changes: Changes = None,
