@@ -2,10 +2,10 @@
 
 import json
 import os
-import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from common.errors import ParityError
 
 # The types of safetensors that NumPy has.
-_DTYPES = {
+DTYPES = {
     **{f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (64, 32, 16, 8)},
     "F64": "<f8",
     "F32": "<f4",
@@ -69,31 +69,49 @@ def tensor(file: Any, name: str, error_type: type[ParityError]) -> np.ndarray:
     """One array of an `opened` file. Raises `error_type` for a type that NumPy does not have, as bfloat16."""
     # Asked of the file: NumPy itself has bfloat16 as soon as some framework is imported, and cannot do much with it.
     dtype = file.get_slice(name).get_dtype()
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise _foreign(name, dtype, error_type)
     array: np.ndarray = file.get_tensor(name)
     return array
 
 
-def views(path: Path, error_type: type[ParityError]) -> dict[str, Callable[[], np.ndarray]]:
-    """The arrays of the safetensors file at `path`, as read-only views of the mapped file. Raises `error_type`.
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor of a safetensors file: its type as the format calls it, its shape, and its bytes in the mapped file."""
 
-    The library copies what it is asked for. Here it checks the header: names, types, and places in the file.
+    dtype: str
+    shape: tuple[int, ...]
+    raw: np.ndarray
+
+
+def entries(path: Path, error_type: type[ParityError]) -> tuple[dict[str, Entry], Mapping[str, str]]:
+    """The tensors of the safetensors file at `path`, which stay in the mapped file, and its metadata.
+
+    The library copies what it is asked for. Here it checks the header: types, shapes, and that every byte has its
+    place. Raises `error_type`.
     """
     file = opened(path, error_type)
     content = np.memmap(path, np.uint8, "r")
-    (length,) = struct.unpack("<Q", content[:8].tobytes())
-    header = json.loads(content[8 : 8 + length].tobytes())
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = np.asarray(content[start + begin : start + end])
+        found[name] = Entry(dtype=entry["dtype"], shape=tuple(entry["shape"]), raw=raw)
+    return found, file.metadata() or {}
 
-    def view(name: str) -> np.ndarray:
-        entry = header[name]
-        if entry["dtype"] not in _DTYPES:
-            raise _foreign(name, entry["dtype"], error_type)
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        values: np.ndarray = np.asarray(content[start:end]).view(_DTYPES[entry["dtype"]])
-        return np.require(values, requirements=["A"]).reshape(entry["shape"])
 
-    return {name: partial(view, name) for name in file.keys()}
+def views(path: Path, error_type: type[ParityError]) -> dict[str, Callable[[], np.ndarray]]:
+    """The arrays of the safetensors file at `path`, as read-only views of the mapped file. Raises `error_type`."""
+
+    def view(name: str, entry: Entry) -> np.ndarray:
+        if entry.dtype not in DTYPES:
+            raise _foreign(name, entry.dtype, error_type)
+        return np.require(entry.raw.view(DTYPES[entry.dtype]), requirements=["A"]).reshape(entry.shape)
+
+    return {name: partial(view, name, entry) for name, entry in entries(path, error_type)[0].items()}
 
 
 def reason(error: Exception) -> str:

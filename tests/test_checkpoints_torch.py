@@ -645,6 +645,9 @@ def entry(shape, start, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
+LIBRARY = "cannot be read as safetensors"  # and the library's own words for it
+
+
 class TestSafetensors:
     @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
     @every_spec
@@ -668,31 +671,31 @@ class TestSafetensors:
         ("header", "data", "words"),
         [
             (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],'
-             b'"data_offsets":[4,8]}}', 8, "has a twice"),
-            (b'{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}', 4, "twice"),
-            ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "overlap"),
-            ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12, "gap"),
-            ({"a": entry([1], 0, 4)}, 12, "follow"),
-            ({"a": entry([1], 4, 8)}, 8, "gap"),
-            ({"a": entry([2], 0, 8)}, 4, "no room"),
-            ({"a": entry([2**35], 0, 2**37)}, 4, "no room"),
+             b'"data_offsets":[4,8]}}', 8, LIBRARY),
+            (b'{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}', 4, LIBRARY),
+            ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, LIBRARY),
+            ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12, LIBRARY),
+            ({"a": entry([1], 0, 4)}, 12, LIBRARY),
+            ({"a": entry([1], 4, 8)}, 8, LIBRARY),
+            ({"a": entry([2], 0, 8)}, 4, LIBRARY),
+            ({"a": entry([2**35], 0, 2**37)}, 4, LIBRARY),
             ({"a": entry([2**62], 0, 4)}, 4, "shape"),
-            ({"a": entry([2**39] * 30, 0, 4)}, 4, "no room"),
+            ({"a": entry([2**39] * 30, 0, 4)}, 4, LIBRARY),
             ({"a": entry([1] * 40, 0, 4)}, 4, "shape"),
-            ({"a": entry([-1], 0, -4)}, 4, "shape"),
-            ({"a": entry([True], 0, 4)}, 4, "shape"),
-            ({"a": entry([1], 8, 4)}, 8, "no room"),
-            ({"a": entry([2], 0, 4)}, 4, "no room"),
+            ({"a": entry([-1], 0, -4)}, 4, LIBRARY),
+            ({"a": entry([True], 0, 4)}, 4, LIBRARY),
+            ({"a": entry([1], 8, 4)}, 8, LIBRARY),
+            ({"a": entry([2], 0, 4)}, 4, LIBRARY),
             ({"a": entry([1], 0, 1, "F8_E4M3")}, 1, "F8_E4M3"),
-            ({"a": entry([1], 0.0, 4.0)}, 4, "does not say"),
-            ({"a": [1, 2]}, 0, "does not say"),
+            ({"a": entry([1], 0.0, 4.0)}, 4, LIBRARY),
+            ({"a": [1, 2]}, 0, LIBRARY),
             ({"a\nb": entry([1], 0, 4)}, 4, "no name"),
-            ({"__metadata__": {"format": 3}, "a": entry([1], 0, 4)}, 4, "metadata"),
-            ({"__metadata__": [], "a": entry([1], 0, 4)}, 4, "metadata"),
-            (b"{" + b'"a":{' * 100_000, 0, "no JSON"),
-            (b'{"a":' + b"9" * 10_000 + b"}", 0, "no JSON"),
-            (b"{\xff}", 0, "no JSON"),
-            (b"{", 0, "no JSON"),
+            ({"__metadata__": {"format": 3}, "a": entry([1], 0, 4)}, 4, LIBRARY),
+            ({"__metadata__": [], "a": entry([1], 0, 4)}, 4, LIBRARY),
+            (b"{" + b'"a":{' * 100_000, 0, LIBRARY),
+            (b'{"a":' + b"9" * 10_000 + b"}", 0, LIBRARY),
+            (b"{\xff}", 0, LIBRARY),
+            (b"{", 0, LIBRARY),
             ({}, 0, ""),
         ],
     )  # fmt: skip
