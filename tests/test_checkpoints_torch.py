@@ -24,10 +24,10 @@ from torch import nn
 import resnet_torch
 from common import architectures, checkpoints, weights
 from common.architectures.resnet import ResNetSpec
-from common.checkpoints.containers import pickled
 from common.checkpoints.containers import pytorch as pytorch_file
 from common.checkpoints.containers import pytorch_legacy as pytorch_legacy_file
 from common.checkpoints.containers import safetensors as safetensors_file
+from common.checkpoints.containers import state_dict
 from common.errors import CheckpointError
 
 BOTTLENECK = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
@@ -417,7 +417,7 @@ class TestCode:
         if stacked:
             ask = b"\x8c%c%b\x8c%c%b\x93" % (len(module), module.encode(), len(attribute), attribute.encode())
         with pytest.raises(CheckpointError, match=f"carries code: asks for {name}; refused"):
-            pickled.read(io.BytesIO(b"\x80\x04" + ask + b"."), lambda identity: identity)
+            state_dict.unpickled(io.BytesIO(b"\x80\x04" + ask + b"."), lambda identity: identity)
 
     @pytest.mark.parametrize(
         "hostile",
@@ -436,17 +436,31 @@ class TestCode:
     )  # fmt: skip
     def test_hostile_pickles_end_in_one_line(self, hostile):
         with pytest.raises(CheckpointError) as caught, little_memory():
-            pickled.read(io.BytesIO(hostile), lambda identity: identity)
+            state_dict.unpickled(io.BytesIO(hostile), lambda identity: identity)
         assert "\n" not in str(caught.value)
 
     def test_a_memo_of_two_thousand_million_places_takes_no_memory(self):
         with little_memory():
-            assert pickled.read(io.BytesIO(b"\x80\x02]r\xff\xff\xff\x7f."), lambda identity: identity) == []
+            assert state_dict.unpickled(io.BytesIO(b"\x80\x02]r\xff\xff\xff\x7f."), lambda identity: identity) == []
+
+    def test_a_list_of_pairs_that_is_shown_again_and_again_takes_no_memory(self):
+        pairs = b"".join(b"]X\x02\x00\x00\x00%02xaK\x00aa" % n for n in range(250))
+        again = b"ccollections\nOrderedDict\nh\x00\x85R" * 5000
+        found = state_dict.unpickled(
+            io.BytesIO(b"\x80\x02]q\x00" + pairs + b"(" + again + b"l."), lambda identity: identity
+        )
+        assert [len(each) for each in found] == [250] + [0] * 4999
+
+    def test_no_stand_in_can_be_changed(self):
+        """Attributes of what a name stands for would be this process's own."""
+        change = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__(tstb."
+        state_dict.unpickled(io.BytesIO(b"\x80\x02" + change), lambda identity: identity)
+        assert state_dict._tensor.__defaults__ is None
 
     def test_tuples_in_tuples_do_not_overflow_the_stack(self):
         deep = b"\x80\x02" + b"(" * 30_000 + b"t" * 30_000 + b"."
         with little_memory():
-            assert isinstance(pickled.read(io.BytesIO(deep), lambda identity: identity), tuple)
+            assert isinstance(state_dict.unpickled(io.BytesIO(deep), lambda identity: identity), tuple)
 
 
 def rewritten(path, change, compression=zipfile.ZIP_STORED):
@@ -582,16 +596,13 @@ class TestDamagedZip:
             archive.writestr("m/data.pkl", b"\x80\x02}X\x01\x00\x00\x00a" + tensor + b"s.")
             archive.writestr("m/data/0", np.arange(3, dtype="f4").tobytes())
 
-    def test_an_entry_inside_of_another_is_refused(self, tmp_path):
-        path = saved(tmp_path / "m.pth", {"a": torch.zeros(3)})
-        inner = zipfile.ZipInfo("m/inner")
-        inner.CRC = inner.file_size = inner.compress_size = 0
+    def test_many_entries_over_the_same_bytes_are_refused(self, tmp_path):
+        path = saved(tmp_path / "m.pth", {"a": torch.zeros(3000)})
         with zipfile.ZipFile(path, "a") as archive:
-            start = archive.start_dir
-            archive.writestr("m/outer", inner.FileHeader())
-            inner.header_offset = start + 30 + len("m/outer")
-            archive.filelist.append(inner)
-        refused(path, "m/outer overlaps")
+            entry = archive.getinfo("m/data/0")
+            archive.filelist += [entry] * 10
+            archive._didModify = True
+        refused(path, "larger than the file")
 
 
 class TestDamagedLegacy:

@@ -12,22 +12,22 @@ from typing import IO, Any
 
 import numpy as np
 
-from common.checkpoints.containers import Source, pickled
+from common.checkpoints.containers import Source
+from common.checkpoints.containers.pickled import MOST_BYTES, shown
 from common.checkpoints.containers.state_dict import (
     Storage,
     item_size,
     mapped,
     raw_type,
-    shown,
     storage_type,
     tensors_in,
+    unpickled,
 )
 from common.errors import CheckpointError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _MAGIC_OPCODE = pickle.dumps(_MAGIC, protocol=2)[2:-1]
-_MOST_PICKLED = 2**25
 _TAR = slice(257, 262)
 
 
@@ -53,9 +53,9 @@ def read(path: Path) -> Source:
         raise CheckpointError("a tar archive: PyTorch's format of before 2017; load it with PyTorch and save it again")
     if not _is_ours(head):
         # Reading it says what it asks for, if that is code.
-        pickled.read(BytesIO(file[:_MOST_PICKLED].tobytes()), lambda identity: identity)
+        unpickled(BytesIO(file[:MOST_BYTES].tobytes()), lambda identity: identity)
         raise CheckpointError("a bare pickle, not a PyTorch file; save a state_dict with torch.save")
-    stream = BytesIO(file[:_MOST_PICKLED].tobytes())
+    stream = BytesIO(file[:MOST_BYTES].tobytes())
     storages: dict[str, tuple[str, int]] = {}
     starts: dict[str, int] = {}
 
@@ -81,11 +81,11 @@ def read(path: Path) -> Source:
         raise CheckpointError("its pickle asks for more than storages, as a whole pickled model does; refused")
 
     for what, expected in (("magic number", _MAGIC), ("protocol version", _PROTOCOL)):
-        if pickled.read(stream, persistent) != expected:
+        if unpickled(stream, persistent) != expected:
             raise CheckpointError(f"the {what} is not {expected}; fetch or make the file again")
-    pickled.read(stream, persistent)  # sizes of types on the machine that wrote it
-    root = pickled.read(stream, persistent)
-    keys = pickled.read(stream, persistent)
+    unpickled(stream, persistent)  # sizes of types on the machine that wrote it
+    root = unpickled(stream, persistent)
+    keys = unpickled(stream, persistent)
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise CheckpointError("its list of storages is not that of its tensors; fetch or make the file again")
     starts |= _starts(file, stream, [str(key) for key in keys], storages)

@@ -12,12 +12,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.checkpoints.containers import Source, Stored
+from common.checkpoints.containers.pickled import shown
 from common.checkpoints.containers.state_dict import (
     BFLOAT16,
     little,
     raw_type,
     renamed,
-    shown,
     widened,
     widened_type,
 )

@@ -1,16 +1,18 @@
 """A PyTorch state_dict, whatever file it is in: its types, its strided tensors, and what tools wrap around it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
-from common.checkpoints.containers import Stored, widened_bfloat16
-from common.checkpoints.containers.pickled import Named, PickledTensor
+from common.architectures.layers import Shape
+from common.checkpoints.containers import Stored, pickled, widened_bfloat16
+from common.checkpoints.containers.pickled import Data, Inert, shown
 from common.errors import CheckpointError
 from common.files import reason
 
@@ -40,6 +42,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _AVERAGED = "n_averaged"
 _MOST_EXPANDED = 2**22  # elements of a tensor that has more of them than its storage
 _LONGEST_NAME = 200
+_MOST_AXES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,88 @@ class Storage:
     dtype: str
     numel: int
     values: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """A tensor as a pickle describes it: a strided view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+def unpickled(stream: IO[bytes], persistent: Callable[[Any], Any]) -> Any:
+    """What is pickled next in `stream`; `persistent` returns a `Storage`. Raises `CheckpointError`."""
+    advice = "Where you trust it, load it with its own library and save model.state_dict() alone"
+    return pickled.read(stream, _known, persistent, advice)
+
+
+def _known(name: str) -> Any:
+    """What stands for a name that PyTorch or a training script pickles; Python 2 and 3 have different ones."""
+    return _MADE.get(name) or (Inert(name) if name in _HARMLESS or _TYPES.fullmatch(name) else None)
+
+
+def _ordered_dict(*arguments: Any) -> Data:
+    filled = Data()
+    match arguments:
+        case ([*_] as pairs,):  # how Python 2 pickles an OrderedDict
+            taken = list(pairs)
+            pairs.clear()  # or a small pickle that shows one list a million times would fill the memory
+            for key, value in taken:
+                filled[key] = value
+    return filled
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    if len(rest) > 2 and rest[2]:
+        raise CheckpointError("a tensor is a lazily negated or conjugated view; save a clone() of it")
+    (offset,) = _counts((offset,))
+    shape, strides = _counts(shape), _counts(strides)
+    if len(shape) != len(strides) or not isinstance(storage, Storage):
+        raise ValueError("a storage, and a stride for each axis")
+    return _Tensor(storage=storage, offset=offset, shape=shape, strides=strides)
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if len(values) > _MOST_AXES or not all(type(count) is int and 0 <= count < 2**63 for count in values):
+        raise ValueError("counts are integers that are not negative")
+    return tuple(values)
+
+
+def _parameter(tensor: Any, *rest: Any) -> Any:
+    return tensor
+
+
+def _subclass(rebuild: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
+    return rebuild(*arguments)
+
+
+_MADE: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _ordered_dict),
+    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), _tensor),
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.autograd.variable.Variable": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch.Size": _counts,
+}
+# What training scripts keep beside the weights. It is recognised to be skipped.
+_HARMLESS = {
+    "argparse.Namespace",
+    "_codecs.encode",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.ndarray",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "dict", "list", "bytearray")),
+    *(f"torch._utils._rebuild_{what}" for what in ("tensor_v3", "qtensor", "sparse_tensor", "meta_tensor_no_storage")),
+    "torch.Tensor",
+    "torch.device",
+    "torch.serialization._get_layout",
+}
+_TYPES = re.compile(r"torch\.((cuda|storage)\.)?\w+Storage|torch\.(bool|b?float\d+\w*|complex\d+|q?u?int\d+\w*)")
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -61,14 +146,9 @@ def mapped(path: Path) -> np.ndarray:
         raise CheckpointError(f"cannot be read: {reason(error)}") from None
 
 
-def shown(name: object) -> str:
-    """A name from a file, fit to stand in a line that a person reads."""
-    return "".join(c if c.isprintable() else "?" for c in str(name)[:80])
-
-
 def storage_type(named: object) -> str:
     """NumPy's name of the elements of a storage of a pickled type. Raises `CheckpointError`."""
-    name = named.name if isinstance(named, Named) else ""
+    name = named.name if isinstance(named, Inert) else ""
     dtype = STORAGES.get(name.rpartition(".")[2].removesuffix("Storage"))
     if dtype is None or not name.endswith("Storage"):
         raise CheckpointError(f"a tensor is stored as {shown(name) or 'no storage'}, which NumPy does not have")
@@ -105,11 +185,11 @@ def tensors_in(root: object) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """
     notes: list[str] = []
     state = _unwrapped(root, notes)
-    pickled = {name: value for name, value in state.items() if isinstance(value, PickledTensor)}
-    if left := [shown(name) for name in state if name not in pickled]:
+    found = {name: value for name, value in state.items() if isinstance(value, _Tensor)}
+    if left := [shown(name) for name in state if name not in found]:
         notes.append(f"left out what is no tensor: {_some(left)}")
-    tensors = {str(name): _stored(str(name), tensor) for name, tensor in pickled.items()}
-    if any(tensor.storage.dtype == "bfloat16" for tensor in pickled.values()):
+    tensors = {str(name): _stored(str(name), tensor) for name, tensor in found.items()}
+    if any(tensor.storage.dtype == "bfloat16" for tensor in found.values()):
         notes.append(BFLOAT16)
     tensors, more = renamed(tensors)
     return tensors, (*notes, *more)
@@ -157,14 +237,14 @@ def _unwrapped(root: object, notes: list[str]) -> Mapping[Any, Any]:
 
 def _holds_tensors(value: Mapping[Any, Any], depth: int) -> bool:
     """Whether there are tensors by name in a dictionary, or under a wrapper in it."""
-    if any(isinstance(tensor, PickledTensor) and isinstance(name, str) for name, tensor in value.items()):
+    if any(isinstance(tensor, _Tensor) and isinstance(name, str) for name, tensor in value.items()):
         return True
     inner = (value.get(key) for key in (*_WRAPPERS, *_AVERAGES))
     return depth > 0 and any(isinstance(item, Mapping) and _holds_tensors(item, depth - 1) for item in inner)
 
 
 def _kind(value: object) -> str:
-    return shown(value.name) if isinstance(value, Named) else type(value).__name__
+    return shown(value.name) if isinstance(value, Inert) else type(value).__name__
 
 
 def _some(names: list[str]) -> str:
@@ -172,11 +252,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:6]) + more
 
 
-def _stored(name: str, tensor: PickledTensor) -> Stored:
+def _stored(name: str, tensor: _Tensor) -> Stored:
     """Raises `CheckpointError` for a tensor that reaches out of its storage, or is expanded beyond measure."""
     storage = tensor.storage
-    if not isinstance(storage, Storage):
-        raise CheckpointError(f"{shown(name)} has no storage; fetch or make the file again")
     if max(tensor.shape, default=0) > 2**40:
         raise CheckpointError(f"{shown(name)} claims an axis of {max(tensor.shape)}; refused")
     size = prod(tensor.shape)
@@ -189,8 +267,8 @@ def _stored(name: str, tensor: PickledTensor) -> Stored:
     return Stored(shape=tensor.shape, dtype=widened_type(storage.dtype), read=partial(_read, tensor))
 
 
-def _read(tensor: PickledTensor) -> np.ndarray:
-    storage: Storage = tensor.storage
+def _read(tensor: _Tensor) -> np.ndarray:
+    storage = tensor.storage
     flat = storage.values()[tensor.offset :]
     # An axis of one element may have any stride, too long a one for NumPy as well.
     axes = zip(tensor.shape, tensor.strides, strict=True)
