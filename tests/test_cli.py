@@ -56,7 +56,15 @@ def test_list_shows_the_variants_that_match() -> None:
         "resnext101_32x8d",
         "resnext101_64x4d",
     ]
-    assert len(run("list").stdout.splitlines()) == 1 + len(architectures.variants())
+    rows = [line.split() for line in run("list").stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(architectures.variants())
+    depths = {name: depth for name, depth, *_ in rows}
+    assert {name: depths[name] for name in ("resnet18", "resnet50", "resnet152", "resnet20")} == {
+        "resnet18": "18",
+        "resnet50": "50",
+        "resnet152": "152",
+        "resnet20": "20",
+    }
 
 
 def test_show_gives_layers_shapes_parameters_and_multiply_adds() -> None:

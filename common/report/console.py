@@ -176,23 +176,31 @@ def _explain(compared: Comparison) -> Iterable[Text]:
 
 
 def variants(specs: Mapping[str, Spec]) -> Table:
-    """Named variants with their size and cost at 224 (or 32 for small images)."""
+    """Named variants with their depth, their size, and their cost for the images that they are usually fed."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("variant")
     for column in ("layers", "parameters", "statistics", "input", "multiply-adds"):
         table.add_column(column, justify="right")
     for name, spec in specs.items():
-        size = spec.input_size or ((224, 224) if spec.output_stride > 8 else (32, 32))
+        size = spec.default_size
         costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
         table.add_row(
             name,
-            str(sum(layer.kind in ("conv", "dense") for layer in spec.layers if "shortcut" not in layer.path)),
+            str(_depth(spec)),
             f"{sum(layer.parameter_count for layer in spec.layers):,}",
             f"{sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values()):,}",
             f"{size[0]}x{size[1]}",
             f"{sum(costs.values()) / 1e6:,.0f} M",
         )
     return table
+
+
+def _depth(spec: Spec) -> int:
+    """The most convolutions and dense layers that an image passes through: the number in the names of networks."""
+    depths = {INPUT: 0}
+    for layer in spec.layers:
+        depths[layer.path] = max(depths[path] for path in layer.inputs) + (layer.kind in ("conv", "dense"))
+    return max(depths.values())
 
 
 def layers(spec: Spec, size: tuple[int, int]) -> Table:
