@@ -17,6 +17,7 @@ import numpy as np
 
 from common.architectures import Spec
 from common.errors import BackendError, WeightsError
+from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
@@ -101,13 +102,22 @@ class FlaxBackend:
         return FlaxTrainer(spec, recipe, dtype, replica)
 
     def run(
-        self, model: Model, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
+        self,
+        model: Model,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        training: bool,
+        gradients: bool,
+        masks: Masks | None = None,
     ) -> dict[str, np.ndarray]:
+        from resnet_flax.layers import native_masks
         from resnet_flax.weights import from_collection
 
         # Variables are arguments, not constants of the compiled program, and nothing it returns is kept.
         images = images.astype(model.dtype, copy=False)
-        results = model.run(model.variables, images, labels, training=training, gradients=gradients)
+        given = native_masks(model.spec, masks or {})
+        results = model.run(model.variables, images, labels, given, training=training, gradients=gradients)
         trees = {"statistics": ("stat", "batch_stats"), "gradients": ("grad", "params")}
         for result, (prefix, collection) in trees.items():
             if (tree := results.pop(result, None)) is not None:
@@ -151,6 +161,7 @@ def _pass(
     variables: dict[str, Any],
     images: Any,
     labels: Any,
+    masks: dict[tuple[str, ...], Any],
     *,
     training: bool,
     gradients: bool,
@@ -159,17 +170,20 @@ def _pass(
     import jax
     from flax import linen as nn
 
+    from resnet_flax.layers import given_dropout
+
     def is_layer(layer: nn.Module, method: str) -> bool:
-        return method == "__call__" and isinstance(layer, nn.Conv | nn.BatchNorm | nn.Dense)
+        return method == "__call__" and isinstance(layer, nn.Conv | nn.BatchNorm | nn.Dense | nn.Dropout)
 
     def forward(params: Any, images: Any) -> tuple[Any, dict[str, Any]]:
-        output, state = module.apply(
-            variables | {"params": params},
-            images,
-            train=training,
-            mutable=["intermediates", "taps", *(["batch_stats"] if training else [])],
-            capture_intermediates=is_layer,
-        )
+        with given_dropout(masks):
+            output, state = module.apply(
+                variables | {"params": params},
+                images,
+                train=training,
+                mutable=["intermediates", "taps", *(["batch_stats"] if training else [])],
+                capture_intermediates=is_layer,
+            )
         results = _taps(spec, dict(state))
         if training:
             results["statistics"] = state.get("batch_stats", {})

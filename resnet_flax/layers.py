@@ -1,13 +1,17 @@
 """What every family of this backend is made of, and linen does another way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from common.architectures import Spec
 from common.errors import InputError
 
 
@@ -29,6 +33,33 @@ class BatchNorm(nn.BatchNorm):
             after: jax.Array = self.get_variable("batch_stats", "var")
             self.put_variable("batch_stats", "var", after + (after - self.momentum * before) / (count - 1))
         return y
+
+
+def native_masks(spec: Spec, masks: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
+    """Masks of dropout by the path of the module."""
+    if not masks:
+        return {}
+    paths = import_module(f"{__package__}.{spec.family}").native_paths(spec)
+    return {paths[path]: mask for path, mask in masks.items()}
+
+
+def given_dropout(masks: Mapping[tuple[str, ...], jax.Array]) -> AbstractContextManager[None]:
+    """While it lasts, each `nn.Dropout`, by its path, keeps in training the values where its mask is True.
+
+    A mask is of the shape of the layer's output.
+    """
+
+    def masked(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        if not isinstance(module, nn.Dropout) or context.method_name != "__call__" or module.path not in masks:
+            return call(*args, **kwargs)
+        x, *rest = args
+        deterministic = rest[0] if rest else kwargs.get("deterministic")
+        if nn.merge_param("deterministic", module.deterministic, deterministic):
+            return x
+        return jnp.where(masks[module.path], x / (1 - module.rate), 0)
+
+    return nn.intercept_methods(masked)
 
 
 def convolve(

@@ -29,10 +29,12 @@ with framework():
 
     from resnet_flax import checkpoints, distributed
     from resnet_flax.distributed import together
+    from resnet_flax.layers import given_dropout, native_masks
     from resnet_flax.optimizers import MOMENTS, optimizer
     from resnet_flax.weights import from_collection, to_variables
 
-Arguments = tuple[jax.Array, jax.Array, jax.Array]  # of a step: images, labels, learning rate
+# Of a step: images, labels, learning rate, and masks of dropout.
+Arguments = tuple[jax.Array, jax.Array, jax.Array, dict[tuple[str, ...], jax.Array]]
 
 FOLDER = "orbax"  # in the folder of a checkpoint, since orbax makes its own
 _PADDING = -1  # the label of an example that an evaluation does not count
@@ -46,13 +48,22 @@ class TrainState(train_state.TrainState):
 
 
 def train_step(
-    recipe: TrainingRecipe, state: TrainState, images: jax.Array, labels: jax.Array, learning_rate: jax.Array
+    recipe: TrainingRecipe,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    learning_rate: jax.Array,
+    masks: Mapping[tuple[str, ...], jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step on images (N, H, W, C) and labels (N,), and the step's ``loss`` and ``correct``."""
+    """The state after a step on images (N, H, W, C) and labels (N,), and the step's ``loss`` and ``correct``.
+
+    `masks` are those of every dropout, by the path of its module.
+    """
 
     def loss_fn(params: Any) -> Any:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+        with given_dropout(masks):
+            logits, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
         logits = _at_least_float32(logits)
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), recipe.label_smoothing
@@ -99,7 +110,7 @@ class FlaxTrainer:
         self._whole, self._split = distributed.shardings()
         self._step = jax.jit(
             partial(train_step, recipe),
-            in_shardings=(self._whole, self._split, self._split, self._whole),
+            in_shardings=(self._whole, self._split, self._split, self._whole, self._split),
             out_shardings=self._whole,
             donate_argnums=0,
         )
@@ -216,7 +227,8 @@ class FlaxTrainer:
 
     def _arguments(self, batch: Minibatch) -> Arguments:
         rate = np.asarray(batch.learning_rate, self._dtype)
-        return self._shared(batch.images), self._shared(batch.labels), jax.device_put(rate, self._whole)
+        masks = {path: self._shared(mask) for path, mask in native_masks(self._spec, batch.masks).items()}
+        return self._shared(batch.images), self._shared(batch.labels), jax.device_put(rate, self._whole), masks
 
     def _shared(self, array: np.ndarray) -> jax.Array:
         """This process's part of an array that all devices share. Copied: a pipeline may use its memory again."""

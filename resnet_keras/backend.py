@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,14 +20,17 @@ import numpy as np
 import resnet_keras
 from common import weights as canonical
 from common.architectures import Spec
+from common.training import dropout
+from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica, Trainer
 
 Tensors = dict[str, Any]
-# A function of (parameters, images, running statistics, labels) that returns the loss and (taps, new statistics).
-Forward = Callable[[Tensors, Any, Tensors, Any], tuple[Any, Any]]
+# A function of (parameters, images, running statistics, labels, masks of dropout) that returns the loss and (taps, new
+# statistics).
+Forward = Callable[[Tensors, Any, Tensors, Any, Sequence[Any]], tuple[Any, Any]]
 # The same with the slopes of the loss in the first two arguments added to what it returns, or None.
-Pass = Callable[[Tensors, Any, Tensors, Any], tuple[Any, Any, Any]]
+Pass = Callable[[Tensors, Any, Tensors, Any, Sequence[Any]], tuple[Any, Any, Any]]
 
 
 def start(threads: int) -> "KerasBackend":
@@ -122,7 +125,14 @@ class KerasBackend:
         return KerasTrainer(spec, recipe, dtype, replica)
 
     def run(
-        self, model: Any, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
+        self,
+        model: Any,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        training: bool,
+        gradients: bool,
+        masks: Masks | None = None,
     ) -> dict[str, np.ndarray]:
         import keras
 
@@ -138,11 +148,13 @@ class KerasBackend:
         kept = {name for layer in model.spec.layers for name in layer.statistics}
         # Copies or detached views of the values, which nothing in the pass assigns to.
         values = {name: keras.ops.stop_gradient(variable) for name, variable in native.items()}
+        given = [(masks or {})[layer.path] for layer in dropout.layers(model.spec)] if training else []
         loss, (taps, after), slopes = forward(
             {name: value for name, value in values.items() if name not in kept},
             keras.ops.convert_to_tensor(images, dtype=dtype),
             {name: value for name, value in values.items() if name in kept},
             keras.ops.convert_to_tensor(labels, dtype="int32"),
+            [keras.ops.convert_to_tensor(mask) for mask in given],
         )
         result = {f"tap/{path}": _array(tap) for path, tap in taps.items()} | {"loss": _array(loss)}
         if training:
@@ -156,23 +168,32 @@ class KerasBackend:
     def _pass(self, model: Any, training: bool, gradients: bool) -> Pass:
         import keras
 
+        from resnet_keras.layers import with_masks
         from resnet_keras.weights import layer_names, variables
 
         spec: Spec = model.spec
         names = layer_names(spec)
         outputs = {layer.path: model.get_layer(names[layer.path]).output for layer in spec.layers}
-        taps_model = keras.Model(model.input, outputs)
+        masked = [names[layer.path] for layer in dropout.layers(spec) if training]
+        taps_model = with_masks(keras.Model(model.input, outputs), masked)
         canonical_names = {id(variable): name for name, variable in variables(model).items()}
         trained = [canonical_names[id(variable)] for variable in taps_model.trainable_variables]
-        frozen = [canonical_names[id(variable)] for variable in taps_model.non_trainable_variables]
+        # Keras' own dropout has the state of its random numbers, which has no name and, in eval mode, no use.
+        frozen = [(canonical_names.get(id(one)), one) for one in taps_model.non_trainable_variables]
         last = spec.layers[-1]
 
-        def forward(parameters: Tensors, images: Any, statistics: Tensors, labels: Any) -> tuple[Any, Any]:
+        def forward(
+            parameters: Tensors, images: Any, statistics: Tensors, labels: Any, masks: Sequence[Any]
+        ) -> tuple[Any, Any]:
             values = parameters | statistics
             taps, after = taps_model.stateless_call(
-                [values[name] for name in trained], [values[name] for name in frozen], images, training=training
+                [values[name] for name in trained],
+                [values[name] if name else one.value for name, one in frozen],
+                (images, *masks) if masks else images,
+                training=training,
             )
-            return _loss(last.kind, taps[last.path], labels), (taps, dict(zip(frozen, after, strict=True)))
+            named = {name: value for (name, _), value in zip(frozen, after, strict=True) if name}
+            return _loss(last.kind, taps[last.path], labels), (taps, named)
 
         return self._adapter(forward, gradients)
 

@@ -1,6 +1,7 @@
 """What Keras has no layer for, on every one of its backends. Files saved with these need this package to load."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -61,6 +62,48 @@ class UnbiasedBatchNormalization(layers.BatchNormalization):  # type: ignore[mis
         import tensorflow as tf
 
         return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class GivenDropout(layers.Layer):  # type: ignore[misc]
+    """Dropout that is told what to keep: called with inputs and a mask of their shape, True where a value is kept."""
+
+    def __init__(self, rate: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rate = rate
+
+    def call(self, inputs: tuple[Any, Any], training: bool = False) -> Any:
+        values, kept = inputs
+        return ops.where(kept, values / (1 - self.rate), ops.zeros_like(values)) if training else values
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape[0]
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"rate": self.rate}
+
+
+def with_masks(model: keras.Model, names: Sequence[str]) -> keras.Model:
+    """The same layers, fed images and a mask for each of these, which are `layers.Dropout` and take it; in this order.
+
+    Everything is called again from the first of them on, and a layer that is called with more than tensors is not
+    called so here.
+    """
+    if not names:
+        return model
+    inputs = {name: keras.Input(model.get_layer(name).output.shape[1:], dtype="bool") for name in names}
+    anew: dict[int, Any] = {}
+
+    def renewed(tensors: Any) -> Any:
+        return keras.tree.map_structure(lambda tensor: anew.get(id(tensor), tensor), tensors)
+
+    for operation in model.operations:
+        if operation.name in inputs:
+            twin = GivenDropout(operation.rate, name=operation.name, dtype=operation.dtype_policy)
+            anew[id(operation.output)] = twin((renewed(operation.input), inputs[operation.name]))
+        elif any(id(tensor) in anew for tensor in keras.tree.flatten(operation.input)):
+            anew[id(operation.output)] = operation(renewed(operation.input))
+    return keras.Model((model.input, *inputs.values()), renewed(model.output), name=model.name)
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")

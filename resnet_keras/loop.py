@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,11 +18,13 @@ class Feed:
 
     Keras takes batches ahead of the step it is at, TensorFlow in a thread of its own, and under `tf.distribute` begins
     twice. So one batch more is read before one is given away: the learning rate is known when a step begins, and
-    whether there is another one when it ends. An error while reading ends the batches; those before it are trained.
+    whether there is another one when it ends. Behind the images are the masks of the paths in `dropout`. An error
+    while reading ends the batches; those before it are trained.
     """
 
-    def __init__(self, batches: Iterable[Minibatch]) -> None:
+    def __init__(self, batches: Iterable[Minibatch], dropout: Sequence[str] = ()) -> None:
         self.error: Exception | None = None
+        self._dropout = dropout
         self._batches = iter(batches)
         self._held: deque[Minibatch] = deque()
         self._done = 0
@@ -55,15 +57,20 @@ class Feed:
             return self._generate()
         import tensorflow as tf
 
-        first = self._held[0]
-        signature = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in (first.images, first.labels)]
-        return tf.data.Dataset.from_generator(self._generate, output_signature=tuple(signature)).prefetch(2)
+        first = keras.tree.map_structure(
+            lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), self._example(self._held[0])
+        )
+        return tf.data.Dataset.from_generator(self._generate, output_signature=first).prefetch(2)
 
-    def _generate(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _example(self, batch: Minibatch) -> tuple[Any, np.ndarray]:
+        masks = [batch.masks[path] for path in self._dropout]
+        return (batch.images, *masks) if masks else batch.images, batch.labels
+
+    def _generate(self) -> Iterator[tuple[Any, np.ndarray]]:
         position = 0
         while (batch := self._at(position)) is not None:
             position += 1
-            yield batch.images, batch.labels
+            yield self._example(batch)
 
     def _at(self, position: int) -> Minibatch | None:
         with self._lock:

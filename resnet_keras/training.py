@@ -21,13 +21,15 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
+from common.training import dropout
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Measured, Minibatch, Replica
 from resnet_keras import distributed
+from resnet_keras.layers import with_masks
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
 from resnet_keras.objective import CrossEntropy, Tally
 from resnet_keras.optimizers import SGD, AdamW
-from resnet_keras.weights import read, variables
+from resnet_keras.weights import layer_names, read, variables
 
 _STATE = "state.keras"
 
@@ -50,14 +52,17 @@ class KerasTrainer:
         # XLA makes a training step of ResNet-50 twice as long on TensorFlow's CPU; on JAX nothing goes without it.
         jit = keras.backend.backend() == "jax"
         with distributed.scope(recipe.batch_size):
-            self._model = resnet_keras.from_spec(spec, kernel_initializer="zeros")
+            plain = resnet_keras.from_spec(spec, kernel_initializer="zeros")
+            self._dropout = tuple(layer.path for layer in dropout.layers(spec))
+            self._model = with_masks(plain, [layer_names(spec)[path] for path in self._dropout])
+            self._model.spec = spec
             distributed.synchronise(self._model)
             self._optimizer = _optimizer(self._model, recipe)
             self._optimizer.build(self._model.trainable_variables)
             smooth, plain = CrossEntropy(last == "dense", recipe.label_smoothing), CrossEntropy(last == "dense")
             self._model.compile(self._optimizer, smooth, metrics=[Tally(smooth)], jit_compile=jit)
             # The same layers, with what an evaluation measures.
-            self._evaluator = keras.Model(self._model.input, self._model.output)
+            self._evaluator = keras.Model(plain.input, plain.output)
             self._evaluator.compile(loss=plain, metrics=[Tally(plain, of_all=True)], jit_compile=jit)
 
     def load(self, weights: canonical.Weights) -> None:
@@ -71,7 +76,7 @@ class KerasTrainer:
 
     def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         self._set_types()
-        feed = Feed(batches)
+        feed = Feed(batches, self._dropout)
         steps = Steps(self._model, feed, lambda found: distributed.agree(self._replica, after(found)))
         with closing(feed), distributed.together(self._replica):
             if feed:

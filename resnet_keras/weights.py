@@ -92,7 +92,7 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
         raise WeightsError(f"the model is not its spec's: it has no layer {absent[0]}")
     found = {name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays}
     known = {id(variable) for variable in found.values()}
-    unnamed = [variable.path for variable in model.variables if id(variable) not in known]
+    unnamed = [variable.path for variable in model.weights if id(variable) not in known]
     if unnamed:
         raise WeightsError(f"the model is not its spec's: it also has {unnamed[0]}")
     return found

@@ -16,6 +16,7 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.errors import BackendError
+from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica
 from common.weights import Weights
@@ -26,6 +27,7 @@ with framework():
     from torch import Tensor, nn
     from torch.nn import functional as F
 
+    from resnet_torch.layers import given_dropout, native_masks
     from resnet_torch.training import TorchTrainer
     from resnet_torch.weights import canonical, export_weights, load_weights, slots
 
@@ -94,7 +96,14 @@ class TorchBackend:
         return TorchTrainer(spec, recipe, dtype, self._device, replica)
 
     def run(
-        self, model: nn.Module, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
+        self,
+        model: nn.Module,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        training: bool,
+        gradients: bool,
+        masks: Masks | None = None,
     ) -> dict[str, np.ndarray]:
         spec: Spec = model.spec  # type: ignore[assignment]
         table = slots(spec)
@@ -108,7 +117,8 @@ class TorchBackend:
         with _traceless(model), torch.set_grad_enabled(gradients):
             model.train(training)
             inputs.requires_grad_(gradients)
-            with _tapped(model, spec, taps):
+            given = native_masks(spec, masks or {}, self._device)
+            with given_dropout(model, given), _tapped(model, spec, taps):
                 loss = _loss(spec.layers[-1], model(inputs), targets)
             results |= {f"tap/{layer.path}": taps[layer.path].cpu().numpy() for layer in spec.layers}
             results["loss"] = loss.detach().cpu().numpy()

@@ -1,15 +1,19 @@
 """What every family of this backend is made of: padding by name, batch norm, and where a layer's output is found."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from functools import partial
+from importlib import import_module
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.architectures import Spec
 from common.architectures.layers import Padding, RunningVariance
 
 NormLayer = Callable[[int], nn.Module]
@@ -129,6 +133,31 @@ def batch_norm2d(*, eps: float, momentum: float, running_variance: RunningVarian
     share = float(1 - Decimal(repr(momentum)))
     layer = BiasedBatchNorm2d if running_variance == "biased" else nn.BatchNorm2d
     return partial(layer, eps=eps, momentum=share)
+
+
+def native_masks(spec: Spec, masks: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Masks of dropout by the name of the module, in PyTorch's layout."""
+    if not masks:
+        return {}
+    nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
+    tensors = {nodes[path].module: torch.tensor(mask, device=device) for path, mask in masks.items()}
+    return {name: mask.permute(0, 3, 1, 2) if mask.ndim == 4 else mask for name, mask in tensors.items()}
+
+
+@contextmanager
+def given_dropout(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, each `nn.Dropout`, by its name in the model, keeps in training the values where its mask is True.
+
+    A mask is of the shape of the layer's output.
+    """
+    with ExitStack() as hooks:
+        for name, mask in masks.items():
+            hooks.callback(model.get_submodule(name).register_forward_hook(partial(_masked, mask)).remove)
+        yield
+
+
+def _masked(mask: Tensor, module: nn.Dropout, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return torch.where(mask, inputs[0] / (1 - module.p), 0) if module.training else output
 
 
 class Node(NamedTuple):

@@ -26,6 +26,7 @@ with framework():
 
     from resnet_torch import distributed, optimizers
     from resnet_torch.distributed import together
+    from resnet_torch.layers import given_dropout, native_masks
     from resnet_torch.weights import Slot, canonical, load_weights, slots
 
 FILE = "state.pt"
@@ -162,7 +163,8 @@ class TorchTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = batch.learning_rate
         images, labels = self._tensors(batch)
-        output = self._forward(self._parallel, images)
+        with given_dropout(self._model, native_masks(self._spec, batch.masks, self._device)):
+            output = self._forward(self._parallel, images)
         loss = F.cross_entropy(output, labels, label_smoothing=self._recipe.label_smoothing)
         loss.backward()
         if self._recipe.clip_norm is not None:

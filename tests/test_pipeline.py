@@ -21,7 +21,7 @@ from common import datasets, images
 from common.datasets import Dataset, Examples, Records
 from common.datasets.base import Bytes
 from common.errors import DataError, RecipeError, TrainingError
-from common.training import augment, pipeline
+from common.training import augment, pipeline, streams
 from common.training.augment import DRAWS
 from common.training.recipe import Augmentation, TrainingRecipe
 from common.training.trainer import Replica
@@ -381,7 +381,7 @@ class TestAugmentation:
         assert np.array_equal(made, np.asarray(bright))
 
     def test_one_example_is_that_of_a_batch(self):
-        key = pipeline._spread(AUGMENTED.seed, pipeline._AUGMENTATION)
+        key = streams.key(AUGMENTED.seed, streams.AUGMENTATION)
         made, labels = batches(start=3, stop=4)[0]
         for place in range(BATCH):
             generator = np.random.Generator(np.random.Philox(key=key, counter=(3 * BATCH + place) * 8))

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.architectures import Spec
+from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
@@ -46,9 +47,16 @@ class Backend(Protocol):
         ...
 
     def run(
-        self, model: Any, images: np.ndarray, labels: np.ndarray, *, training: bool, gradients: bool
+        self,
+        model: Any,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        training: bool,
+        gradients: bool,
+        masks: Masks | None = None,
     ) -> dict[str, np.ndarray]:
-        """One pass over images (N, H, W, C) and labels (N,).
+        """One pass over images (N, H, W, C) and labels (N,); with `training` the masks of every dropout.
 
         Returns, in canonical layout and in the dtype it was computed in:
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
 from common.errors import RecipeError
+from common.training import streams
 from common.training.augment import DRAWS, examples
 from common.training.loaders import Team
 from common.training.recipe import Augmentation, TrainingRecipe, shared
@@ -33,8 +34,6 @@ from common.training.trainer import SINGLE, Replica
 Arrays = tuple[np.ndarray, np.ndarray]
 Make = Callable[[int], Arrays]
 
-# What the seed is used for; each has random numbers of its own.
-_ORDER, _AUGMENTATION = 0, 1
 _WORDS = 4  # of a block of Philox
 _AHEAD = 2  # so many batches are ready, or in the making, while one is used
 
@@ -71,7 +70,7 @@ def training_batches(
     share = shared(recipe.batch_size, replica.count, "processes")
     steps = steps_per_epoch(dataset, recipe)
     trained, _ = _parts(dataset, recipe)
-    load = _load(dataset, recipe, trained, dtype, key=_spread(recipe.seed, _AUGMENTATION))
+    load = _load(dataset, recipe, trained, dtype, key=streams.key(recipe.seed, streams.AUGMENTATION))
     train = _Train(load, recipe.seed, recipe.batch_size, steps, replica.rank * share, share)
     return _prepared(train, range(start, stop), workers)
 
@@ -162,14 +161,8 @@ def draws_at(key: np.ndarray, position: int, count: int) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The numbers below `count` in the order of an epoch."""
-    # Not NumPy's own shuffles, which may change from release to release; the words of a bit generator never do.
-    words = np.random.Philox(key=_spread(seed, _ORDER, epoch)).random_raw(count)
+    words = np.random.Philox(key=streams.key(seed, streams.ORDER, epoch)).random_raw(count)
     return np.argsort(words, kind="stable")
-
-
-def _spread(seed: int, *use: int) -> np.ndarray:
-    """A key of Philox. Spread out: of neighbouring seeds and epochs nothing else may be alike."""
-    return np.random.SeedSequence(seed, spawn_key=use).generate_state(2, np.uint64)
 
 
 def _parts(dataset: Dataset, recipe: TrainingRecipe) -> tuple[Examples, Examples]:

@@ -12,6 +12,10 @@ The update of a parameter p with gradient g at learning rate η, as `TrainingRec
    ``m̂ = m / (1-β1^t)`` and ``v̂ = v / (1-β2^t)``, t counting from 1 (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1).
 4. The moving average of the weights is the weights after the first step, then
    ``a = ema_decay * a + (1-ema_decay) * p``. Running statistics are not averaged again.
+
+Where the network has dropout, which values a step drops follows from the seed, the layer and the image's place in the
+training alone (common/training/dropout.py): the same ones in all frameworks, however many processes share a batch, and
+in a run that goes on.
 """
 
 import json
@@ -87,7 +91,7 @@ class TrainingRecipe(Checked):
     ema_decay: Between | None = None
     precision: Precision = "float32"  # of the network's arithmetic; parameters are float32 in both
     zero_gamma: bool = False  # the last norm's scale of every block begins at zero
-    seed: Natural = 0  # of initial weights, order and augmentation
+    seed: Natural = 0  # of initial weights, order, augmentation and dropout
     # So many training examples, the last of a fixed permutation, are held out and evaluated after every epoch, the test
     # images at the end alone.
     validation: Natural = 0

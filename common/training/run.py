@@ -23,7 +23,7 @@ from common.backends.protocol import Backend
 from common.datasets import Dataset, Examples
 from common.errors import TrainingError
 from common.files import reason, written
-from common.training import pipeline
+from common.training import dropout, pipeline
 from common.training import recipe as recipes
 from common.training.metrics import Metrics, read
 from common.training.recipe import TrainingRecipe
@@ -231,7 +231,10 @@ class Run:
             plan.dataset, plan.recipe, start=start, stop=stop, replica=self.replica, workers=self.workers
         )
         for step, (images, labels) in enumerate(arrays, start):
-            yield Minibatch(images=images, labels=labels, learning_rate=self._rate(step))
+            share = len(labels)
+            first = step * plan.recipe.batch_size + self.replica.rank * share
+            masks = dropout.masks(plan.spec, images.shape[1:3], plan.recipe.seed, first + np.arange(share))
+            yield Minibatch(images=images, labels=labels, learning_rate=self._rate(step), masks=masks)
 
     def _rate(self, step: int) -> float:
         return self.plan.recipe.learning_rate_at(step, self._epoch)
@@ -316,7 +319,7 @@ def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, b
             return f"the step before left {name} not finite"
     model = backend.build(spec, "float32")
     backend.load(model, weights)
-    arrays = backend.run(model, batch.images, batch.labels, training=True, gradients=False)
+    arrays = backend.run(model, batch.images, batch.labels, training=True, gradients=False, masks=batch.masks)
     for layer in spec.layers:
         if not np.isfinite(arrays[f"tap/{layer.path}"]).all():
             return f"{layer.path} is the first layer whose output is not finite"

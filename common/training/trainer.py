@@ -5,12 +5,13 @@ backend (resnet_X/training.py) owns the model, the optimiser and the loop, in it
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from common.training.dropout import Masks
 from common.weights import Weights
 
 
@@ -24,6 +25,7 @@ class Minibatch:
     images: np.ndarray  # (N, H, W, C), float32 or float64
     labels: np.ndarray  # (N,), int64
     learning_rate: float = 0.0
+    masks: Masks = field(default_factory=dict)  # of every dropout in the network, for a step; none in an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
