@@ -18,6 +18,7 @@ from common.backends.protocol import Backend
 from common.parity import record, steps
 from common.parity.orders import orders
 from common.parity.record import Manifest
+from common.training import dropout
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -118,7 +119,8 @@ class _Network:
     """The passes of the modes eval, train, grad and exact."""
 
     def __init__(self, backend: Backend, spec: Spec, request: MakeRecord, clock: Clock) -> None:
-        self._backend, self._clock = backend, clock
+        self._backend, self._spec, self._clock = backend, spec, clock
+        self._seed = request.given["seed"]
         self._modes, dtype = tuple(request.given["modes"]), request.given["dtype"]
         self._images, self._labels = _batch(request.inputs, dtype)
         with clock.step("build"):
@@ -134,9 +136,10 @@ class _Network:
         """Hand every array to `keep`; with `draw` for images that are moved by an ulp, with `order` for images in
         another order, as the arrays are then."""
         images = self._images if draw is None else canonical.perturb_array(self._images, draw, "input")
-        labels = self._labels
+        labels, positions = self._labels, np.arange(len(images))
         if order is not None:
-            images, labels = images[order], labels[order]
+            images, labels, positions = images[order], labels[order], positions[order]
+        masks = dropout.masks(self._spec, images.shape[1:3], self._seed, positions)
         for run in record.passes(self._modes):
             with self._clock.step(run) if draw is None and order is None else nullcontext():
                 arrays = self._backend.run(
@@ -145,6 +148,7 @@ class _Network:
                     labels,
                     training=run == "train",
                     gradients="grad" in self._modes and run != "exact",
+                    masks=masks if run == "train" else None,
                 )
             for name, array in arrays.items():
                 keep(f"{run}/{name}", array)
@@ -154,7 +158,7 @@ class _Training:
     """The optimiser steps of mode steps."""
 
     def __init__(self, backend: Backend, spec: Spec, recipe: TrainingRecipe, request: MakeRecord, clock: Clock) -> None:
-        self._recipe, self._clock = recipe, clock
+        self._spec, self._recipe, self._clock = spec, recipe, clock
         self._dtype = request.given["dtype"]
         self._images, self._labels = _batch(request.batches, self._dtype)
         with clock.step("build"):
@@ -175,12 +179,13 @@ class _Training:
             keep(name, array)
 
         images = self._images if draw is None else canonical.perturb_array(self._images, draw, "batches")
-        labels = self._labels
+        labels, positions = self._labels, np.arange(self._labels.size).reshape(self._labels.shape)
         if order is not None:
-            images, labels = images[:, order], labels[:, order]
+            images, labels, positions = images[:, order], labels[:, order], positions[:, order]
+        masks = [dropout.masks(self._spec, images.shape[2:4], self._recipe.seed, row) for row in positions]
         rates = steps.rates(self._recipe, self._dtype, draw)
         with self._clock.step("steps") if draw is None and order is None else nullcontext():
-            steps.take(self._trainer, images, labels, rates, keep_and_tell)
+            steps.take(self._trainer, images, labels, rates, keep_and_tell, masks)
 
 
 def is_of_images(name: str) -> bool:

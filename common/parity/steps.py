@@ -14,6 +14,7 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import Shape
 from common.parity.levels import UNIT
+from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Measured, Minibatch, Trainer
 
@@ -108,16 +109,17 @@ def take(
     labels: np.ndarray,
     learning_rates: Sequence[float],
     keep: Callable[[str, np.ndarray], None],
+    masks: Sequence[Masks],
 ) -> None:
     """Take steps with a trainer that has its weights; hand `keep` every array of `expected` as it comes.
 
-    `images` are (steps, N, H, W, C), `labels` (steps, N), and `learning_rates` one for each step.
+    `images` are (steps, N, H, W, C), `labels` (steps, N), `learning_rates` and `masks` of dropout one for each step.
     """
     last, done = len(images), 0
 
     def batches() -> Iterator[Minibatch]:
         for step, rate in enumerate(learning_rates):
-            yield Minibatch(images=images[step], labels=labels[step], learning_rate=rate)
+            yield Minibatch(images=images[step], labels=labels[step], learning_rate=rate, masks=masks[step])
 
     def after(measured: Measured) -> bool:
         nonlocal done
