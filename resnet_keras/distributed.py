@@ -8,18 +8,13 @@ On TensorFlow: `tf.distribute.MirroredStrategy` over the devices of one process,
 does not train over several processes there (github.com/keras-team/keras/issues/20585).
 """
 
-import atexit
-import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from common.errors import TrainingError
-from common.files import reason
 from common.training import cluster
 from common.training.recipe import shared
 from common.training.trainer import Replica
@@ -32,11 +27,10 @@ TIMEOUT = 30
 
 class _State:
     joined = False
-    lost = False  # another process is gone
 
 
 def join() -> Replica:
-    """Join the other processes of a training, before `backend.start`.
+    """Join the other processes of a training, before the backend's `start`.
 
     On JAX they are those of a cluster that it knows (Slurm, Open MPI, Kubernetes, Cloud TPU). Elsewhere every process
     is started with ``RESNET_PARITY_COORDINATOR=host:port`` (of process 0, a port that is free there),
@@ -61,54 +55,19 @@ def join() -> Replica:
 
 
 def _join_jax() -> Replica:
-    address, *numbers = cluster.complete()
     with framework():
         import jax
         from jax._src.distributed import global_state
-    atexit.register(_leave)  # at once: what is registered first is done last
     # JAX would take SIGTERM for purposes of its own; a run ends by it, with a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        count, rank = (None if number is None else int(number) for number in numbers)
-        with cluster.waiting(2 * TIMEOUT):
-            jax.distributed.initialize(
-                address, count, rank, initialization_timeout=4 * TIMEOUT, heartbeat_timeout_seconds=TIMEOUT
-            )
-    except (RuntimeError, ValueError) as error:
-        hint = (
-            f"are all running, and is {address} reachable" if address else f"is this no cluster? Set {cluster.SETTINGS}"
-        )
-        raise TrainingError(f"the other processes cannot be joined: {reason(error)}; {hint}?") from None
-    # `jax.process_index` would begin to use the devices, before `backend.start` has said how.
+    cluster.join(jax.distributed.initialize, TIMEOUT)
+    # `jax.process_index` would begin to use the devices, before the backend's `start` has said how.
     return Replica(rank=global_state.process_id, count=global_state.num_processes)
 
 
-def _leave() -> None:
-    """JAX's own end waits for processes that are gone, and then aborts this one with a stack trace."""
-    if _State.lost:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
-
-
-@contextmanager
-def together(replica: Replica) -> Iterator[None]:
-    """Raises `TrainingError` where another process ends or does not answer."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if replica.count == 1 or not any(
-            name in text for name in ("Gloo", "NCCL", "coordination", "DEADLINE_EXCEEDED")
-        ):
-            raise
-        _State.lost = True
-        raise TrainingError(
-            f"process {replica.rank} of {replica.count}: another process ended or did not answer "
-            f"({reason(error)[:120]}); its own output says why; start all of them again with --resume"
-        ) from None
+def together(replica: Replica) -> AbstractContextManager[None]:
+    """Raises `TrainingError` where another process ends or does not answer. Any error within ends the others too."""
+    return cluster.together(replica, TIMEOUT)
 
 
 def agree(replica: Replica, yes: bool) -> bool:

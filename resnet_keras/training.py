@@ -52,9 +52,9 @@ class KerasTrainer:
         # XLA makes a training step of ResNet-50 twice as long on TensorFlow's CPU; on JAX nothing goes without it.
         jit = keras.backend.backend() == "jax"
         with distributed.scope(recipe.batch_size):
-            plain = resnet_keras.from_spec(spec, kernel_initializer="zeros")
+            network = resnet_keras.from_spec(spec, kernel_initializer="zeros")
             self._dropout = tuple(layer.path for layer in dropout.layers(spec))
-            self._model = with_masks(plain, [layer_names(spec)[path] for path in self._dropout])
+            self._model = with_masks(network, [layer_names(spec)[path] for path in self._dropout])
             self._model.spec = spec
             distributed.synchronise(self._model)
             self._optimizer = _optimizer(self._model, recipe)
@@ -62,7 +62,7 @@ class KerasTrainer:
             smooth, plain = CrossEntropy(last == "dense", recipe.label_smoothing), CrossEntropy(last == "dense")
             self._model.compile(self._optimizer, smooth, metrics=[Tally(smooth)], jit_compile=jit)
             # The same layers, with what an evaluation measures.
-            self._evaluator = keras.Model(plain.input, plain.output)
+            self._evaluator = keras.Model(network.input, network.output)
             self._evaluator.compile(loss=plain, metrics=[Tally(plain, of_all=True)], jit_compile=jit)
 
     def load(self, weights: canonical.Weights) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import ParityError, TrainingError
 from common.files import reason
+from common.training import cluster
 from common.training.trainer import Replica
 from resnet_torch import framework
 
@@ -69,10 +70,7 @@ def together(replica: Replica) -> Iterator[None]:
         lost = isinstance(error, distributed.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
         if isinstance(error, ParityError) or replica.count == 1 or not lost:
             raise
-        raise TrainingError(
-            f"process {replica.rank} of {replica.count}: another process ended or did not answer within "
-            f"{TIMEOUT.seconds} s; its own output says why; start all of them again with --resume"
-        ) from None
+        raise cluster.lost(replica, TIMEOUT.seconds) from None
 
 
 def total(replica: Replica, values: Tensor) -> Tensor:
