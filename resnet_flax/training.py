@@ -15,7 +15,7 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.training.recipe import TrainingRecipe, shared
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
 from common.weights import Weights
 from resnet_flax import framework, from_spec
 
@@ -251,12 +251,8 @@ def _taken(ahead: Iterator[Arguments]) -> tuple[Arguments | None, Exception | No
 
 def _with_logits(spec: Spec) -> Spec:
     """The spec without a softmax at its end, which is left to the loss: there, no probability underflows."""
-    last = spec.layers[-1]
-    if last.kind == "softmax":
-        return spec.replace(head="logits")
-    if last.kind != "dense":
-        raise TrainingError(f"the network ends in {last.path} and has no classifier to train; give it a head of logits")
-    return spec
+    check_trainable(spec)
+    return spec.with_head(head="logits")
 
 
 def _at_least_float32(logits: jax.Array) -> jax.Array:

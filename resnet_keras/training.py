@@ -23,7 +23,7 @@ from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training import dropout
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
 from resnet_keras import distributed
 from resnet_keras.layers import with_masks
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
@@ -39,11 +39,7 @@ class KerasTrainer:
 
     def __init__(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> None:
         """Raises `TrainingError` for a network without a classifier, and as `distributed.scope`."""
-        last = spec.layers[-1].kind
-        if last not in ("dense", "softmax"):
-            raise TrainingError(
-                f"the network ends in {spec.layers[-1].path} and has no classifier to train; give the spec a head"
-            )
+        check_trainable(spec)
         self._replica = replica
         self._dtype = dtype
         mixed = recipe.precision == "bfloat16" and dtype == "float32"
@@ -59,7 +55,8 @@ class KerasTrainer:
             distributed.synchronise(self._model)
             self._optimizer = _optimizer(self._model, recipe)
             self._optimizer.build(self._model.trainable_variables)
-            smooth, plain = CrossEntropy(last == "dense", recipe.label_smoothing), CrossEntropy(last == "dense")
+            of_logits = spec.head == "logits"
+            smooth, plain = CrossEntropy(of_logits, recipe.label_smoothing), CrossEntropy(of_logits)
             self._model.compile(self._optimizer, smooth, metrics=[Tally(smooth)], jit_compile=jit)
             # The same layers, with what an evaluation measures.
             self._evaluator = keras.Model(network.input, network.output)

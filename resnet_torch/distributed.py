@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from common.architectures import Spec
 from common.errors import ParityError, TrainingError
 from common.files import reason
 from common.training import cluster
@@ -23,7 +24,7 @@ with framework():
     from torch import Tensor, distributed, nn
     from torch.nn.parallel import DistributedDataParallel
 
-    from resnet_torch.layers import BiasedBatchNorm2d
+    from resnet_torch.layers import BiasedBatchNorm2d, nodes
 
 # How long a process waits for another. One that was killed is noticed at once, by its connections; a machine that lost
 # its power only by this, and within a minute.
@@ -90,7 +91,7 @@ def sharding(replica: Replica) -> bool:
     return replica.count > 1 and os.environ.get("RESNET_PARITY_FSDP") == "1"
 
 
-def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Module:
+def parallel(model: nn.Module, spec: Spec, replica: Replica, device: torch.device) -> nn.Module:
     """The model as it is to be called in training: its gradients are then those of the global batch.
 
     DistributedDataParallel lays gradients out anew after its first step. Of three or more processes the order of a sum
@@ -101,9 +102,9 @@ def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Mod
     if sharding(replica):
         from torch.distributed.fsdp import fully_shard  # half a second that nothing else needs
 
-        # Block by block: more than a block's parameters need never be whole at a time.
-        for block in (block for stage in model.children() if isinstance(stage, nn.Sequential) for block in stage):
-            fully_shard(block)
+        # Group by group: more than the parameters of one need never be whole at a time.
+        for group in _groups(model, spec):
+            fully_shard(group)
         # Of the outermost, else, an evaluation leaves the parameters whole, which are others than the optimiser's.
         fully_shard(model, reshard_after_forward=True)
         return model
@@ -112,6 +113,16 @@ def parallel(model: nn.Module, replica: Replica, device: torch.device) -> nn.Mod
         device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+def _groups(model: nn.Module, spec: Spec) -> list[list[nn.Module]]:
+    """The modules of every group of layers whose parameters are used together."""
+    places, groups = nodes(spec), []
+    for paths in spec.layer_groups:
+        modules = {places[path].module: model.get_submodule(places[path].module) for path in paths}
+        if held := [module for module in modules.values() if any(True for _ in module.parameters(recurse=False))]:
+            groups.append(held)
+    return groups
 
 
 def whole(tensor: Tensor) -> Tensor:

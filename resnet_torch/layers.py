@@ -139,8 +139,8 @@ def native_masks(spec: Spec, masks: Mapping[str, np.ndarray], device: torch.devi
     """Masks of dropout by the name of the module, in PyTorch's layout."""
     if not masks:
         return {}
-    nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
-    tensors = {nodes[path].module: torch.tensor(mask, device=device) for path, mask in masks.items()}
+    places = nodes(spec)
+    tensors = {places[path].module: torch.tensor(mask, device=device) for path, mask in masks.items()}
     return {name: mask.permute(0, 3, 1, 2) if mask.ndim == 4 else mask for name, mask in tensors.items()}
 
 
@@ -158,6 +158,12 @@ def given_dropout(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[Non
 
 def _masked(mask: Tensor, module: nn.Dropout, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return torch.where(mask, inputs[0] / (1 - module.p), 0) if module.training else output
+
+
+def nodes(spec: Spec) -> "dict[str, Node]":
+    """Where the output of every layer of the walk is found in the model that its family makes."""
+    found: dict[str, Node] = import_module(f"{__package__}.{spec.family}").nodes(spec)
+    return found
 
 
 class Node(NamedTuple):

@@ -4,17 +4,16 @@ Several processes train one network together with what resnet_torch/distributed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 
-from common.architectures import Spec
+from common.architectures import Spec, output
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica
+from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
 from common.weights import Weights, check_names
 from resnet_torch import framework, from_spec
 
@@ -26,7 +25,7 @@ with framework():
 
     from resnet_torch import distributed, optimizers
     from resnet_torch.distributed import together
-    from resnet_torch.layers import given_dropout, native_masks
+    from resnet_torch.layers import given_dropout, native_masks, nodes
     from resnet_torch.weights import Slot, canonical, load_weights, slots
 
 FILE = "state.pt"
@@ -56,8 +55,8 @@ class TorchTrainer:
             self._average = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
         with together(replica):
             if sharded and self._average is not None:
-                distributed.parallel(self._average.module, replica, device)
-            self._parallel = distributed.parallel(self._model, replica, device)
+                distributed.parallel(self._average.module, spec, replica, device)
+            self._parallel = distributed.parallel(self._model, spec, replica, device)
         self._optimizer = optimizers.make(self._model, spec, recipe, fused=None if sharded else True)
 
     def load(self, weights: Weights) -> None:
@@ -209,12 +208,9 @@ class TorchTrainer:
 
 def _logits(model: nn.Module, spec: Spec) -> nn.Module:
     """The model without a softmax at its end, which is left to the loss: there, no probability underflows."""
-    last = spec.layers[-1]
-    if last.kind == "softmax":
-        node = import_module(f"{__package__}.{spec.family}").nodes(spec)[last.path]
-        model.set_submodule(node.module, nn.Identity())
-    elif last.kind != "dense":
-        raise TrainingError(f"the network ends in {last.path} and has no classifier to train; give it a head of logits")
+    check_trainable(spec)
+    if spec.head == "softmax":
+        model.set_submodule(nodes(spec)[output(spec).path].module, nn.Identity())
     return model
 
 

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from common.architectures import Spec, logits, output
+from common.errors import TrainingError
 from common.training.dropout import Masks
 from common.weights import Weights
 
@@ -50,6 +52,14 @@ class Replica:
 
 
 SINGLE = Replica()
+
+
+def check_trainable(spec: Spec) -> None:
+    """Raise `TrainingError` for a network without classes to learn."""
+    if logits(spec) is None:
+        raise TrainingError(
+            f"the network ends with {output(spec).path} and has no classifier to train; give the spec a head of logits"
+        )
 
 
 class Trainer(Protocol):
