@@ -369,3 +369,23 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert lines[0].startswith("resnet-parity: ")
     for text in says:
         assert text in lines[0]
+
+
+def test_evaluate_refuses_a_network_that_tells_other_classes_apart_whatever_its_end(tmp_path: Path) -> None:
+    # Of a softmax the classes do not stand in the last layer.
+    for head, classes, says in (
+        ("softmax", 1000, "tells 1000 classes apart; digits has 10: choose other data"),
+        ("logits", 12, "tells 12 classes apart; digits has 10"),
+        ("none", 10, "has no classifier, so nothing can be counted"),
+    ):
+        spec = TINY.replace(in_channels=1).with_head(classes=classes, head=head, pool="average")
+        path = tmp_path / f"{head}.safetensors"
+        weights.save(path, spec, weights.randomize(spec, dtype="float32"))
+        done = run("evaluate", "--weights", path, "--data", "digits", cwd=tmp_path)
+        refused(done, f"{path} {says}")
+
+
+def test_train_refuses_images_of_another_size_than_the_one_the_network_takes(tmp_path: Path) -> None:
+    done = run("train", "vgg16.paper", "--data", "digits", "--out", tmp_path / "run", cwd=tmp_path)
+    refused(done, "8x8; vgg16.paper takes 224x224 alone: resize them, as --set augmentation.size=224")
+    assert not (tmp_path / "run").exists()

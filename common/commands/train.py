@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -15,11 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import architectures, checkpoints, datasets
 from common.architectures import Spec
-from common.backends import columns as backend
-from common.backends.columns import COLUMNS, cores, resolve
+from common.backends.columns import COLUMNS, cores, resolve, start_here
+from common.backends.protocol import Backend
+from common.checkpoints import load_fetched
+from common.commands.options import grouped
 from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
 from common.datasets import Dataset
 from common.errors import InputError
+from common.sources.downloads import fetch
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
@@ -31,18 +35,58 @@ _PANEL = "Train"
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
 _RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file."
-Data = Annotated[str, typer.Option("--data", metavar="digits|DIR", help=_DATA)]
-BackendName = Annotated[str, typer.Option("--backend", help=f"One of {', '.join(COLUMNS)}.")]
-Recipe = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE|PRESET", help=_RECIPE, show_default="the one made for the data")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="One field of the recipe, as lr=0.05; repeatable."),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the framework.", show_default="one per core")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images; 0: this one does.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
+_SETTING = "One field of the recipe, as lr=0.05; repeatable."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a network is trained or evaluated on, and by which recipe."""
+
+    data: Annotated[str, typer.Option("--data", metavar="digits|DIR", help=_DATA)] = "digits"
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE|PRESET", help=_RECIPE, show_default="the one made for the data"),
+    ] = None
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=_SETTING)] = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False
+
+    def open(self) -> Dataset:
+        """The data set, its images counted on the terminal."""
+        with counting("looking at images") as seen:
+            return datasets.open(self.data, skip_bad=self.skip_bad, seen=seen)
+
+    def by(self, default: TrainingRecipe | str, **changes: Any) -> TrainingRecipe:
+        """The recipe that is named, else this one or the preset of this name; then `changes`, then the settings."""
+        named = self.recipe or default
+        chosen = recipes.find(named) if isinstance(named, str) else named
+        return recipes.changed(chosen.replace(**changes), self.settings or [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What does the work, and with how much of this machine."""
+
+    name: Annotated[str, typer.Option("--backend", help=f"One of {', '.join(COLUMNS)}.")] = "torch"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the framework.", show_default="one per core")
+    ] = None
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images; 0: this one does.")] = 0
+
+    def start(self, column: str, processes: int = 1) -> tuple[Backend, int]:
+        """The backend of this column, in this process, and its threads: of this machine's cores an equal share."""
+        threads = self.threads or max(1, cores() // processes)
+        return start_here(column, threads), threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Which checkpoints a run writes, and whether it goes on from one."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")] = False
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints.", show_default="an epoch's")
+    ] = None
+    keep: Annotated[int, typer.Option(min=1, help="So many checkpoints stay.")] = 3
 
 
 @app.command(
@@ -53,64 +97,56 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that
     ),
 )
 @native_silence()
+@grouped
 def train(
     variant: Annotated[str, typer.Argument(help="A named variant, with as many channels and classes as the data.")],
     output: Annotated[Path, typer.Option("--out", metavar="RUN", help="The folder of the run.")],
-    name: BackendName = "torch",
-    data: Data = "digits",
-    recipe: Recipe = None,
-    settings: Settings = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")] = False,
+    engine: Engine,
+    material: Material,
+    keeping: Keeping,
     init: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with, as final.safetensors of another run.")
     ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints.", show_default="an epoch's")
-    ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="So many checkpoints stay.")] = 3,
-    threads: Threads = None,
-    workers: Workers = 0,
-    skip_bad: SkipBad = False,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="One of several processes that the framework's launcher started.")
     ] = False,
 ) -> None:
     """Train a network natively in one framework; a run that was killed goes on with --resume."""
-    column = resolve(name)
-    dataset = _opened(data, skip_bad)
-    chosen = recipes.changed(_recipe(recipe, dataset, output if resume else None), settings or [])
+    column = resolve(engine.name)
+    dataset = material.open()
+    before = runs.facts(output) if keeping.resume and (output / runs.FILE).exists() else None
+    recipe = material.by(recipes.from_dict(before["recipe"]) if before else dataset.recipe)
+    begun_with = Path(before["init"]) if before and before["init"] else None
     plan = Plan(
         variant=variant,
-        spec=_fitting(architectures.find(variant), variant, dataset, chosen),
+        spec=_fitting(architectures.find(variant), variant, dataset, recipe),
         dataset=dataset,
-        data=_absolute(data),
-        recipe=chosen,
+        data=_absolute(material.data),
+        recipe=recipe,
         backend=column,
-        init=init.absolute() if init else _begun_with(output) if resume else None,
+        init=init.absolute() if init else begun_with,
     )
     replica = _join(column) if distributed else SINGLE
-    begun = resume and (output / runs.FILE).exists()
-    if begun:
+    if before:
         runs.check_same(output, plan)
     elif plan.init is not None:
         checkpoints.load_for(plan.spec, plan.init)  # refused before anything is made
-    if resume and not begun and output.exists() and any(output.iterdir()):
+    if keeping.resume and not before and output.exists() and any(output.iterdir()):
         runs.facts(output)  # says what is missing
-    threads = threads or max(1, cores() // (replica.count if distributed else 1))
-    engine = backend.start_here(column, threads)
+    started, threads = engine.start(column, replica.count)
     for note in dataset.notes if replica.rank == 0 else ():
         _say(note)
     run = Run(
         plan=plan,
         folder=output,
-        backend=engine,
+        backend=started,
         replica=replica,
-        workers=workers,
-        keep=keep,
-        every=checkpoint_every,
+        workers=engine.workers,
+        keep=keeping.keep,
+        every=keeping.checkpoint_every,
     )
-    if not begun and replica.rank == 0:
-        runs.begin(output, plan, {"versions": engine.describe(), "threads": threads, "processes": replica.count})
+    if not before and replica.rank == 0:
+        runs.begin(output, plan, {"versions": started.describe(), "threads": threads, "processes": replica.count})
     with _stoppable() as stopped, _progress(plan, replica) as show:
         result = run.train(Observer(step=show, warn=_say, stop=lambda: bool(stopped)))
     if replica.rank == 0:
@@ -124,34 +160,27 @@ def train(
     epilog=examples("resnet-parity evaluate --weights runs/flax/final.safetensors --data digits --backend keras"),
 )
 @native_silence()
+@grouped
 def evaluate(
     weights: Annotated[str, typer.Option(metavar="FILE", help="A checkpoint of any format, a URL or a name.")],
-    name: BackendName = "torch",
-    data: Data = "digits",
-    recipe: Recipe = None,
-    settings: Settings = None,
-    threads: Threads = None,
-    workers: Workers = 0,
-    skip_bad: SkipBad = False,
+    engine: Engine,
+    material: Material,
 ) -> None:
     """Measure loss and accuracy of any checkpoint on a data set's test images, resized and normalised by a recipe."""
-    from common.checkpoints import load_fetched
-    from common.sources.downloads import fetch
-
-    column = resolve(name)
-    dataset = _opened(data, skip_bad)
+    column = resolve(engine.name)
+    dataset = material.open()
     # Of the test images, even where a training by this recipe holds some others out.
-    chosen = recipes.changed(_recipe(recipe, dataset, None).replace(validation=0), settings or [])
+    recipe = material.by(dataset.recipe, validation=0)
     found = load_fetched(fetch(weights))
-    _fits(found.spec, weights, dataset)
-    engine = backend.start_here(column, threads or cores())
-    trainer = engine.trainer(found.spec, chosen, "float32")
+    _check_fits(found.spec, weights, dataset)
+    started, _ = engine.start(column)
+    trainer = started.trainer(found.spec, recipe, "float32")
     trainer.load(found.weights)
-    started = time.perf_counter()
+    clock = time.perf_counter()
     # Of a batch that is larger than all test images, the rest would be padding.
-    sized = chosen.replace(batch_size=min(chosen.batch_size, chosen.validation or len(dataset.test)))
-    measured = trainer.evaluate(runs.evaluation(dataset, sized, workers=workers))
-    seconds = time.perf_counter() - started
+    sized = recipe.replace(batch_size=min(recipe.batch_size, recipe.validation or len(dataset.test)))
+    measured = trainer.evaluate(runs.evaluation(dataset, sized, workers=engine.workers))
+    seconds = time.perf_counter() - clock
     out().print(
         f"{weights} on {dataset.name} by {column}: accuracy {measured.accuracy:.2%} "
         f"({measured.correct:,} of {measured.count:,}), loss {measured.loss:.4f}, "
@@ -172,23 +201,6 @@ def plot(
     out().print(f"{output}: {len(folders)} runs")
 
 
-def _opened(data: str, skip_bad: bool) -> Dataset:
-    with counting("looking at images") as seen:
-        return datasets.open(data, skip_bad=skip_bad, seen=seen)
-
-
-def _recipe(given: str | None, dataset: Dataset, run: Path | None) -> TrainingRecipe:
-    """The recipe that is named; of a run that goes on its own; else the data set's."""
-    if given is None and run is not None and (run / runs.FILE).exists():
-        return recipes.from_dict(runs.facts(run)["recipe"])
-    return recipes.find(given or dataset.recipe)
-
-
-def _begun_with(run: Path) -> Path | None:
-    init = runs.facts(run)["init"] if (run / runs.FILE).exists() else None
-    return Path(init) if init else None
-
-
 def _absolute(data: str) -> str:
     return str(Path(data).absolute()) if Path(data).exists() else data
 
@@ -198,26 +210,34 @@ def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe)
     side = recipe.augmentation.size
     size = (side, side) if side else dataset.size
     if size is None:
-        raise InputError(f"the images of {dataset.name} differ in size; choose one, as --set augmentation.size=224")
+        usual = max(spec.default_size)
+        raise InputError(f"the images of {dataset.name} differ in size; choose one, as --set augmentation.size={usual}")
+    found = f"the images of {dataset.name} are {size[0]}x{size[1]}"
+    if spec.input_size and size != spec.input_size:
+        height, width = spec.input_size
+        hint = f"resize them, as --set augmentation.size={height}" if height == width else "choose other data"
+        raise InputError(f"{found}; {variant} takes {height}x{width} alone: {hint}")
     if min(size) < spec.output_stride:
         raise InputError(
-            f"the images of {dataset.name} are {size[0]}x{size[1]}, too small for {variant}, whose strides multiply to "
-            f"{spec.output_stride}; enlarge them, as --set augmentation.size={spec.output_stride}"
+            f"{found}, too small for {variant}, whose strides multiply to {spec.output_stride}; enlarge them, as "
+            f"--set augmentation.size={spec.output_stride}"
         )
-    return spec.replace(in_channels=dataset.channels, classes=len(dataset.classes))
+    return spec.with_head(classes=len(dataset.classes)).replace(in_channels=dataset.channels)
 
 
-def _fits(spec: Spec, weights: str, dataset: Dataset) -> None:
-    """Raise `InputError` unless the network takes the data's channels and knows as many classes."""
-    classes = spec.layers[-1].arrays.get(f"{spec.layers[-1].path}.bias", (None,))[0]
+def _check_fits(spec: Spec, weights: str, dataset: Dataset) -> None:
+    """Raise `InputError` unless the network takes the data's channels and tells as many classes apart."""
     if spec.in_channels != dataset.channels:
         raise InputError(
             f"{weights} takes {spec.in_channels} channels; {dataset.name} has {dataset.channels}: "
             "convert it with --in-channels, or choose other data"
         )
-    if classes is not None and classes != len(dataset.classes):
+    if spec.head == "none":
+        raise InputError(f"{weights} has no classifier, so nothing can be counted; give weights that have one")
+    if spec.classes != len(dataset.classes):
         raise InputError(
-            f"{weights} tells {classes} classes apart; {dataset.name} has {len(dataset.classes)}: choose other data"
+            f"{weights} tells {spec.classes} classes apart; {dataset.name} has {len(dataset.classes)}: "
+            "choose other data"
         )
 
 
