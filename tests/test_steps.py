@@ -134,7 +134,7 @@ def test_records_of_steps_made_one_by_one_compare_as_the_check_does(tmp_path: Pa
         (["--set", "lr=1", "--recipe", "digits"], "--recipe and --set say what mode steps does"),
         (["--mode", "steps", "--recipe", "digit"], "did you mean 'digits'"),
         (["--mode", "steps", "--set", "momentum=2"], "momentum=2"),
-        (["--mode", "steps", "--set", "speed=2"], "unknown field speed"),
+        (["--mode", "steps", "--set", "speed=2"], "unknown field 'speed'"),
         (["--mode", "steps", "--batch", "1", "--size", "32"], "leaves one value per channel"),
     ],
 )
