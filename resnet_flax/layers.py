@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,10 @@ from flax import linen as nn
 from jax import lax
 
 from common.architectures import Spec
+from common.architectures.layers import Padding, RunningVariance, adaptive_windows
 from common.errors import InputError
+
+ModuleDef = Callable[..., Any]
 
 
 class BatchNorm(nn.BatchNorm):
@@ -77,3 +81,60 @@ def convolve(
     # Of two axes: the gradient of a product over three begins with a transposed copy of the images.
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x`; recorded where the caller of `apply` made the collection ``taps`` mutable, and free of cost otherwise."""
+    if not module.is_initializing():  # `init` makes every collection mutable
+        module.sow("taps", name, x)
+    return x
+
+
+def window_padding(padding: Padding, kernel: int, dilation: int = 1) -> str | list[tuple[int, int]]:
+    """The padding argument of `nn.Conv` and `nn.max_pool`."""
+    if padding == "symmetric":
+        return [(dilation * (kernel - 1) // 2,) * 2] * 2
+    if padding == "ceil":  # for a 3x3 window with stride 2: at odd sizes the extra row is never reached
+        return [(0, 1)] * 2
+    # SAME puts the odd row and column at the end: at even sizes a stride of 2 reads other pixels than symmetric does.
+    return padding.upper()
+
+
+def conv_layer(
+    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs: Any
+) -> nn.Conv:
+    """A square convolution; `kwargs` as in `nn.Conv`."""
+    pads = window_padding(padding, kernel, dilation)
+    kwargs |= {"kernel_dilation": dilation, "conv_general_dilated_cls": lambda: convolve}
+    return nn.Conv(filters, (kernel, kernel), strides, pads, **kwargs)
+
+
+def norm_layer(
+    *, train: bool, eps: float, momentum: float, running_variance: RunningVariance, axis_name: str | None, **dtypes: Any
+) -> ModuleDef:
+    """Makes batch norms; `momentum` is the share of the old value, as in a spec. `dtypes`: `dtype` and `param_dtype`."""
+    return partial(
+        nn.BatchNorm if running_variance == "biased" else BatchNorm,
+        use_running_average=not train,
+        momentum=momentum,
+        epsilon=eps,
+        axis_name=axis_name,
+        use_fast_variance=False,  # E[x²] - E[x]² loses digits where a mean is large against its deviation
+        # "At least float32" is exactly float32 for the initial running statistics, which double precision outgrows.
+        force_float32_reductions=jnp.finfo(dtypes["param_dtype"]).bits <= 32,
+        **dtypes,
+    )
+
+
+def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:
+    """In the place of a norm, where a spec has none."""
+    return lambda x: x
+
+
+def adaptive_pool(x: jax.Array, cells: tuple[int, int], reduce: Callable[..., jax.Array]) -> jax.Array:
+    """`reduce`, `jnp.mean` or `jnp.max`, over windows that divide a map into `cells` rows and columns, at any size:
+    see `common.architectures.layers.AdaptivePool`."""
+    for axis, count in enumerate(cells, start=1):
+        windows = adaptive_windows(x.shape[axis], count)
+        x = jnp.stack([reduce(lax.slice_in_dim(x, *window, axis=axis), axis=axis) for window in windows], axis=axis)
+    return x

@@ -20,48 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from common.architectures.layers import Padding, output_shapes
+from common.architectures.layers import output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints import adopted
 from common.checkpoints.base import Skeleton, skeleton_of
 from common.errors import InputError
 from common.names.flax import block_name, module_path
-from resnet_flax.layers import BatchNorm, convolve
+from resnet_flax.layers import ModuleDef, conv_layer, no_norm, norm_layer, tap, window_padding
 from resnet_flax.weights import read_variables
 
-ModuleDef = Callable[..., Any]
 Dtype = Any
-
-
-def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """`x`; recorded where the caller of `apply` made the collection ``taps`` mutable, and free of cost otherwise."""
-    if not module.is_initializing():  # `init` makes every collection mutable
-        module.sow("taps", name, x)
-    return x
-
-
-def window_padding(padding: Padding, kernel: int, dilation: int = 1) -> str | list[tuple[int, int]]:
-    """The padding argument of `nn.Conv` and `nn.max_pool`."""
-    if padding == "symmetric":
-        return [(dilation * (kernel - 1) // 2,) * 2] * 2
-    if padding == "ceil":  # for a 3x3 window with stride 2: at odd sizes the extra row is never reached
-        return [(0, 1)] * 2
-    # SAME puts the odd row and column at the end: at even sizes a stride of 2 reads other pixels than symmetric does.
-    return padding.upper()
-
-
-def conv_layer(
-    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs: Any
-) -> nn.Conv:
-    """A square convolution; `kwargs` as in `nn.Conv`."""
-    pads = window_padding(padding, kernel, dilation)
-    kwargs |= {"kernel_dilation": dilation, "conv_general_dilated_cls": lambda: convolve}
-    return nn.Conv(filters, (kernel, kernel), strides, pads, **kwargs)
-
-
-def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:
-    """In the place of a norm, where a spec has none."""
-    return lambda x: x
 
 
 class Block(nn.Module):
@@ -157,15 +125,12 @@ class ResNet(nn.Module):
 
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv: ModuleDef = partial(conv_layer, padding=spec.block_padding, use_bias=spec.conv_bias, **dtypes)
-        norm: ModuleDef = partial(
-            nn.BatchNorm if spec.running_variance == "biased" else BatchNorm,
-            use_running_average=not train,
+        norm = norm_layer(
+            train=train,
+            eps=spec.bn_eps,
             momentum=spec.bn_momentum,
-            epsilon=spec.bn_eps,
+            running_variance=spec.running_variance,
             axis_name=self.axis_name,
-            use_fast_variance=False,  # E[x²] - E[x]² loses digits where a mean is large against its deviation
-            # "At least float32" is exactly float32 for the initial running statistics, which double precision outgrows.
-            force_float32_reductions=jnp.finfo(self.param_dtype).bits <= 32,
             **dtypes,
         )
         shortcut_norm = norm if spec.shortcut_norm else no_norm

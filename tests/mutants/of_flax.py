@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import resnet
+from resnet_flax import layers, resnet
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -22,16 +22,16 @@ def _with(module: Any, **changes: Any) -> Any:
 
 _max_pool = nn.max_pool
 
-# The model makes `nn.BatchNorm` where the variance is biased, and its own subclass where it is not.
-default_momentum = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, momentum=0.99))
-eps = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, epsilon=1.1e-5))
-momentum_as_decay = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, momentum=0.1))
-biased_variance = replaced(resnet, "BatchNorm", nn.BatchNorm)
-always_running_average = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, use_running_average=True))
+# `norm_layer` makes `nn.BatchNorm` where the variance is biased, and its own subclass where it is not.
+default_momentum = replaced(layers, "BatchNorm", _with(layers.BatchNorm, momentum=0.99))
+eps = replaced(layers, "BatchNorm", _with(layers.BatchNorm, epsilon=1.1e-5))
+momentum_as_decay = replaced(layers, "BatchNorm", _with(layers.BatchNorm, momentum=0.1))
+biased_variance = replaced(layers, "BatchNorm", nn.BatchNorm)
+always_running_average = replaced(layers, "BatchNorm", _with(layers.BatchNorm, use_running_average=True))
 gelu = replaced(resnet.nn, "relu", nn.gelu)
 leaky_relu = replaced(resnet.nn, "relu", partial(nn.leaky_relu, negative_slope=1e-9))
 average_pool = replaced(resnet.nn, "max_pool", nn.avg_pool)
-same_padding = replaced(resnet, "window_padding", lambda padding, kernel, dilation=1: "SAME")
+same_padding = replaced(layers, "window_padding", lambda padding, kernel, dilation=1: "SAME")
 
 
 def _stopped(x: Any, *arguments: Any, **options: Any) -> Any:
@@ -52,7 +52,7 @@ def bfloat16_in_one_layer(backend: Any) -> Iterator[None]:
         yield
 
 
-fast_variance = replaced(resnet, "BatchNorm", _with(resnet.BatchNorm, use_fast_variance=True))
+fast_variance = replaced(layers, "BatchNorm", _with(layers.BatchNorm, use_fast_variance=True))
 
 
 temperature = replaced(resnet.nn, "softmax", lambda x: jax.nn.softmax(x * (1 + 1e-9)))
