@@ -1,11 +1,13 @@
 """What Keras has no layer for, on every one of its backends. Files saved with these need this package to load."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import layers, ops
+
+from common.architectures.layers import adaptive_windows
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
@@ -152,3 +154,34 @@ class Subsample(layers.Layer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"strides": self.strides, "same": self.same}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class AdaptivePooling2D(layers.Layer):  # type: ignore[misc]
+    """Average or maximum over windows that divide a map into `output_size` rows and columns: see
+    `common.architectures.layers.AdaptivePool`. Keras' own layer needs a static size on TensorFlow."""
+
+    def __init__(self, output_size: tuple[int, int], op: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.output_size = tuple(output_size)
+        self.op = op
+
+    def call(self, inputs: Any) -> Any:
+        rows = self._pooled(inputs, 1, lambda start, end: inputs[:, start:end])
+        return self._pooled(rows, 2, lambda start, end: rows[:, :, start:end])
+
+    def _pooled(self, inputs: Any, axis: int, window: Callable[[Any, Any], Any]) -> Any:
+        cells = []
+        for start, end in adaptive_windows(ops.shape(inputs)[axis], self.output_size[axis - 1]):
+            if self.op == "max":
+                cells.append(ops.max(window(start, end), axis))
+            else:
+                # Not `ops.mean`, which is of float32 in a float64 network on JAX and PyTorch.
+                cells.append(ops.sum(window(start, end), axis) / ops.cast(end - start, inputs.dtype))
+        return ops.stack(cells, axis)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return (input_shape[0], *self.output_size, input_shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"output_size": self.output_size, "op": self.op}
