@@ -168,10 +168,11 @@ def _tapped(model: nn.Module, spec: Spec, taps: dict[str, Tensor]) -> Iterator[N
     Raises `BackendError` if the model did not run a layer.
     """
     nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
-    wanted: dict[str, dict[tuple[int, str], Layer]] = defaultdict(dict)
+    # Several may be found in one place: a map, and the same map flattened.
+    wanted: dict[str, dict[tuple[int, str], list[Layer]]] = defaultdict(lambda: defaultdict(list))
     for layer in spec.layers:
         node = nodes[layer.path]
-        wanted[node.module][node.call, node.value] = layer
+        wanted[node.module][node.call, node.value].append(layer)
     with ExitStack() as hooks:
         for name, layers in wanted.items():
             module, before, after = model.get_submodule(name), *_hooks(layers, taps)
@@ -183,13 +184,13 @@ def _tapped(model: nn.Module, spec: Spec, taps: dict[str, Tensor]) -> Iterator[N
 
 
 def _hooks(
-    layers: Mapping[tuple[int, str], Layer], taps: dict[str, Tensor]
+    layers: Mapping[tuple[int, str], list[Layer]], taps: dict[str, Tensor]
 ) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, Any], None]]:
     """What to call before and after a module, which may be called several times."""
     calls = 0
 
     def keep(value: Tensor, side: str) -> None:
-        if layer := layers.get((calls, side)):
+        for layer in layers.get((calls, side), ()):
             taps[layer.path] = _channels_last(value.detach(), layer)
 
     def before(module: Any, inputs: tuple[Tensor, ...]) -> None:

@@ -153,7 +153,7 @@ def builder(name: str) -> Callable[..., VGG]:
         init_weights: bool = True,
         dropout: float = 0.5,
     ) -> VGG:
-        spec, weights = adopted(variant, weights, name)
+        spec, weights = adopted(variant, weights, name, progress=progress)
         spec = spec.replace(classes=num_classes, dropout=(dropout,) * len(spec.hidden))
         return from_spec(spec, weights=weights, init_weights=init_weights)
 
