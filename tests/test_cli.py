@@ -265,7 +265,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> No
     [
         ('{"family": "resnet", "block": "basic", "blocks": [1], "width": [8]}', "unknown field 'width'"),
         ('{"family": "resnet", "block": "basic", "blocks": [1]}', "widths="),
-        ('{"family": "vgg"}', "family='vgg' is unknown"),
+        ('{"family": "wgg"}', "family='wgg' is unknown"),
         ('{"family": "resnet", "block": "basic"', "this is not"),
         ("[]", "a spec is a JSON object"),
         ("", "this is not"),

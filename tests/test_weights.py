@@ -470,7 +470,7 @@ class TestFile:
             ({"format": "resnet-parity weights 2", "spec": "{"}, "the spec inside is damaged: a spec is JSON"),
             ({"format": "resnet-parity weights 2", "spec": "[" * 100_000}, "the spec inside is damaged"),
             ({"format": "resnet-parity weights 2", "spec": "[]"}, "the spec inside is damaged: a spec is a JSON obj"),
-            ({"format": "resnet-parity weights 2", "spec": '{"family": "vgg"}'}, "the spec inside is damaged: family="),
+            ({"format": "resnet-parity weights 2", "spec": '{"family": "wgg"}'}, "the spec inside is damaged: family="),
             (
                 {"format": "resnet-parity weights 2", "spec": '{"family": "resnet", "block": "basic", "blocks": [0]}'},
                 "the spec inside is damaged: blocks=[0] is not allowed",
