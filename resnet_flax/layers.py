@@ -112,7 +112,7 @@ def conv_layer(
 def norm_layer(
     *, train: bool, eps: float, momentum: float, running_variance: RunningVariance, axis_name: str | None, **dtypes: Any
 ) -> ModuleDef:
-    """Makes batch norms; `momentum` is the share of the old value, as in a spec. `dtypes`: `dtype` and `param_dtype`."""
+    """Makes batch norms; `momentum` is the share of the old value, as in a spec."""
     return partial(
         nn.BatchNorm if running_variance == "biased" else BatchNorm,
         use_running_average=not train,
@@ -131,7 +131,7 @@ def no_norm(**_: Any) -> Callable[[jax.Array], jax.Array]:
     return lambda x: x
 
 
-def adaptive_pool(x: jax.Array, cells: tuple[int, int], reduce: Callable[..., jax.Array]) -> jax.Array:
+def adaptive_pool(x: jax.Array, cells: Sequence[int], reduce: Callable[..., jax.Array]) -> jax.Array:
     """`reduce`, `jnp.mean` or `jnp.max`, over windows that divide a map into `cells` rows and columns, at any size:
     see `common.architectures.layers.AdaptivePool`."""
     for axis, count in enumerate(cells, start=1):

@@ -161,7 +161,7 @@ class AdaptivePooling2D(layers.Layer):  # type: ignore[misc]
     """Average or maximum over windows that divide a map into `output_size` rows and columns: see
     `common.architectures.layers.AdaptivePool`. Keras' own layer needs a static size on TensorFlow."""
 
-    def __init__(self, output_size: tuple[int, int], op: str, **kwargs: Any) -> None:
+    def __init__(self, output_size: Sequence[int], op: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.output_size = tuple(output_size)
         self.op = op
