@@ -88,7 +88,6 @@ class VGG(nn.Module):
             x = tap(self, f"head.relu{i}", nn.relu(x))
             if rate:
                 x = nn.Dropout(rate, deterministic=not train, name=f"head.dropout{i}")(x)
-                x = tap(self, f"head.dropout{i}", x)
         x = dense(spec.classes, name="head.fc")(x)
         if spec.head == "softmax":
             x = tap(self, "head.softmax", nn.softmax(x))
