@@ -30,8 +30,8 @@ from common.parity.case import Case, Inputs, Task
 from common.parity.gate import Gate
 from common.parity.levels import DRAWS, ORDERS, RESPONSE_FACTOR
 from common.parity.orders import orders
-from common.parity.record import Record, distance
-from common.parity.recording import MakeRecord
+from common.parity.record import Record, distance, norm
+from common.parity.recording import RecordNetwork
 from common.parity.session import Session
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
@@ -94,7 +94,7 @@ def random_case(number: int) -> Case:
 class ByOrder:
     """A record, and the response to every order by itself, which a record does not keep."""
 
-    made: MakeRecord
+    made: RecordNetwork
     images: int
 
     def perform(self, backend: Any, clock: Any) -> None:
@@ -132,16 +132,16 @@ class Lane:
 def rows(records: dict[str, list[Record]]) -> dict[str, Any]:
     last = {column: made[-1] for column, made in records.items()}
     reference = last[COLUMNS[0]]
-    norms = {name: distance(reference[name], None) for name in reference}
-    gate = Gate("L1", reference, None, last, frozenset(), norms)
+    norms = {name: norm(reference[name]) for name in reference.arrays}
+    gate = Gate("L1", reference, None, last, frozenset(), reference.arrays, norms)
     return {
-        name: {
-            "norm": norm,
-            "response": gate._least(name, "L1"),
+        str(name): {
+            "norm": size,
+            "response": gate.least(name, "L1"),
             "distances": [distance(last[COLUMNS[a]][name], last[COLUMNS[b]][name]) for a, b in PAIRS],
-            "orders": [[r.manifest.order_response[name] for r in records[column]] for column in COLUMNS],
+            "orders": [[r.order_response[name] for r in records[column]] for column in COLUMNS],
         }
-        for name, norm in norms.items()
+        for name, size in norms.items()
     }
 
 
@@ -217,7 +217,11 @@ def show_mutants() -> None:
             case = Case(variant="mutant", spec=spec, size=SIZE, photos=photos, dtypes=("float64",))
             (compared,) = (c for c in bench.check(case, mutant.backend, mutant.path) if c.level == "L1")
             backend = ALIASES.get(mutant.backend, mutant.backend)
-            there = [d.ratio for d in compared.differences if d.place == mutant.at and d.section == mutant.section]
+            there = [
+                d.ratio
+                for d in compared.differences
+                if d.tensor.label == mutant.at and d.tensor.section == mutant.section
+            ]
             of_order = [found.ratio for found in compared.order_dependent if found.backend == backend]
             found.append((max([*there, *of_order]) / RESPONSE_FACTOR, mutant.name))
             print(f"{len(found)} mutants", file=sys.stderr, flush=True)

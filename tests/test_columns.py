@@ -44,4 +44,4 @@ def test_a_defect_in_any_column_is_laid_to_that_column(all_columns: Session, col
         assert not compared.passed
         assert compared.odd_one_out == column
         assert compared.first is not None
-        assert compared.first.place == "head.fc"
+        assert compared.first.tensor.label == "head.fc"

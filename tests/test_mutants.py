@@ -12,7 +12,6 @@ from common.backends.columns import ALIASES
 from common.images import sample_photos
 from common.parity.case import DTYPES, Case
 from common.parity.compare import Comparison
-from common.parity.gate import place, section
 from common.parity.session import Session
 
 
@@ -30,12 +29,9 @@ def _case(changes: dict[str, Any], dtypes: tuple[str, ...]) -> Case:
 def _where(compared: Comparison) -> tuple[str, str]:
     """Section and place of the first thing that is wrong."""
     if compared.problems:
-        tensor = compared.problems[0].tensor
-    elif compared.first is not None:
-        tensor = compared.first.tensor
-    else:
-        tensor = next(p.tensor for p in compared.precision if not p.passed)
-    return section(tensor), place(tensor)
+        return compared.problems[0].section, compared.problems[0].place
+    tensor = compared.first.tensor if compared.first else next(p.tensor for p in compared.precision if not p.passed)
+    return tensor.section, tensor.label
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -8,7 +8,7 @@ from common import architectures
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
 from common.images import sample_photos
 from common.parity.case import Case
-from common.parity.session import Result, Session
+from common.parity.session import CheckResult, Session
 from common.report.console import result as as_table
 
 PHOTOS = tuple(sample_photos())
@@ -42,7 +42,7 @@ def kinds() -> dict[str, ResNetSpec]:
 KINDS = kinds()
 
 
-def explain(result: Result) -> str:
+def explain(result: CheckResult) -> str:
     """The console report, for the message of a failing test."""
     from io import StringIO
 
@@ -53,7 +53,7 @@ def explain(result: Result) -> str:
     return text.getvalue()
 
 
-def check(session: Session, name: str, size: int | tuple[int, int], **options: object) -> Result:
+def check(session: Session, name: str, size: int | tuple[int, int], **options: object) -> CheckResult:
     options = {"spec": architectures.find(name), "dtypes": ("float64",), "photos": PHOTOS} | options
     size = (size, size) if isinstance(size, int) else size
     return session.check(Case(variant=name, size=size, **options))  # type: ignore[arg-type]

@@ -12,11 +12,13 @@ from common.backends.columns import COLUMNS
 from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
 from common.errors import InputError, SpecError
 from common.parity.case import DTYPES, Case
-from common.parity.record import MODES
-from common.parity.session import Result, Session, compare_files, make_record
+from common.parity.names import MODES
+from common.parity.session import CheckResult, Session, compare_files, make_record
 from common.parity.steps import RECIPE
 from common.report import console as tables
-from common.report import files
+from common.report import json as json_report
+from common.report import junit as junit_report
+from common.report import networks
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe, changed
 
@@ -94,18 +96,18 @@ def check(
     ]
     for path in (json, junit):
         check_writable(path)
-    results: list[Result] = []
+    results: list[CheckResult] = []
     with Session(names, jobs) as session:
         for case in cases:
-            with progress_bar(case.variant, session.told(case)) as progress:
+            with progress_bar(case.variant, session.step_count(case)) as progress:
                 results.append(session.check(case, progress=progress))
             out().print(tables.result(results[-1]))
         if timings:
             out().print(tables.timings(session.processes, session.seconds))
     if json:
-        files.write_json(json, results)
+        json_report.write_json(json, results)
     if junit:
-        files.write_junit(junit, results)
+        junit_report.write_junit(junit, results)
     if any(not c.passed for result in results for c in result.comparisons):
         raise typer.Exit(DIFFERENT)
     if any(result.failures for result in results):
@@ -177,7 +179,7 @@ def list_variants(
     names = architectures.matching(pattern)
     if not names:
         raise SpecError(f"no variant matches {pattern!r}; `resnet-parity list` shows all")
-    out().print(tables.variants({name: architectures.find(name) for name in names}))
+    out().print(networks.variants({name: architectures.find(name) for name in names}))
 
 
 @app.command(
@@ -193,7 +195,7 @@ def show(
 ) -> None:
     """Show a variant's layers, shapes, parameters and multiply-adds."""
     _, found = _one_spec(variant, spec)
-    out().print(tables.layers(found, found.default_size if size is None else _size(size)))
+    out().print(networks.layers(found, found.default_size if size is None else _size(size)))
 
 
 def _specs(variants: Sequence[str], path: Path | None) -> list[tuple[str, Spec]]:

@@ -16,9 +16,10 @@ from common.errors import InputError, RecipeError, RecordError
 from common.files import written
 from common.parity import steps
 from common.parity.levels import DRAWS, ORDERS
+from common.parity.names import MODES, Mode
 from common.parity.orders import orders
-from common.parity.record import MODES, Mode, passes
-from common.parity.recording import MakeRecord
+from common.parity.recording import RecordNetwork
+from common.parity.subjects import passes
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -64,6 +65,21 @@ class Case:
         if trains and (last := self.spec.layers[-1]).kind not in ("dense", "softmax"):
             raise RecipeError(f"{self.variant} ends with {last.path} and has no classes to learn; leave out mode steps")
 
+    def title(self, source: str) -> str:
+        """What the network is run on, in words; `source` is what the images show."""
+        images = f"{self.batch} crops of {source}" if self.photos else source
+        return f"{images}, {self.size[0]}x{self.size[1]}, batch {self.batch}, seed {self.seed}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it, as JSON data."""
+        return {
+            "size": list(self.size),
+            "batch": self.batch,
+            "seed": self.seed,
+            "recipe": recipes.to_dict(self.training) if "steps" in self.modes else None,
+        }
+
     @property
     def training(self) -> TrainingRecipe:
         """The recipe with the size of the batches that it gets here."""
@@ -101,13 +117,13 @@ def tasks(case: Case, *, reference: bool, soft: bool) -> list[Task]:
     return made
 
 
-def told(case: Case, task: Task) -> int:
+def step_count(case: Case, task: Task) -> int:
     """Of how many steps a process tells while it makes a record; its import comes once and beside."""
     runs = passes(task.modes)
     # Beside the work itself: build and load of each, and once write.
     of_passes = 2 + len(runs) if runs else 0
     other = task.draws + len(orders(case.batch)[: task.orders])
-    of_steps = 3 + (case.recipe.steps or 0) * (1 + other) if "steps" in task.modes else 0
+    of_steps = 4 + (case.recipe.steps or 0) * (1 + other) if "steps" in task.modes else 0
     return 1 + of_passes + of_steps + other
 
 
@@ -133,30 +149,31 @@ class Inputs:
                 of_steps = {"batches": batches} if batches is not None else {}
                 self._write(values, weights, {"inputs": batch} | of_steps)
 
-    def request(self, task: Task, backend: str, threads: int, output: Path) -> MakeRecord:
+    def request(self, task: Task, backend: str, threads: int, output: Path) -> RecordNetwork:
         """What a backend's process is asked, for the record that the task names."""
         case, exact = self.case, task.values == "integers"
+        trains = "steps" in task.modes
         digests = self._digests[task.values]
-        manifest = {
+        facts: dict[str, Any] = {
             "variant": case.variant,
-            "spec": architectures.to_dict(case.spec.exact_twin if exact else case.spec),
-            "dtype": task.dtype,
-            "modes": task.modes,
             "seed": case.seed,
             "inputs": digests["inputs"],
             "weights": digests["weights"],
             "source": "random integers" if exact else self.source,
-            "shape": (case.batch, *case.size, case.spec.in_channels),
         }
-        if "steps" in task.modes:
-            manifest |= {"recipe": recipes.to_dict(case.training), "batches": digests["batches"]}
-        return MakeRecord(
-            given=manifest,
-            backend=backend,
-            threads=threads,
+        if trains:
+            facts |= {"recipe": recipes.to_dict(case.training), "batches": digests["batches"]}
+        return RecordNetwork(
+            facts=facts,
+            subject=architectures.to_dict(case.spec.exact_twin if exact else case.spec),
+            dtype=task.dtype,
+            modes=task.modes,
+            recipe=case.training if trains else None,
             weights=self.path("weights", task.values),
             inputs=self.path("inputs", task.values),
-            batches=self.path("batches", task.values) if "batches" in digests else None,
+            batches=self.path("batches", task.values) if trains else None,
+            backend=backend,
+            threads=threads,
             output=output,
             draws=task.draws,
             orders=task.orders,

@@ -1,26 +1,57 @@
-"""The levels of NUMERICS.md applied to records: which arrays are the same function's, which are not, and where first.
+"""The levels of docs/numerics.md applied to records: which arrays are one function's, which are not, and where first.
 
 Level L0 holds records of integer networks to equality, L1 float64 records to the one-ulp response, L2 float32 records
 to theirs. All pairs are compared, not a star. Nothing here runs a network or imports a framework.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
-from math import isnan
+from math import inf, isnan
 from statistics import median_low
 from typing import Any
 
 import numpy as np
 
-from common.architectures.layers import INPUT, Layer, Shape
 from common.backends.columns import COLUMNS, cores
 from common.errors import RecordError
-from common.parity import steps
-from common.parity.gate import Difference, Gate, Level, OrderDependence, rank
+from common.parity.gate import Gate, Level, OrderDependence, Verdict
 from common.parity.levels import PRECISION_FACTOR, UNIT, ZERO_SHARE
-from common.parity.record import Record, distance, expected_arrays, norm
+from common.parity.names import ArrayName
+from common.parity.record import Array, Record, distance, norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two backends' difference in one array, what it is held against, and what comes of it."""
+
+    tensor: ArrayName
+    pair: tuple[str, str]
+    level: Level
+    distance: float  # ‖a - b‖
+    norm: float  # ‖reference‖
+    response: float  # the limit over RESPONSE_FACTOR: ρ of the pair; 0 at level L0
+    verdict: Verdict
+    ordered: bool = True  # whether both were run in other orders too; a single image has none
+
+    @property
+    def error(self) -> float:
+        """Relative to the norm of the reference; absolute where that is zero."""
+        return self.distance / self.norm if self.norm else self.distance
+
+    @property
+    def ratio(self) -> float:
+        """The distance in responses."""
+        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else inf)
+
+
+_SEVERITY: tuple[Verdict, ...] = ("reported", "same", "undecided", "different")
+
+
+def rank(difference: Difference) -> tuple[int, float]:
+    """How much a difference matters in a report: first by its verdict, then by its size."""
+    return _SEVERITY.index(difference.verdict), difference.ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +59,18 @@ class Problem:
     """A defect of one record by itself, that would let a comparison pass by accident."""
 
     backend: str
-    tensor: str
+    tensor: ArrayName | str  # an array, or a weight by its canonical name
     what: str
+
+    @property
+    def section(self) -> str:
+        """That of the array, or ``weights``."""
+        return "weights" if isinstance(self.tensor, str) else self.tensor.section
+
+    @property
+    def place(self) -> str:
+        """The canonical name."""
+        return self.tensor if isinstance(self.tensor, str) else self.tensor.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +78,7 @@ class Precision:
     """A backend's own float32 rounding error in one array, ‖float32 - float64‖ / ‖float64‖, beside the others'."""
 
     backend: str
-    tensor: str
+    tensor: ArrayName
     error: float
     median: float  # the lower median of all backends
 
@@ -52,6 +93,7 @@ class Comparison:
 
     level: Level
     variant: str
+    subject: Mapping[str, Any]  # what was run, as data
     dtype: str
     backends: tuple[str, ...]
     modes: tuple[str, ...]
@@ -102,7 +144,7 @@ class Comparison:
         """For every section and pair the difference that matters most: by its verdict, then by its ratio."""
         worst: dict[tuple[str, tuple[str, str]], Difference] = {}
         for d in self.differences:
-            key = (d.section, d.pair)
+            key = (d.tensor.section, d.pair)
             if key not in worst or rank(d) > rank(worst[key]):
                 worst[key] = d
         return list(worst.values())
@@ -122,9 +164,9 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         _check_same(records[0], float32, {})
     if truth is not None:
         _check_same(records[0], truth, {"weights": "weights", "inputs": "inputs"})
-    reference = next((r for r in records if r.manifest.response), records[0])
+    reference = next((r for r in records if r.response), records[0])
     level: Level = "L0" if "exact" in first.modes else "L1" if first.dtype == "float64" else "L2"
-    if level != "L0" and not reference.manifest.response:
+    if level != "L0" and not reference.response:
         raise RecordError(
             f"{reference.path}: no record carries a one-ulp response to hold differences against; "
             "make one of them again without --no-response"
@@ -136,88 +178,59 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
             f"{', '.join(sorted(soft))} rounds to float32 inside a float64 network and is held to level L2; "
             "give a float32 record of the reference too"
         )
-    spec = reference.spec
     modes = tuple(mode for mode in first.modes if all(mode in r.manifest.modes for r in records))
     if "steps" in modes:
         for other in records[1:]:
             _check_same_recipe(records[0], other)
-    expected = expected_arrays(spec, modes, first.shape, records[0].recipe)
+    # All that any of them says it holds: what another lacks is missing there.
+    expected = {name: array for record in records for name, array in record.arrays.items() if name.mode in modes}
     problems = [
-        Problem(backend=label, tensor=name, what="did not come back bitwise after loading and exporting it")
+        Problem(backend=label, tensor=weight, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()
-        for name in record.manifest.not_restored
+        for weight in record.manifest.not_restored
     ]
     problems += [
         Problem(backend=label, tensor=name, what="became NaN or infinite where weights and images moved by an ulp")
         for label, record in {**labels, f"{reference.manifest.backend} in float32": float32}.items()
         if record is not None
-        for name, change in record.manifest.response.items()
+        for name, change in record.response.items()
         if isnan(change)
     ]
     exact = truth if level == "L2" and truth is not None and "eval" in truth.manifest.modes else None
 
-    def measure(name: str) -> _Measured:
+    def measure(name: ArrayName) -> _Measured:
         return _measure(name, expected[name], labels, reference, exact)
 
-    names = in_order(expected)
     # NumPy lets go of the interpreter while it works on large arrays.
     with ThreadPoolExecutor(cores()) as pool:
-        measured = dict(zip(names, pool.map(measure, names), strict=True))
+        measured = dict(zip(expected, pool.map(measure, expected), strict=True))
     problems += [problem for found in measured.values() for problem in found.problems]
     norms = {name: found.norm for name, found in measured.items()}
-    precision = [p for name, found in measured.items() for p in _precision(name, found.errors)]
-    differences = [
-        Difference(
-            tensor=name,
-            pair=pair,
-            level=level,
-            distance=apart,
-            norm=found.norm,
-            response=0.0,
-            verdict="same",
-        )
+    gate = Gate(level, reference, float32, labels, soft, expected, norms)
+    dependent = [found for label in labels if (found := gate.order_dependence(label))]
+    judged = tuple(
+        Difference(tensor=name, pair=pair, distance=apart, norm=found.norm, **vars(gate.judge(name, pair, apart)))
         for name, found in measured.items()
         for pair, apart in found.distances.items()
-    ]
-    gate = Gate(level, reference, float32, labels, soft, norms)
-    dependent = [found for label in labels if (found := gate.order_dependence(label))]
-    judged = tuple(gate.judge(difference) for difference in differences)
+    )
     if not judged and not problems:
         raise RecordError("the records have no arrays in common: nothing was compared")
     return Comparison(
         level=level,
         variant=first.variant,
+        subject=first.subject,
         dtype=first.dtype,
         backends=tuple(labels),
         modes=modes,
         differences=judged,
         problems=tuple(problems),
         order_dependent=tuple(dependent),
-        precision=tuple(precision),
-        float32_inside={label: rounded_to_float32(labels[label], spec.layers) for label in sorted(soft)},
+        precision=tuple(p for name, found in measured.items() for p in _precision(name, found.errors)),
+        float32_inside={label: rounded_to_float32(labels[label]) for label in sorted(soft)},
     )
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of arrays in the order in which their values come about: every pass forward, then each one's gradients
-    from the last layer back to the input, since an error is handed on in these directions. Steps come last, and in
-    that order already."""
-    names = list(names)
-    of_steps = [name for name in names if steps.number(name) is not None]
-    names = [name for name in names if steps.number(name) is None]
-    forward = [name for name in names if "/grad/" not in name]
-    backward = [name for name in names if "/grad/" in name]
-    runs = dict.fromkeys(name.split("/")[0] for name in backward)
-    ordered = [
-        name
-        for run in runs
-        for name in reversed(backward)
-        if name.startswith(f"{run}/") and not name.endswith(f"/{INPUT}")
-    ]
-    return [*forward, *ordered, *(name for name in backward if name.endswith(f"/{INPUT}")), *of_steps]
-
-
-def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ...]:
+def rounded_to_float32(record: Record) -> tuple[str, ...]:
     """The layers of a float64 record that compute in float32: there 29 bits of each value were lost.
 
     Told by an output, or a kernel's or scale's gradient, that holds float32 numbers only, and not zeros only; of
@@ -225,16 +238,10 @@ def rounded_to_float32(record: Record, layers: Iterable[Layer]) -> tuple[str, ..
     Layers that only pick values are left out.
     """
     lost: dict[str, None] = {}
-    for layer in layers:
-        names = [f"tap/{layer.path}", *(f"grad/{name}" for name in list(layer.parameters)[:1])]
-        for array in (record.get(f"{run}/{name}") for run in ("eval", "train") for name in names):
-            if (
-                array is not None
-                and not layer.exact
-                and array.any()
-                and np.array_equal(array, array.astype(np.float32))
-            ):
-                lost[layer.path] = None
+    for name, described in record.arrays.items():
+        array = record.get(name) if described.rounds else None
+        if array is not None and array.any() and np.array_equal(array, array.astype(np.float32)):
+            lost[described.layer] = None
     return tuple(lost)
 
 
@@ -249,13 +256,13 @@ class _Measured:
 
 
 def _measure(
-    name: str, shape: Shape, records: Mapping[str, Record], reference: Record, exact: Record | None
+    name: ArrayName, described: Array, records: Mapping[str, Record], reference: Record, exact: Record | None
 ) -> _Measured:
     problems: list[Problem] = []
     arrays: dict[str, np.ndarray] = {}
     size = 0.0
     for label, record in records.items():
-        what, array = _examine(record, name, shape)
+        what, array = _examine(record, name, described.shape)
         if what:
             problems.append(Problem(backend=label, tensor=name, what=what))
         elif array is not None:
@@ -263,8 +270,8 @@ def _measure(
             if record is reference:
                 size = norm(array)
     errors: dict[str, float] = {}
-    if exact is not None and name.startswith("eval/tap/"):
-        what, true = _examine(exact, name, shape)
+    if exact is not None and name.run == "eval" and name.kind == "tap":
+        what, true = _examine(exact, name, described.shape)
         if what:
             problems.append(Problem(backend=f"{exact.manifest.backend} in float64", tensor=name, what=what))
         elif true is not None:
@@ -274,13 +281,13 @@ def _measure(
     return _Measured(problems=tuple(problems), norm=size, distances=distances, errors=errors)
 
 
-def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.ndarray | None]:
+def _examine(record: Record, name: ArrayName, shape: tuple[int, ...]) -> tuple[str | None, np.ndarray | None]:
     """What makes an array unfit for comparison, or the array."""
     array = record.get(name)
     if array is None:
         return "is missing", None
     if array.shape != shape:
-        return f"has shape {array.shape}; the walk gives {shape}", None
+        return f"has shape {array.shape}; expected {shape}", None
     # A column that is known to round inside a float64 network may hand out what it rounded.
     rounds = array.dtype == np.float32 and not COLUMNS[record.manifest.backend].float64
     if array.dtype != record.manifest.dtype and not rounds:
@@ -293,7 +300,7 @@ def _examine(record: Record, name: str, shape: Shape) -> tuple[str | None, np.nd
     return None, array
 
 
-def _precision(name: str, errors: Mapping[str, float]) -> list[Precision]:
+def _precision(name: ArrayName, errors: Mapping[str, float]) -> list[Precision]:
     middle = median_low(errors.values()) if errors else 0.0
     return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
 
@@ -327,7 +334,7 @@ def _check_comparable(records: Sequence[Record]) -> None:
 
 def _check_same(first: Record, other: Record, keys: Mapping[str, str]) -> None:
     a, b = first.manifest, other.manifest
-    if found := _differing(a.spec, b.spec):
+    if found := _differing(a.subject, b.subject):
         raise RecordError(f"{first.path} and {other.path} are records of different networks: {found}")
     for key, what in keys.items():
         if getattr(a, key) != getattr(b, key):

@@ -1,14 +1,16 @@
-"""What a difference of two backends in one array is, and when it is too large: the gate of levels L0, L1 and L2."""
+"""When a difference of two backends in one array is too large: the gate of levels L0, L1 and L2.
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from math import inf, prod
+What a level asks of an array is one row of `POLICIES`; what a kind of array is to rounding stands in names.py.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
-from common.architectures.layers import Layer, Shape, output_shapes
-from common.parity import steps
 from common.parity.levels import DECIDABLE, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, floor, rho
-from common.parity.record import Record
+from common.parity.names import KINDS, ArrayName
+from common.parity.record import Array, Record
 
 Level = Literal["L0", "L1", "L2"]
 # `reported`: the response is too large for a gate at this level, and the level asks only for the figure.
@@ -16,83 +18,38 @@ Verdict = Literal["same", "different", "undecided", "reported"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Two backends' difference in one array, and what it is held against."""
+class Policy:
+    """What a level asks of an array."""
 
-    tensor: str  # name in the record, "<pass>/<kind>/<canonical name>"
-    pair: tuple[str, str]
+    # Held to equality, not to a response.
+    exact: bool = False
+    # What follows where rounding alone moves an array by more than DECIDABLE: no decision, or the figure alone.
+    shaken: Literal["undecided", "reported", "gated"] = "gated"
+
+
+def policy(level: Level, name: ArrayName) -> Policy:
+    """The row of `POLICIES` for an array: that of outputs in eval mode, or of all others."""
+    return POLICIES[level, name.run == "eval" and name.kind == "tap"]
+
+
+POLICIES: dict[tuple[Level, bool], Policy] = {
+    ("L0", True): Policy(exact=True),
+    ("L0", False): Policy(exact=True),
+    ("L1", True): Policy(shaken="undecided"),
+    ("L1", False): Policy(shaken="undecided"),
+    ("L2", True): Policy(shaken="gated"),
+    ("L2", False): Policy(shaken="reported"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a difference is held to, and what comes of it."""
+
     level: Level
-    distance: float  # ‖a - b‖
-    norm: float  # ‖reference‖
     response: float  # the limit over RESPONSE_FACTOR: ρ of the pair; 0 at level L0
     verdict: Verdict
     ordered: bool = True  # whether both were run in other orders too; a single image has none
-
-    @property
-    def error(self) -> float:
-        """Relative to the norm of the reference; absolute where that is zero."""
-        return self.distance / self.norm if self.norm else self.distance
-
-    @property
-    def ratio(self) -> float:
-        """The distance in one-ulp responses."""
-        return self.distance / self.response if self.response else (0.0 if self.distance == 0 else inf)
-
-    @property
-    def mode(self) -> str:
-        """The mode of the check it belongs to: eval, train, grad, steps or exact."""
-        return self.section.split(",")[0]
-
-    @property
-    def section(self) -> str:
-        """The mode, for gradients with the pass they were taken in, for steps with the kind of array."""
-        return section(self.tensor)
-
-    @property
-    def step(self) -> int | None:
-        """The optimiser step after which it shows, counted from 1; None in other modes than steps."""
-        return steps.number(self.tensor)
-
-    @property
-    def place(self) -> str:
-        """The canonical name alone."""
-        return place(self.tensor)
-
-
-def section(tensor: str) -> str:
-    """The part of a check that an array belongs to: a mode, for gradients with the pass, for steps with the kind of
-    array; ``weights`` for a weight."""
-    run, _, rest = tensor.partition("/")
-    kind = rest.partition("/")[0]
-    if steps.number(tensor) is not None:
-        return f"steps, {kind}"
-    return "weights" if not rest else f"grad, {run}" if kind == "grad" else run
-
-
-def place(tensor: str) -> str:
-    """The canonical name in the name of an array."""
-    return tensor.split("/", 2)[-1]
-
-
-_SEVERITY: tuple[Verdict, ...] = ("reported", "same", "undecided", "different")
-
-
-def rank(difference: Difference) -> tuple[int, float]:
-    """How much a difference matters in a report: first by its verdict, then by its size."""
-    return _SEVERITY.index(difference.verdict), difference.ratio
-
-
-# Kinds of arrays that are gradients or come of them, with the power of the gradients that they hold.
-_GRADIENTS = {"grad": 1, "velocity": 1, "moment1": 1, "moment2": 2}
-
-
-def _in_time(name: str) -> tuple[str, float] | None:
-    """The pass, and the time within it, of a value that changes when a unit flips: gradients of a pass all at once, and
-    in mode steps the loss and the statistics of a step before what comes of its gradients."""
-    if (step := steps.number(name)) is not None:
-        forward = name.split("/")[1] in ("loss", "stat")
-        return "steps", step if forward else step + 0.5
-    return (section(name), 0.0) if "/grad/" in name else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +57,7 @@ class OrderDependence:
     """A backend whose result depends on the order of the batch beyond rounding, where that first shows."""
 
     backend: str
-    tensor: str
+    tensor: ArrayName
     change: float  # ‖another order - the given one‖
     norm: float  # ‖reference‖
     response: float  # the one-ulp response of the reference, or its floor
@@ -119,7 +76,9 @@ class OrderDependence:
 class Gate:
     """Decides about differences, by the responses of the reference and of the two that are compared.
 
-    `records` are the columns by their label, `soft` those of them that are held to level L2 in a float64 comparison.
+    `records` are the columns by their label, `soft` those of them that are held to level L2 in a float64 comparison, by
+    the response of the record `float32`. `arrays` are all that is compared, in the order in which it comes about, and
+    `norms` their norms in the reference.
     """
 
     def __init__(
@@ -129,22 +88,20 @@ class Gate:
         float32: Record | None,
         records: Mapping[str, Record],
         soft: Set[str],
-        norms: Mapping[str, float],
+        arrays: Mapping[ArrayName, Array],
+        norms: Mapping[ArrayName, float],
     ) -> None:
-        layers = reference.spec.layers
         self._level = level
-        self._response = reference.manifest.response
+        self._response = reference.response
         self._dtype = reference.manifest.dtype
-        self._float32 = float32.manifest.response if float32 is not None else {}
-        self._records = records
-        self._soft = soft
-        self._norms = norms
-        self._layer_of = _layer_of(layers)
-        self._summed = _summed(layers, reference.manifest.shape)
-        self._flipped: dict[tuple[tuple[str, ...], str], float] = {}
-        self._largest: dict[tuple[str, str, str], float] = {}
+        # In a float64 comparison level L2 is for the soft columns alone.
+        self._float32 = float32.response if float32 is not None else {}
+        self._records, self._soft = records, soft
+        self._arrays, self._norms = arrays, norms
+        self._flipped: dict[tuple[tuple[str, ...], str], tuple[float, bool]] = {}
+        self._largest: dict[tuple[str | int, str, str], float] = {}
         for name, value in norms.items():
-            key = self._group(name)
+            key = self._beside(name)
             self._largest[key] = max(self._largest.get(key, 0.0), value)
 
     def level(self, *backends: str) -> Level:
@@ -152,100 +109,87 @@ class Gate:
         return "L2" if self._soft & set(backends) else self._level
 
     def order_dependence(self, backend: str) -> OrderDependence | None:
-        """What shows that a backend depends on the order of the batch beyond rounding, in the first array of the norms
-        that does."""
+        """What shows that a backend depends on the order of the batch beyond rounding, in the first array that does."""
         for name, norm in self._norms.items():
-            response = 0.0 if self._level == "L0" else self._least(name, self.level(backend))
-            change = self._records[backend].manifest.order_response.get(name, 0.0)
+            level = self.level(backend)
+            response = 0.0 if policy(level, name).exact else self.least(name, level)
+            change = self._records[backend].order_response.get(name, 0.0)
             if not change <= ORDER_LIMIT * response and not self._only_reported(name, (backend,)):
                 return OrderDependence(backend=backend, tensor=name, change=change, norm=norm, response=response)
         return None
 
-    def judge(self, difference: Difference) -> Difference:
-        name, pair, level = difference.tensor, difference.pair, self.level(*difference.pair)
-        difference = replace(difference, level=level)
-        if level == "L0":
-            return replace(difference, response=0.0, verdict="same" if difference.distance == 0 else "different")
+    def judge(self, name: ArrayName, pair: tuple[str, str], distance: float) -> Judgement:
+        """What comes of a pair's difference in an array."""
+        level = self.level(*pair)
+        rule = policy(level, name)
+        if rule.exact:
+            return Judgement(level=level, response=0.0, verdict="same" if distance == 0 else "different")
         ordered = all(self._records[backend].manifest.orders for backend in pair)
-        measured, response = self._measured(name, pair), self._rho(name, pair)
-        verdict: Verdict = "same" if difference.distance <= RESPONSE_FACTOR * response else "different"
-        amplified = level == "L1" and measured > DECIDABLE[self._dtype] * self._largest[self._group(name)]
+        orders = self._orders(name, pair)
+        response = rho(self.least(name, level), *orders)
+        measured = rho(self._one_ulp(name, level), *orders)
+        amplified = rule.shaken == "undecided" and measured > DECIDABLE[self._dtype] * self._largest[self._beside(name)]
+        same = distance <= RESPONSE_FACTOR * response
+        verdict: Verdict = "same" if same else "different"
         if self._only_reported(name, pair):
             verdict = "reported"
-        elif amplified or response == inf if verdict == "same" else not ordered:
+        elif (amplified or response == inf) if same else not ordered:
             verdict = "undecided"
-        return replace(difference, response=response, verdict=verdict, ordered=ordered)
+        return Judgement(level=level, response=response, verdict=verdict, ordered=ordered)
 
-    def _group(self, name: str) -> tuple[str, str, str]:
-        run, kind, *rest = name.split("/", 2)
-        return run, kind, self._layer_of.get(rest[0], rest[0]) if rest else ""
+    def least(self, name: ArrayName, level: Level) -> float:
+        """The one-ulp response, or the floor of its kind of array."""
+        dtype = "float32" if level == "L2" else self._dtype
+        terms = self._arrays[name].terms * KINDS[name.kind].power
+        return max(self._one_ulp(name, level), floor(terms) * UNIT[dtype] * self._norms[name])
 
-    def _one_ulp(self, name: str, level: Level) -> float:
+    def _one_ulp(self, name: ArrayName, level: Level) -> float:
         responses = self._float32 if level == "L2" and self._dtype == "float64" else self._response
         return responses.get(name, 0.0)
 
-    def _least(self, name: str, level: Level) -> float:
-        """The one-ulp response, or the floor of its kind of array."""
-        dtype = "float32" if level == "L2" else self._dtype
-        kind, terms = self._group(name)[1], self._summed.get(place(name), 1)
-        return max(self._one_ulp(name, level), floor(terms * _GRADIENTS.get(kind, 0)) * UNIT[dtype] * self._norms[name])
+    def _beside(self, name: ArrayName) -> tuple[str | int, str, str]:
+        """What arrays are judged beside each other: those of one kind, layer and pass or step."""
+        return name.run, name.kind, self._arrays[name].layer
 
-    def _orders(self, name: str, backends: Sequence[str]) -> list[float]:
+    def _changes(self, name: ArrayName, backends: Sequence[str]) -> list[float]:
+        return [self._records[backend].order_response.get(name, 0.0) for backend in backends]
+
+    def _orders(self, name: ArrayName, backends: Sequence[str]) -> list[float]:
         """Order responses, as far as they are rounding: what is more is a fault of that backend and excuses nothing."""
-        limit = ORDER_LIMIT * self._least(name, self.level(*backends))
-        changes = (self._records[backend].manifest.order_response.get(name, 0.0) for backend in backends)
-        return [change if change <= limit else 0.0 for change in changes]
+        limit = ORDER_LIMIT * self.least(name, self.level(*backends))
+        return [change if change <= limit else 0.0 for change in self._changes(name, backends)]
 
-    def _measured(self, name: str, pair: tuple[str, str]) -> float:
-        return rho(self._one_ulp(name, self.level(*pair)), *self._orders(name, pair))
-
-    def _rho(self, name: str, pair: tuple[str, str]) -> float:
-        return rho(self._least(name, self.level(*pair)), *self._orders(name, pair))
-
-    def _only_reported(self, name: str, backends: tuple[str, ...]) -> bool:
+    def _only_reported(self, name: ArrayName, backends: tuple[str, ...]) -> bool:
         """Whether the level asks only for the figure, since rounding flips choices of ReLU or max-pool.
 
         One flipped unit changes the gradients of its own layer by percents and of no other, and three draws show
         some of those that may flip: where one gradient shows it, no other of the pass is safe.
         """
-        if self.level(*backends) != "L2" or name.startswith("eval/tap/"):
+        if policy(self.level(*backends), name).shaken != "reported":
             return False
         if self._shaken(name, backends):
             return True
-        if (place_in_time := _in_time(name)) is None:
+        if (when := _when(name)) is None:
             return False
-        part, time = place_in_time
+        part, time = when
         if (backends, part) not in self._flipped:
-            shown = (_in_time(n) for n in self._norms if self._shaken(n, backends))
+            shown = (_when(n) for n in self._norms if self._shaken(n, backends))
             times = [found[1] for found in shown if found and found[0] == part]
-            self._flipped[backends, part] = min(times, default=inf)
+            self._flipped[backends, part] = min(times, default=(inf, True))
         return time >= self._flipped[backends, part]
 
-    def _shaken(self, name: str, backends: Sequence[str]) -> bool:
+    def _shaken(self, name: ArrayName, backends: Sequence[str]) -> bool:
         """Whether the float32 response of an array, to an ulp or to other orders, is too large for a gate."""
-        flips = (found := _in_time(name)) is not None and found != ("steps", 1)
         # What is no gradient and comes of none moves smoothly, and a fault of a backend excuses nothing.
-        changes = (
-            [self._records[backend].manifest.order_response.get(name, 0.0) for backend in backends]
-            if flips
-            else self._orders(name, backends)
-        )
+        jumps = _when(name) not in (None, ("steps", (1, False)))
+        changes = (self._changes if jumps else self._orders)(name, backends)
         return max(self._one_ulp(name, "L2"), *changes) > DECIDABLE["float32"] * self._norms[name]
 
 
-def _layer_of(layers: Iterable[Layer]) -> dict[str, str]:
-    """Path of the layer that a canonical name of a parameter or statistic belongs to."""
-    return {name: layer.path for layer in layers for name in layer.arrays}
-
-
-def _summed(layers: Iterable[Layer], batch: Shape) -> dict[str, int]:
-    """How many terms the gradient of a bias sums over, or a running statistic: one for every image and pixel of its
-    layer's output."""
-    count, *image = batch
-    shapes = output_shapes(layers, tuple(image))
-    return {
-        name: count * prod(shapes[layer.path][:-1])
-        for layer in layers
-        for name in layer.arrays
-        if name.endswith(".bias") or name in layer.statistics
-    }
+def _when(name: ArrayName) -> tuple[str, tuple[float, bool]] | None:
+    """Where and when a value changes if a unit flips: gradients of a pass all at once, and of steps the loss and the
+    statistics of one before what comes of its gradients, and all that before the next one."""
+    backward = KINDS[name.kind].backward
+    if isinstance(name.run, int):
+        return "steps", (name.run, backward)
+    return (name.run, (0, True)) if backward else None

@@ -1,70 +1,89 @@
 """Records: what one backend computed, as a file that can be compared anywhere, later, without any framework.
 
-A record is a safetensors file. Its arrays are named ``<pass>/<kind>/<name>``: pass ``eval``, ``train`` or ``exact``
-(integer weights, level L0), kind ``tap``, ``stat`` or ``grad``, and ``<pass>/loss``; those of mode steps are in
-common/parity/steps.py. Its metadata hold the manifest.
+A record is a safetensors file. Its arrays have the names of common/parity/names.py; its metadata hold the manifest, and
+with it all that a comparison needs to know of the subject: nothing that reads a record asks for a specification.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from common import architectures
-from common.architectures import Spec
-from common.architectures.layers import INPUT, Shape, output_shapes
 from common.errors import RecordError
+from common.fields import Bound, Checked, Count, Natural
 from common.files import opened, reason, tensor, written
-from common.parity import steps
-from common.parity.levels import UNIT
-from common.training import recipe as recipes
-from common.training.recipe import TrainingRecipe
-
-Mode = Literal["eval", "train", "grad", "steps", "exact"]
-MODES: tuple[Mode, ...] = ("eval", "train", "grad")  # unless others are asked for
+from common.parity.names import ArrayName, Mode
 
 _FORMAT = "resnet-parity record 2"
-# What a field of the manifest is in JSON, where it is no string.
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("spec", "versions", "response", "order_response", "recipe"), dict),
-    **dict.fromkeys(("modes", "shape", "not_restored"), list),
-    **dict.fromkeys(("threads", "seed", "draws", "orders"), int),
-}
+
+Responses = Annotated[
+    dict[str, float],
+    Bound("a norm by name of array", lambda d: all(isinstance(v, float) and not v < 0 for v in d.values())),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Array(Checked):
+    """An array that a subject computes, and what a comparison must know of it."""
+
+    error = RecordError
+    title = "an array of a record"
+
+    name: Annotated[str, Bound("a name as eval/tap/stem.conv", lambda name: bool(_parsed(name)))]
+    shape: tuple[Natural, ...]
+    layer: str  # arrays of one layer are judged beside each other
+    terms: Count = 1  # of the sums of gradients that its elements are, where these terms may be equal: a bias's
+    rounds: bool = False  # whether its layer rounds, and it shows whether to float32
+
+
+def _parsed(name: str) -> ArrayName | None:
+    try:
+        return ArrayName.parse(name)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Checked):
     """Where a record comes from, and what its arrays answer to rounding: `response` is the one-ulp response of every
     array, where it was measured, `order_response` the largest change in `orders` other orders of the batch."""
 
+    error = RecordError
+    title = "a manifest"
+
     backend: str
-    variant: str
-    spec: dict[str, Any]
-    dtype: str
-    modes: tuple[Mode, ...]
+    variant: str  # what people call the network
+    subject: dict[str, Any]  # what was run, as data: two records of one network have equal ones
+    dtype: Literal["float64", "float32"]
+    modes: Annotated[tuple[Mode, ...], Bound("a list of one or more modes", bool)]
     versions: dict[str, str]
     device: str
-    threads: int
-    seed: int
+    threads: Count
+    seed: Natural
     inputs: str  # digest of images and labels, as float64
     weights: str  # digest of the weights, as float64
     source: str  # what the images show, for people
-    shape: tuple[int, ...]  # of the batch: (N, H, W, C)
-    recipe: dict[str, Any] = field(default_factory=dict)  # of mode steps; its `steps` are those taken
+    shape: tuple[Count, Count, Count, Count]  # of the batch: (N, H, W, C)
+    arrays: tuple[Array, ...]  # in the order in which their values come about
+    recipe: dict[str, Any] = field(default_factory=dict)  # of mode steps
     batches: str = ""  # digest of the images and labels of all steps, as float64
-    draws: int = 0
-    response: dict[str, float] = field(default_factory=dict)
-    orders: int = 0
-    order_response: dict[str, float] = field(default_factory=dict)
+    draws: Natural = 0
+    response: Responses = field(default_factory=dict)
+    orders: Natural = 0
+    order_response: Responses = field(default_factory=dict)
     not_restored: tuple[str, ...] = ()  # weights that did not come back bitwise after load and export
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("recipe", bool(self.recipe) or "steps" not in self.modes, "that of the steps")
 
-class Record(Mapping[str, np.ndarray]):
+
+class Record(Mapping[ArrayName, np.ndarray]):
     """A record on disk, memory-mapped: an array is read when it is asked for."""
 
     def __init__(self, path: Path | str) -> None:
@@ -76,95 +95,36 @@ class Record(Mapping[str, np.ndarray]):
             found = metadata.get("format")
             raise RecordError(f"{path}: not a record: format is {found!r}, expected {_FORMAT!r}")
         try:
-            self.manifest = _manifest(json.loads(metadata.get("manifest", "")))
-            self.spec: Spec = architectures.from_dict(self.manifest.spec)
-            self.recipe = recipes.from_dict(self.manifest.recipe) if "steps" in self.manifest.modes else None
+            self.manifest = Manifest.from_data(json.loads(metadata.get("manifest", "")))
+            self.arrays = {ArrayName.parse(array.name): array for array in self.manifest.arrays}
+            self.response = _by_name(self.manifest.response)
+            self.order_response = _by_name(self.manifest.order_response)
+            self._names = {ArrayName.parse(name): name for name in self._file.keys()}
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
-        self._names = set(self._file.keys())
-        if self.recipe is not None and (self.recipe.steps or 0) > len(self._names):
-            raise RecordError(f"{path}: holds {len(self._names)} arrays, and should of {self.recipe.steps} steps")
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
+    def __getitem__(self, name: ArrayName) -> np.ndarray:
         try:
-            return tensor(self._file, name, RecordError)
+            return tensor(self._file, self._names[name], RecordError)
         except RecordError as error:
             raise RecordError(f"{self.path}: {error}") from None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
+    def __iter__(self) -> Iterator[ArrayName]:
+        return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
 
-def _manifest(data: Any) -> Manifest:
-    """The manifest that `write` wrote as JSON. Raises `TypeError` or `ValueError` for one it cannot have written."""
-    manifest = Manifest(**data)
-    for part in fields(Manifest):
-        value = getattr(manifest, part.name)
-        kind = _KINDS.get(part.name, str)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(f"{part.name} is {value!r}; expected a {kind.__name__}")
-    if manifest.dtype not in UNIT:
-        raise ValueError(f"dtype is {manifest.dtype!r}; expected one of {', '.join(UNIT)}")
-    if not manifest.modes or not set(manifest.modes) <= set(get_args(Mode)):
-        raise ValueError(f"modes are {manifest.modes}; expected some of {', '.join(get_args(Mode))}")
-    if "steps" in manifest.modes and not manifest.recipe.get("steps"):
-        raise ValueError(f"recipe is {manifest.recipe!r}; expected one with its number of steps")
-    if len(manifest.shape) != 4 or not all(isinstance(n, int) and n > 0 for n in manifest.shape):
-        raise ValueError(f"shape is {manifest.shape}; expected that of a batch, (N, H, W, C)")
-    for responses in (manifest.response, manifest.order_response):
-        for name, change in responses.items():
-            if not isinstance(change, float) or change < 0:
-                raise ValueError(f"the response of {name} is {change!r}; expected a norm")
-    return replace(
-        manifest,
-        modes=tuple(manifest.modes),
-        shape=tuple(manifest.shape),
-        not_restored=tuple(manifest.not_restored),
-    )
+def _by_name(responses: Mapping[str, float]) -> dict[ArrayName, float]:
+    return {ArrayName.parse(name): change for name, change in responses.items()}
 
 
-def write(path: Path | str, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> None:
+def write(path: Path | str, arrays: Mapping[ArrayName, np.ndarray], manifest: Manifest) -> None:
     """Write a record; beside the target first, then renamed. Raises `RecordError`."""
     metadata = {"format": _FORMAT, "manifest": json.dumps(asdict(manifest))}
     with written(Path(path), RecordError) as beside:
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, beside, metadata)
-
-
-def expected_arrays(
-    spec: Spec, modes: tuple[Mode, ...], batch: Shape, recipe: TrainingRecipe | None = None
-) -> dict[str, Shape]:
-    """Name and shape of every array that a record of these modes holds, in the order of the walk, then of the steps.
-
-    `batch` is the shape of the images, (N, H, W, C); `recipe` is that of mode steps.
-    """
-    count, *image = batch
-    outputs = output_shapes(spec.layers, tuple(image))
-    expected: dict[str, Shape] = {}
-    for run in passes(modes):
-        if run == "exact" or run in modes:
-            expected |= {f"{run}/tap/{layer.path}": (count, *outputs[layer.path]) for layer in spec.layers}
-        if run != "exact" and run in modes:
-            expected[f"{run}/loss"] = ()
-        if run == "train" and run in modes:
-            for layer in spec.layers:
-                expected |= {f"{run}/stat/{name}": shape for name, shape in layer.statistics.items()}
-        if run != "exact" and "grad" in modes:
-            for layer in spec.layers:
-                expected |= {f"{run}/grad/{name}": shape for name, shape in layer.parameters.items()}
-            expected[f"{run}/grad/{INPUT}"] = batch
-    return expected | (steps.expected(spec, recipe) if "steps" in modes and recipe is not None else {})
-
-
-def passes(modes: tuple[Mode, ...]) -> tuple[str, ...]:
-    """The passes through the network that these modes need; gradients are taken in both."""
-    if "exact" in modes:
-        return ("exact",)
-    return tuple(run for run in ("eval", "train") if run in modes or "grad" in modes)
+        save_file({str(name): np.asarray(array, order="C") for name, array in arrays.items()}, beside, metadata)
 
 
 def norm(array: np.ndarray) -> float:

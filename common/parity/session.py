@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from common.backends.columns import COLUMNS, cores, resolve
 from common.backends.process import BackendProcess
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
-from common.parity.case import Case, Inputs, Task, tasks, told
+from common.parity.case import Case, Inputs, Task, step_count, tasks
 from common.parity.compare import Comparison, compare
 from common.parity.levels import DRAWS, ORDERS
 from common.parity.record import Record
@@ -23,10 +23,12 @@ Progress = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CheckResult:
     """What a check found. `failures` are the backends that did not answer, each with its error."""
 
-    case: Case
+    variant: str  # what people call the network
+    title: str  # what it was run on, for people
+    facts: Mapping[str, Any]  # the same as data: size, batch, seed, the recipe of mode steps
     source: str  # what the images show
     comparisons: tuple[Comparison, ...]
     failures: Mapping[str, ParityError] = field(default_factory=dict)
@@ -73,37 +75,51 @@ class Session:
             process.close()
         self._exit.close()
 
-    def check(self, case: Case, *, progress: Progress = lambda backend, step: None) -> Result:
+    def check(self, case: Case, *, progress: Progress = lambda backend, step: None) -> CheckResult:
         """Run `case` in every backend and compare. `progress` hears of every step."""
         started = time.perf_counter()
-        records: dict[str, dict[str, Record]] = {}
-        failures: dict[str, ParityError] = {}
         with self.prepared(case) as inputs:
 
-            def run(column: str) -> None:
+            def outcome(column: str, reference: bool) -> dict[str, Record] | ParityError:
                 try:
-                    records[column] = self.run(column, inputs, reference == column, progress)
+                    return self.run(column, inputs, reference, progress)
                 except ParityError as error:
-                    failures[column] = error
+                    return error
 
-            reference = self.references[0]
+            first = self.references[0]
             with ThreadPoolExecutor(self.jobs) as pool:
-                list(pool.map(run, self.columns))
-            if reference in failures:
-                # Without it there is no response: the next one measures it.
-                reference = next((c for c in self.references if c in records), "")
-                if len(records) > 1:
-                    run(reference)
+                made = list(pool.map(lambda column: outcome(column, column == first), self.columns))
+            outcomes = dict(zip(self.columns, made, strict=True))
+            reference = self._measured(outcomes, lambda column: outcome(column, True))
+            records = {column: found for column, found in outcomes.items() if not isinstance(found, ParityError)}
             with self._timed("compare"):
-                comparisons = compare_case(case, {c: records[c] for c in self.columns if c in records}, reference)
-        return Result(
-            case=case,
+                comparisons = compare_case(case, records, reference)
+        return CheckResult(
+            variant=case.variant,
+            title=case.title(inputs.source),
+            facts=case.facts,
             source=inputs.source,
             comparisons=tuple(comparisons),
-            failures=failures,
-            versions={c: _versions(next(iter(made.values()))) for c, made in records.items()},
+            failures={column: found for column, found in outcomes.items() if isinstance(found, ParityError)},
+            versions={column: _versions(next(iter(made.values()))) for column, made in records.items()},
             seconds=time.perf_counter() - started,
         )
+
+    def _measured(
+        self,
+        outcomes: dict[str, dict[str, Record] | ParityError],
+        measure: Callable[[str], dict[str, Record] | ParityError],
+    ) -> str:
+        """The column whose records carry the response: where the first one gave no answer, the next is run again."""
+        for column in self.references:
+            if sum(not isinstance(found, ParityError) for found in outcomes.values()) < 2:
+                break
+            if not isinstance(outcomes[column], ParityError):
+                if column != self.references[0]:
+                    outcomes[column] = measure(column)
+                if not isinstance(outcomes[column], ParityError):
+                    return column
+        return self.references[0]
 
     @contextmanager
     def prepared(self, case: Case) -> Iterator[Inputs]:
@@ -134,10 +150,10 @@ class Session:
             raise
         return made
 
-    def told(self, case: Case) -> int:
+    def step_count(self, case: Case) -> int:
         """How many steps `progress` will hear of, if all goes well."""
         return sum(
-            told(case, task)
+            step_count(case, task)
             for column in self.columns
             for task in tasks(case, reference=column == self.references[0], soft=self.soft)
         ) + sum(not self.processes[column].seconds for column in self.columns if column in self.processes)
@@ -190,7 +206,7 @@ def compare_files(paths: Sequence[Path]) -> list[Comparison]:
 def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> Comparison:
     first = group[0].manifest
     given = first.weights, first.inputs
-    float32 = next((r for r in groups.get("float32", []) if r.manifest.response), None)
+    float32 = next((r for r in groups.get("float32", []) if r.response), None)
     float32 = float32 if first.dtype == "float64" else None
     doubles = groups.get("float64", []) if first.dtype == "float32" else []
     exact = [r for r in doubles if (r.manifest.weights, r.manifest.inputs) == given]

@@ -7,13 +7,12 @@ more than `SAMPLE` elements is so many of them, spread evenly.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from math import prod, sqrt
+from math import sqrt
 
 import numpy as np
 
-from common.architectures import Spec
-from common.architectures.layers import Shape
 from common.parity.levels import UNIT
+from common.parity.names import ArrayName
 from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Measured, Minibatch, Trainer
@@ -48,41 +47,12 @@ def sample(array: np.ndarray) -> np.ndarray:
     return sampled
 
 
-def expected(spec: Spec, recipe: TrainingRecipe) -> dict[str, Shape]:
-    """Name and shape of every array kept, in the order in which their values come about.
-
-    Within a step: the loss, the statistics of the way forward, what the optimiser makes of the gradients from the last
-    layer back to the first, the parameters, and their averages.
-    """
-    steps = recipe.steps or 0
-    forward = {name: shape for layer in spec.layers for name, shape in layer.statistics.items()}
-    trained = {name: shape for layer in spec.layers for name, shape in layer.parameters.items()}
-    backward = dict(reversed(trained.items()))
-    kinds = {"stat": forward} | dict.fromkeys((*moments(recipe), "param"), backward)
-    kinds |= {"ema": backward} if recipe.ema_decay is not None else {}
-    found: dict[str, Shape] = {}
-    for number in range(1, steps + 1):
-        found[_name(number, "loss")] = ()
-        for kind, shapes in kinds.items():
-            for name, shape in shapes.items():
-                sampled = number < steps and prod(shape) > SAMPLE
-                found[_name(number, f"{kind}/{name}")] = (SAMPLE,) if sampled else shape
-    return found
-
-
 def moments(recipe: TrainingRecipe) -> tuple[str, ...]:
     """The kinds of arrays that the recipe's optimiser keeps beside the parameters."""
     if recipe.optimizer == "adamw":
         return ("moment1", "moment2")
     # Without momentum the velocity is the gradient, and an optimiser has no need to keep it.
     return ("velocity",) if recipe.momentum else ()
-
-
-def number(tensor: str) -> int | None:
-    """The step, counted from 1, that an array of a record belongs to; None for one of another mode."""
-    run = tensor.partition("/")[0]
-    digits = run.removeprefix("step")
-    return int(digits) if digits != run and digits.isdecimal() else None
 
 
 def rates(recipe: TrainingRecipe, dtype: str, seed: int | None = None) -> list[float]:
@@ -108,10 +78,10 @@ def take(
     images: np.ndarray,
     labels: np.ndarray,
     learning_rates: Sequence[float],
-    keep: Callable[[str, np.ndarray], None],
+    keep: Callable[[ArrayName, np.ndarray], None],
     masks: Sequence[Masks],
 ) -> None:
-    """Take steps with a trainer that has its weights; hand `keep` every array of `expected` as it comes.
+    """Take steps with a trainer that has its weights; hand `keep` every array of the state as it comes.
 
     `images` are (steps, N, H, W, C), `labels` (steps, N), `learning_rates` and `masks` of dropout one for each step.
     """
@@ -124,14 +94,11 @@ def take(
     def after(measured: Measured) -> bool:
         nonlocal done
         done += 1
-        keep(_name(done, "loss"), np.asarray(measured.loss, images.dtype))
+        keep(ArrayName(done, "loss"), np.asarray(measured.loss, images.dtype))
         for name, array in trainer.arrays().items():
             sampled = done < last and array.size > SAMPLE
-            keep(_name(done, name), sample(array) if sampled else array)
+            kind, _, place = name.partition("/")
+            keep(ArrayName(done, kind, place), sample(array) if sampled else array)
         return True
 
     trainer.fit(batches(), after)
-
-
-def _name(number: int, rest: str) -> str:
-    return f"step{number:02d}/{rest}"

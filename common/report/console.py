@@ -1,21 +1,17 @@
 """Tables a person can read in ten seconds."""
 
 from collections.abc import Iterable, Mapping
-from math import prod
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from common.architectures import Spec
-from common.architectures.layers import INPUT, output_shapes
-from common.architectures.layers import multiply_adds as multiply_adds_of
 from common.backends.process import BackendProcess
-from common.parity.compare import Comparison
-from common.parity.gate import Difference, place, section
+from common.parity.compare import Comparison, Difference
 from common.parity.levels import ORDER_LIMIT, PRECISION_FACTOR, RESPONSE_FACTOR
-from common.parity.session import Result
+from common.parity.session import CheckResult
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -28,23 +24,18 @@ _STYLES = {"same": "green", "different": "bold red", "undecided": "yellow", "rep
 _MOST = 6
 
 
-def result(found: Result) -> Group:
+def result(found: CheckResult) -> Group:
     """The outcome of a check: what was run, a table for each level, and the verdict."""
-    case = found.case
-    height, width = case.size
-    photos = f"{case.batch} crops of {found.source}" if case.photos else found.source
-    parts: list[RenderableType] = [
-        Text(""),
-        Text.assemble((case.variant, "bold"), f"  {photos}, {height}x{width}, batch {case.batch}, seed {case.seed}"),
-    ]
-    if "steps" in case.modes:
-        parts.append(Text(f"  {case.recipe.steps} steps of {_in_words(case.recipe)}", style="dim"))
+    recipe = found.facts["recipe"]
+    parts: list[RenderableType] = [Text(""), Text.assemble((found.variant, "bold"), f"  {found.title}")]
+    if recipe is not None:
+        parts.append(Text(f"  {recipe['steps']} steps of {_in_words(recipe)}", style="dim"))
     parts += [comparison(compared) for compared in found.comparisons]
     parts += [Text(f"  {error}", style="bold red") for error in found.failures.values()]
     verdict = (
         Text("SAME FUNCTION", style="bold green") if found.passed else Text("NOT SHOWN TO BE THE SAME", "bold red")
     )
-    parts.append(Text.assemble("  ", verdict, f"  {case.variant}, {found.seconds:.1f} s"))
+    parts.append(Text.assemble("  ", verdict, f"  {found.variant}, {found.seconds:.1f} s"))
     return Group(*parts)
 
 
@@ -92,7 +83,7 @@ def _table(compared: Comparison) -> Table:
                 " | ".join(difference.pair),
                 Text(f"{difference.error:.1e}", style),
                 Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
-                Text(_where(difference) + note, style),
+                Text(difference.tensor.where + note, style),
             )
     return table
 
@@ -100,20 +91,19 @@ def _table(compared: Comparison) -> Table:
 def _by_section(differences: Iterable[Difference]) -> dict[str, list[Difference]]:
     sections: dict[str, list[Difference]] = {}
     for difference in differences:
-        sections.setdefault(difference.section, []).append(difference)
+        sections.setdefault(difference.tensor.section, []).append(difference)
     return sections
 
 
-def _where(difference: Difference) -> str:
-    return f"{difference.place}, step {difference.step}" if difference.step else difference.place
-
-
-def _in_words(recipe: TrainingRecipe) -> str:
+def _in_words(recipe: Mapping[str, Any]) -> str:
     """What decides the steps and is not as it is without a word."""
     usual, unseen = recipes.to_dict(TrainingRecipe()), ("steps", "batch_size", "epochs", "seed", "augmentation")
-    data = {name: value for name, value in recipes.to_dict(recipe).items() if name not in unseen}
-    words = [f"{name} {value}" for name, value in data.items() if usual.get(name) != value and name != "optimizer"]
-    return ", ".join([recipe.optimizer, *words])
+    words = [
+        f"{name} {value}"
+        for name, value in recipe.items()
+        if name not in (*unseen, "optimizer") and usual.get(name) != value
+    ]
+    return ", ".join([recipe["optimizer"], *words])
 
 
 def _explain(compared: Comparison) -> Iterable[Text]:
@@ -131,15 +121,15 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         yield Text(f"… and {len(compared.problems) - _MOST} more problems of this kind", style="bold red")
     for found in compared.order_dependent:
         yield Text(
-            f"{found.backend} depends on the order of the batch: first at {place(found.tensor)} "
-            f"({section(found.tensor)}), relative change {found.error:.1e}, {found.ratio:.3g} one-ulp responses; the "
+            f"{found.backend} depends on the order of the batch: first at {found.tensor.where} "
+            f"({found.tensor.section}), relative change {found.error:.1e}, {found.ratio:.3g} one-ulp responses; the "
             f"limit is {ORDER_LIMIT if found.response else 0:g}",
             style="bold red",
         )
     if (first := compared.first) is not None:
         yield Text(
-            f"first difference: {_where(first)} ({first.section}), {' | '.join(first.pair)}: relative error "
-            f"{first.error:.1e}, {first.ratio:.3g} responses; the limit is {RESPONSE_FACTOR:g}",
+            f"first difference: {first.tensor.where} ({first.tensor.section}), {' | '.join(first.pair)}: relative "
+            f"error {first.error:.1e}, {first.ratio:.3g} responses; the limit is {RESPONSE_FACTOR:g}",
             style="bold red",
         )
     undecided = {d.tensor: d for d in compared.differences if d.verdict == "undecided"}
@@ -147,23 +137,23 @@ def _explain(compared: Comparison) -> Iterable[Text]:
     if unordered:
         example = next(iter(unordered.values()))
         yield Text(
-            f"undecided: {len(unordered)} arrays, {_where(example)} ({example.section}) first: a single image has no "
-            "other order to measure what sums may do; use a batch of 2 (--batch 2)",
+            f"undecided: {len(unordered)} arrays, {example.tensor.where} ({example.tensor.section}) first: "
+            "a single image has no other order to measure what sums may do; use a batch of 2 (--batch 2)",
             style="yellow",
         )
     elif undecided:
         example = next(iter(undecided.values()))
         yield Text(
-            f"undecided: {len(undecided)} arrays, {_where(example)} ({example.section}) first: rounding alone moves "
-            "them too much to tell anything; use more images (--batch) or a larger --size"
-            + (", a lower rate (--set lr=…) or fewer --steps" if example.step else ""),
+            f"undecided: {len(undecided)} arrays, {example.tensor.where} ({example.tensor.section}) first: "
+            "rounding alone moves them too much to tell anything; use more images (--batch) or a larger --size"
+            + (", a lower rate (--set lr=…) or fewer --steps" if example.tensor.step else ""),
             style="yellow",
         )
     imprecise = [p for p in compared.precision if not p.passed]
     if imprecise:
         worst = imprecise[0]
         yield Text(
-            f"imprecise: {worst.backend} at {worst.tensor.split('/', 2)[-1]} (eval): its own float32 error is "
+            f"imprecise: {worst.backend} at {worst.tensor.place} (eval): its own float32 error is "
             f"{worst.error:.1e}, {worst.error / worst.median if worst.median else float('inf'):.3g} times the median; "
             f"the limit is {PRECISION_FACTOR:g}",
             style="bold red",
@@ -173,74 +163,6 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         yield Text("own rounding error of the output: " + ", ".join(f"{p.backend} {p.error:.1e}" for p in last), "dim")
     if not compared.passed and (odd := compared.odd_one_out):
         yield Text(f"the odd one out: {odd}", style="bold red")
-
-
-def variants(specs: Mapping[str, Spec]) -> Table:
-    """Named variants with their depth, their size, and their cost for the images that they are usually fed."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("variant")
-    for column in ("layers", "parameters", "statistics", "input", "multiply-adds"):
-        table.add_column(column, justify="right")
-    for name, spec in specs.items():
-        size = spec.default_size
-        costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
-        table.add_row(
-            name,
-            str(_depth(spec)),
-            f"{sum(layer.parameter_count for layer in spec.layers):,}",
-            f"{sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values()):,}",
-            f"{size[0]}x{size[1]}",
-            f"{sum(costs.values()) / 1e6:,.0f} M",
-        )
-    return table
-
-
-def _depth(spec: Spec) -> int:
-    """The most convolutions and dense layers that an image passes through: the number in the names of networks."""
-    depths = {INPUT: 0}
-    for layer in spec.layers:
-        depths[layer.path] = max(depths[path] for path in layer.inputs) + (layer.kind in ("conv", "dense"))
-    return max(depths.values())
-
-
-def layers(spec: Spec, size: tuple[int, int]) -> Table:
-    """The layer walk at an image size: shapes, parameters, multiply-adds."""
-    shapes = output_shapes(spec.layers, (*size, spec.in_channels))
-    costs = multiply_adds_of(spec.layers, shapes)
-    table = Table(box=None, pad_edge=False, header_style="dim", show_footer=True)
-    table.add_column("layer", "total")
-    table.add_column("kind")
-    table.add_column("window")
-    table.add_column("output", "", justify="right")
-    table.add_column("parameters", f"{sum(layer.parameter_count for layer in spec.layers):,}", justify="right")
-    table.add_column("multiply-adds", f"{sum(costs.values()):,}", justify="right")
-    table.add_row(INPUT, "", "", "x".join(map(str, shapes[INPUT])), "", "")
-    for layer in spec.layers:
-        table.add_row(
-            layer.path,
-            layer.kind,
-            _window(layer),
-            "x".join(map(str, shapes[layer.path])),
-            f"{layer.parameter_count:,}" if layer.parameter_count else "",
-            f"{costs[layer.path]:,}" if costs[layer.path] else "",
-        )
-    return table
-
-
-def _window(layer: object) -> str:
-    """Kernel, stride and what else is not the usual, in short."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
-        return ""
-    parts = [f"{kernel}x{kernel}"]
-    for name, usual in (("stride", 1), ("dilation", 1), ("groups", 1)):
-        value = getattr(layer, name, usual)
-        if value != usual:
-            parts.append(f"{name} {value}")
-    padding = getattr(layer, "padding", "symmetric")
-    if kernel > 1 and padding != "symmetric":
-        parts.append(padding)
-    return ", ".join(parts)
 
 
 def timings(processes: Mapping[str, BackendProcess], own: Mapping[str, float]) -> Table:

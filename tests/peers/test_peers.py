@@ -18,6 +18,7 @@ from common import weights as canonical
 from common.images import sample_photos
 from common.parity.case import Case
 from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.names import ArrayName
 from common.parity.record import distance, norm
 from common.parity.session import Session
 
@@ -95,8 +96,9 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
                 records = dict(zip(session.columns, made, strict=True))
             kept = tmp_path / f"images-{size}.safetensors"
             kept.write_bytes(inputs.path("inputs", "float64").read_bytes())
-            response = records["torch"]["float64"].manifest.response[f"eval/tap/{last}"]
-            outputs = {column: made["float64"][f"eval/tap/{last}"].copy() for column, made in records.items()}
+            tap = ArrayName("eval", "tap", last)
+            response = records["torch"]["float64"].response[tap]
+            outputs = {column: made["float64"][tap].copy() for column, made in records.items()}
         images.append(kept)
         expected.append((response, outputs))
 
@@ -130,6 +132,7 @@ def test_nothing_here_could_pass_by_accident(session, tmp_path):
         record = session.run("torch", inputs, True)["float64"]
         kept = tmp_path / "images.safetensors"
         kept.write_bytes(inputs.path("inputs", "float64").read_bytes())
-        response, output = record.manifest.response["eval/tap/head.fc"], record["eval/tap/head.fc"].copy()
+        head = ArrayName("eval", "tap", "head.fc")
+        response, output = record.response[head], record[head].copy()
     peer("torchvision", "resnet18", "run", theirs, tmp_path / "outputs", kept)
     assert distance(load_file(tmp_path / "outputs")["0"], output) > 1000 * RESPONSE_FACTOR * response

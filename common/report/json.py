@@ -1,0 +1,112 @@
+"""The results of a check as JSON, for scripts."""
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from common.errors import RecordError
+from common.files import written
+from common.parity.compare import Comparison, Difference, rank
+from common.parity.gate import OrderDependence
+from common.parity.levels import RESPONSE_FACTOR
+from common.parity.names import ArrayName
+from common.parity.session import CheckResult
+
+
+def write_json(path: Path, results: Sequence[CheckResult]) -> None:
+    """Write the results of a check. Raises `RecordError` where the file cannot be written."""
+    with written(path, RecordError) as beside:
+        beside.write_text(json.dumps(as_json(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def as_json(results: Sequence[CheckResult]) -> dict[str, Any]:
+    """The results as JSON data: `passed`, and one entry in `checks` for every variant and dtype.
+
+    An entry's `modes` hold, by mode and pair (``"torch | flax"``), the difference that is largest when measured in
+    one-ulp responses, one that fails before one that does not: its relative error, the response (relative too) that it
+    is held against, and where it is. ``kind`` is tap, loss, stat, grad, or in mode steps one of those of
+    common/parity/steps.py, and ``step`` the optimiser step after which it shows.
+    """
+    return {
+        "passed": bool(results) and all(result.passed for result in results),
+        "limit": RESPONSE_FACTOR,
+        "checks": [_entry(result, compared) for result in results for compared in result.comparisons],
+        "failures": [
+            {"variant": result.variant, "backend": backend, "error": str(error)}
+            for result in results
+            for backend, error in result.failures.items()
+        ],
+        "versions": {name: dict(versions) for result in results for name, versions in result.versions.items()},
+    }
+
+
+def _entry(result: CheckResult, compared: Comparison) -> dict[str, Any]:
+    facts = dict(result.facts)
+    recipe = facts.pop("recipe")
+    return {
+        "variant": result.variant,
+        "dtype": compared.dtype,
+        "level": compared.level,
+        "passed": compared.passed,
+        "backends": list(compared.backends),
+        **facts,
+        "input": result.source,
+        "arrays": len({d.tensor for d in compared.differences}),
+        "modes": _modes(compared),
+        "first_difference": _difference(compared.first) if compared.first else None,
+        "odd_one_out": compared.odd_one_out if not compared.passed else None,
+        "order_dependent": [_order_dependence(found) for found in compared.order_dependent],
+        "problems": [vars(problem) | {"tensor": str(problem.tensor)} for problem in compared.problems],
+        "imprecise": [
+            vars(p) | {"tensor": str(p.tensor), "error": _finite(p.error), "median": _finite(p.median)}
+            for p in compared.precision
+            if not p.passed
+        ],
+        "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
+        "spec": dict(compared.subject),
+        "recipe": recipe if "steps" in compared.modes else None,
+    }
+
+
+def _modes(compared: Comparison) -> dict[str, dict[str, Any]]:
+    modes: dict[str, dict[str, Any]] = {}
+    for difference in sorted(compared.worst(), key=rank):
+        modes.setdefault(difference.tensor.mode, {})[" | ".join(difference.pair)] = _difference(difference)
+    return modes
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {
+        "error": _finite(difference.error),
+        "response": _finite(difference.response / difference.norm if difference.norm else difference.response),
+        "ratio": _finite(difference.ratio),
+        **_name(difference.tensor),
+        "pair": list(difference.pair),
+        "level": difference.level,
+        "verdict": difference.verdict,
+    }
+
+
+def _name(name: ArrayName) -> dict[str, Any]:
+    return {
+        "tensor": name.label,
+        "pass": str(name).partition("/")[0],
+        "kind": name.kind,
+        "step": name.step,
+    }
+
+
+def _order_dependence(found: OrderDependence) -> dict[str, Any]:
+    return {
+        "backend": found.backend,
+        **_name(found.tensor),
+        "error": _finite(found.error),
+        "ratio": _finite(found.ratio),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if isfinite(value) else None

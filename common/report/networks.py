@@ -1,0 +1,78 @@
+"""Networks as tables: the named variants, and the layers of one."""
+
+from collections.abc import Mapping
+from math import prod
+
+from rich.table import Table
+
+from common.architectures import Spec
+from common.architectures.layers import INPUT, output_shapes
+from common.architectures.layers import multiply_adds as multiply_adds_of
+
+
+def variants(specs: Mapping[str, Spec]) -> Table:
+    """Named variants with their depth, their size, and their cost for the images that they are usually fed."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("variant")
+    for column in ("layers", "parameters", "statistics", "input", "multiply-adds"):
+        table.add_column(column, justify="right")
+    for name, spec in specs.items():
+        size = spec.default_size
+        costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
+        table.add_row(
+            name,
+            str(_depth(spec)),
+            f"{sum(layer.parameter_count for layer in spec.layers):,}",
+            f"{sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values()):,}",
+            f"{size[0]}x{size[1]}",
+            f"{sum(costs.values()) / 1e6:,.0f} M",
+        )
+    return table
+
+
+def _depth(spec: Spec) -> int:
+    """The most convolutions and dense layers that an image passes through: the number in the names of networks."""
+    depths = {INPUT: 0}
+    for layer in spec.layers:
+        depths[layer.path] = max(depths[path] for path in layer.inputs) + (layer.kind in ("conv", "dense"))
+    return max(depths.values())
+
+
+def layers(spec: Spec, size: tuple[int, int]) -> Table:
+    """The layer walk at an image size: shapes, parameters, multiply-adds."""
+    shapes = output_shapes(spec.layers, (*size, spec.in_channels))
+    costs = multiply_adds_of(spec.layers, shapes)
+    table = Table(box=None, pad_edge=False, header_style="dim", show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("kind")
+    table.add_column("window")
+    table.add_column("output", "", justify="right")
+    table.add_column("parameters", f"{sum(layer.parameter_count for layer in spec.layers):,}", justify="right")
+    table.add_column("multiply-adds", f"{sum(costs.values()):,}", justify="right")
+    table.add_row(INPUT, "", "", "x".join(map(str, shapes[INPUT])), "", "")
+    for layer in spec.layers:
+        table.add_row(
+            layer.path,
+            layer.kind,
+            _window(layer),
+            "x".join(map(str, shapes[layer.path])),
+            f"{layer.parameter_count:,}" if layer.parameter_count else "",
+            f"{costs[layer.path]:,}" if costs[layer.path] else "",
+        )
+    return table
+
+
+def _window(layer: object) -> str:
+    """Kernel, stride and what else is not the usual, in short."""
+    kernel = getattr(layer, "kernel", None)
+    if kernel is None:
+        return ""
+    parts = [f"{kernel}x{kernel}"]
+    for name, usual in (("stride", 1), ("dilation", 1), ("groups", 1)):
+        value = getattr(layer, name, usual)
+        if value != usual:
+            parts.append(f"{name} {value}")
+    padding = getattr(layer, "padding", "symmetric")
+    if kernel > 1 and padding != "symmetric":
+        parts.append(padding)
+    return ", ".join(parts)
