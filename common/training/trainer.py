@@ -58,7 +58,7 @@ def check_trainable(spec: Spec) -> None:
     """Raise `TrainingError` for a network without classes to learn."""
     if logits(spec) is None:
         raise TrainingError(
-            f"the network ends with {output(spec).path} and has no classifier to train; give the spec a head of logits"
+            f"the network ends in {output(spec).path} and has no classifier to train; give the spec a head of logits"
         )
 
 
