@@ -208,7 +208,7 @@ def test_arrays_in_pieces_load_bitwise(tmp_path, monkeypatch):
     same(found.weights, weights_of(TINY))
 
 
-def test_a_msgpack_file_is_read_as_views_of_it(tmp_path):
+def test_arrays_of_a_msgpack_file_are_not_copied_again(tmp_path):
     as_msgpack(tmp_path / "views", variables_of(TINY))
     source = msgpack_file.read(tmp_path / "views")
     first, second = (source.tensors["params/conv_init/kernel"].read() for _ in range(2))
@@ -380,26 +380,26 @@ def test_bytes_after_the_end_are_refused(tmp_path):
         (array((2**40,), "float32", b"1234"), "4398046511104 bytes"),
         (array((0, 2**62), "float32", b""), "is said to be"),
         (array((1,), "float32", b"12345"), "is said to be"),
-        (array((-1,), "float32", b"1234"), "expected integer"),
-        (array("four", "float32", b"1234"), "expected list"),
-        (array((1,) * 40, "float32", b"1234"), "not a list of shape"),
+        (array((-1,), "float32", b"1234"), "not a list of shape"),
+        (array("four", "float32", b"1234"), "not a list of shape"),
+        (array((1,) * 40, "float32", b"1234"), "no whole msgpack"),
         (array((1,), "object", b"12345678"), "of dtype object"),
         (array((1,), "float8_e4m3fn", b"1"), "of dtype float8_e4m3fn"),
         (array((1,), "<U1", b"1234"), "of dtype <U1"),
-        (array((1,), "f4\n", b"1234"), "not printable"),
-        (array((1,), 4, b"1234"), "expected a name"),
-        (msgpack.packb(msgpack.ExtType(1, b"")), "said to follow"),
+        (array((1,), "f4\n", b"1234"), "not a list of shape"),
+        (array((1,), 4, b"1234"), "not a list of shape"),
+        (msgpack.packb(msgpack.ExtType(1, b"")), "no whole msgpack"),
         (msgpack.packb(msgpack.ExtType(2, b"\x92\0\0")), "no array"),
         (msgpack.packb(None), "no array"),
         (msgpack.packb("text"), "no array"),
-        (b"\xc9" + struct.pack(">I", 2**32 - 1) + b"\1", "said to follow"),
-        (b"\xdf" + struct.pack(">I", 2**32 - 1), "said to follow"),
-        (b"\xdd" + struct.pack(">I", 2**32 - 1), "said to follow"),
-        (b"\xc1", "no value of msgpack"),
-        (b"\x91" * 100_000 + b"\xc0", "nested deeper"),
-        (b"\xdd" + struct.pack(">I", 300_000) + b"\xc0" * 300_000, "more than 200000 values"),
-        (b"\x81\x01\x01", "expected a name"),
-        (b"\x81\xa2\xff\xff\x01", "not printable"),
+        (b"\xc9" + struct.pack(">I", 2**32 - 1) + b"\1", "no whole msgpack"),
+        (b"\xdf" + struct.pack(">I", 2**32 - 1), "no whole msgpack"),
+        (b"\xdd" + struct.pack(">I", 2**32 - 1), "no whole msgpack"),
+        (b"\xc1", "no whole msgpack"),
+        (b"\x91" * 100_000 + b"\xc0", "no whole msgpack"),
+        (b"\xdc\x27\x10" + (b"\xdc\x00\xff" + b"\xc0" * 255) * 10_000, "more than 200000 values"),
+        (b"\x81\x01\x01", "no whole msgpack"),
+        (b"\x81\xa2\xff\xff\x01", "no whole msgpack"),
         (packed({"__msgpack_chunked_array__": True, "shape": {}, "chunks": {}}), "in pieces"),
         (packed({"__msgpack_chunked_array__": True, "shape": {"0": 3}, "chunks": {"0": np.ones(2)}}), "is said to be"),
         (packed({"__msgpack_chunked_array__": True, "shape": {"1": 2}, "chunks": {"0": np.ones(2)}}), "in pieces"),

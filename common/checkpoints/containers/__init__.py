@@ -31,7 +31,7 @@ WRITTEN = {
 BY_FRAMEWORK = {".keras": "keras", "": "flax"}
 # Those that hold metadata; the others leave them out.
 WITH_METADATA = ("safetensors",)
-_LIBRARIES = {name: (name, "checkpoints") for name in ("h5py", "tensorstore")}
+_LIBRARIES = {name: (name, "checkpoints") for name in ("h5py", "tensorstore", "msgpack")}
 
 
 @dataclass(frozen=True, kw_only=True)
