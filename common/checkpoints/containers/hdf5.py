@@ -3,11 +3,11 @@
 All are HDF5; ``.keras`` is a zip archive with such a file inside. Read with h5py and without Keras: nothing is built
 from a configuration, so that nothing in a file can be executed, lambda layers included. What leads out of the file
 (external links and storage, virtual datasets) is refused, and so is a file that claims much more than it holds.
+libhdf5 is asked for numbers only: see `hdf5_text`.
 """
 
 import io
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,6 @@ import numpy as np
 from common.architectures.layers import Shape
 from common.checkpoints.containers import Source, Stored, widened_bfloat16
 from common.checkpoints.containers.hdf5_text import text_attribute
-from common.checkpoints.containers.keras_order import names_by_order
 from common.errors import CheckpointError
 from common.files import reason, written
 from common.weights import Weights
@@ -33,7 +32,6 @@ _EXPANSION, _ALWAYS = 64, 64 << 20
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 _WEIGHTS = "model.weights.h5"  # of a .keras archive
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
 _ATTRIBUTE_LIMIT = 64512  # bytes that HDF5 takes in one attribute
 # Folders in which Keras 3 keeps layers, and in which tf.keras 2.12 to 2.15 did.
@@ -42,10 +40,6 @@ _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 _KERAS_1 = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
 # Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours.
 _ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
-_NUMBERED = re.compile(
-    r"(?P<model>.*)/(?:unbiased_)?(?P<kind>conv2d|batch_normalization|dense)(?:_(?P<number>\d{1,6}))?/vars"
-)
-_CLASS = {"conv": "conv2d", "norm": "batch_normalization", "dense": "dense"}
 
 
 def recognises(path: Path) -> bool:
@@ -62,15 +56,15 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    """The tensors by ``<layer>/<array>``, wherever in the file they are; memory-mapped where they lie in one piece."""
+    """The tensors by ``<layer>/<array>``, wherever in the file they are. Raises `CheckpointError`."""
     with _damage():
-        # Empty files cannot be mapped.
-        mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        archived = bytes(mapped[:4]) == _ZIP
-        content = _member(path, mapped) if archived else mapped
-        if bytes(content[:8]) != _HDF5:
-            raise CheckpointError(f"{_WEIGHTS} is no HDF5 file; fetch or make the file again")
-        file = h5py.File(_Window(content) if archived else path, "r")
+        with path.open("rb") as start:
+            archived = start.read(4) == _ZIP
+        if archived:
+            member = _member(path)
+            file, content = h5py.File(io.BytesIO(member), "r"), np.frombuffer(member, np.uint8)
+        else:
+            file, content = h5py.File(path, "r"), np.memmap(path, np.uint8, "r")
         found = _Datasets(file, content)
         keras_3 = any(name in file for name in _LAYERS)
         tensors = found.of_keras_3() if keras_3 else found.of_legacy()
@@ -95,36 +89,6 @@ def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
 # Reading
 
 
-class _Window(io.RawIOBase):
-    """A file that is part of another one, for HDF5; past its end are zeros, as HDF5 itself has them."""
-
-    def __init__(self, content: np.ndarray) -> None:
-        self._content = content
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._content.size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = np.frombuffer(buffer, np.uint8)
-        piece = self._content[self._at : self._at + view.size]
-        view[: piece.size] = piece
-        view[piece.size :] = 0
-        self._at += view.size
-        return view.size
-
-
 class _Datasets:
     """Every dataset of a file, checked before any of it is read."""
 
@@ -137,31 +101,21 @@ class _Datasets:
     def of_keras_3(self) -> dict[str, Stored]:
         """Layers are folders named by their class and a number; their own name is an attribute."""
         tensors: dict[str, Stored] = {}
-        unnamed: dict[str, dict[str, h5py.Dataset]] = {}
+        named = False
         for path, group, arrays in self._groups():
-            inside = path.partition("/")[0] in _LAYERS and path.endswith("/vars")
-            layer = _text(group, "name", self._content) if inside and arrays else None
-            if inside and arrays and layer is None:
-                unnamed[path] = arrays
-            else:
-                self._add_layer(tensors, path, layer, arrays)
-        names = _names_by_order(unnamed)
-        if names:
-            self.notes.append("the file names no layers: they were told by their order")
-        for path, arrays in unnamed.items():
-            self._add_layer(tensors, path, names.get(path), arrays)
+            layer, roles = None, _ORDER.get(len(arrays), ())
+            if arrays and path.partition("/")[0] in _LAYERS and path.endswith("/vars"):
+                layer = _text(group, "name", self._content)
+                named = named or layer is not None
+            for name, dataset in arrays.items():
+                known = layer is not None and name.isdecimal() and len(name) < 3 and int(name) < len(roles)
+                self._add(tensors, f"{layer or path}/{roles[int(name)] if known else name}".lstrip("/"), dataset)
+        if tensors and not named:
+            raise CheckpointError(
+                "the file names no layers, as those of the first releases of Keras 3; load it with Keras and save it "
+                "with a newer one"
+            )
         return tensors
-
-    def _add_layer(
-        self, tensors: dict[str, Stored], path: str, layer: str | None, arrays: Mapping[str, h5py.Dataset]
-    ) -> None:
-        roles = _ORDER.get(len(arrays), ())
-        for name, dataset in arrays.items():
-            native = f"{path}/{name}".lstrip("/")
-            if layer is not None:
-                known = name.isdecimal() and len(name) < 3 and int(name) < len(roles)
-                native = f"{layer}/{roles[int(name)] if known else name}"
-            self._add(tensors, native, dataset)
 
     def of_legacy(self) -> dict[str, Stored]:
         """Layers are folders named as they are; the names of the arrays end with their role and perhaps ``:0``."""
@@ -233,46 +187,30 @@ class _Datasets:
             note = "bfloat16 read as float32, exactly"
             self.notes += [] if note in self.notes else [note]
         native = np.dtype(np.float32) if bfloat16 else dtype.newbyteorder("=")
-        return Stored(shape=dataset.shape, dtype=native.name, read=partial(self._read, name, dataset, native, bfloat16))
+        return Stored(shape=dataset.shape, dtype=native.name, read=partial(_read, name, dataset, native, bfloat16))
 
-    def _read(self, name: str, dataset: h5py.Dataset, dtype: np.dtype, bfloat16: bool) -> np.ndarray:
-        with _damage():
-            array = self._in_place(dataset)
-            if array is None:
-                if dataset.chunks is not None:
-                    self._check_chunks(name, dataset)
-                array = dataset[()]
-            if bfloat16:
-                return widened_bfloat16(np.asarray(array).view(np.uint16))
-            return np.asarray(array, dtype)
 
-    def _in_place(self, dataset: h5py.Dataset) -> np.ndarray | None:
-        """A view of the file where the array lies in it as NumPy has it."""
-        offset, dtype = dataset.id.get_offset(), dataset.dtype
-        # HDF5 converts on reading where a type has another exponent, or bits that are not used.
-        if offset is None or dataset.id.get_type() != h5py.h5t.py_create(dtype):
-            return None
-        size = _size(dataset.shape, dtype)
-        if offset + size > self._content.size:
-            raise CheckpointError("an array ends after the file does; fetch or make the file again")
-        array: np.ndarray = self._content[offset : offset + size].view(dtype).reshape(dataset.shape)
-        return array
+def _read(name: str, dataset: h5py.Dataset, dtype: np.dtype, bfloat16: bool) -> np.ndarray:
+    with _damage():
+        if dataset.chunks is not None:
+            _check_chunks(name, dataset)
+        array = np.asarray(dataset[()])
+        return widened_bfloat16(array.view(np.uint16)) if bfloat16 else array.astype(dtype, copy=False)
 
-    def _check_chunks(self, name: str, dataset: h5py.Dataset) -> None:
-        """That no chunk inflates to more than it should: HDF5 itself would go on as long as there is memory."""
-        expected = _size(dataset.chunks, dataset.dtype)
-        deflated = _DEFLATE in _filters(dataset)
-        chunks: list[Any] = []
-        dataset.id.chunk_iter(chunks.append)
-        for chunk in chunks:
-            if chunk.filter_mask:
-                raise CheckpointError(f"{name} has a chunk that is stored in another way than the others")
-            if deflated:
-                end = chunk.byte_offset + chunk.size
-                stored = self._content[chunk.byte_offset : end]
-                inflater = zlib.decompressobj()
-                if len(inflater.decompress(stored.data, expected + 1)) != expected:
-                    raise CheckpointError(f"{name} has a chunk that does not hold the {expected} bytes it should")
+
+def _check_chunks(name: str, dataset: h5py.Dataset) -> None:
+    """That no chunk inflates to more than it should: HDF5 itself would go on as long as there is memory."""
+    expected = _size(dataset.chunks, dataset.dtype)
+    deflated = _DEFLATE in _filters(dataset)
+    chunks: list[Any] = []
+    dataset.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        if chunk.filter_mask:
+            raise CheckpointError(f"{name} has a chunk that is stored in another way than the others")
+        if deflated:
+            _, stored = dataset.id.read_direct_chunk(chunk.chunk_offset)
+            if len(zlib.decompressobj().decompress(stored, expected + 1)) != expected:
+                raise CheckpointError(f"{name} has a chunk that does not hold the {expected} bytes it should")
 
 
 @contextmanager
@@ -287,30 +225,21 @@ def _damage() -> Iterator[None]:
         raise CheckpointError(f"damaged, or no file of Keras ({why}); fetch or make it again") from None
 
 
-def _member(path: Path, mapped: np.ndarray) -> np.ndarray:
-    """The HDF5 file inside a ``.keras`` archive, its checksum checked: a piece of the archive unless compressed."""
+def _member(path: Path) -> bytes:
+    """The HDF5 file inside a ``.keras`` archive; Python's zipfile checks its checksum."""
     with zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if entry.filename == _WEIGHTS]
         if len(entries) != 1:
             raise CheckpointError(f"a Keras archive with {len(entries)} members {_WEIGHTS}; expected one")
-        entry = entries[0]
+        (entry,), size = entries, path.stat().st_size
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise CheckpointError(f"{_WEIGHTS} is encrypted, or compressed in a way that Keras does not use")
-        if entry.file_size > max(_EXPANSION * mapped.size, _ALWAYS):
+        if entry.file_size > max(_EXPANSION * size, _ALWAYS):
             raise CheckpointError(
                 f"{_WEIGHTS} claims {entry.file_size} bytes, more than {_EXPANSION} times what the archive holds"
             )
-        if entry.compress_type == zipfile.ZIP_DEFLATED:
-            with archive.open(entry) as file:
-                return np.frombuffer(file.read(entry.file_size), np.uint8)
-    signature, *lengths = _LOCAL_HEADER.unpack(mapped[entry.header_offset : entry.header_offset + 30].tobytes())
-    start = entry.header_offset + _LOCAL_HEADER.size + sum(lengths)
-    content = mapped[start : start + entry.file_size]
-    if signature != _ZIP or content.size != entry.file_size:
-        raise CheckpointError(f"{_WEIGHTS} is not where the archive says; fetch or make the file again")
-    if zlib.crc32(content.data) != entry.CRC:
-        raise CheckpointError(f"{_WEIGHTS} was changed after it was written; fetch or make the file again")
-    return content
+        with archive.open(entry) as file:
+            return file.read(entry.file_size + 1)  # to the end, where the checksum is looked at
 
 
 def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> str | None:
@@ -319,26 +248,6 @@ def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> st
     if text is not None and not text.isprintable():
         raise CheckpointError(f"{item.name} has an attribute {name} that Keras would not write; the file is damaged")
     return text
-
-
-def _names_by_order(unnamed: Mapping[str, Mapping[str, h5py.Dataset]]) -> dict[str, str]:
-    """Names of layers, by the folders of their arrays; none where these are no layers of a ResNet."""
-    numbered: dict[str, dict[str, dict[int, str]]] = {}
-    for path in unnamed:
-        if match := _NUMBERED.fullmatch(path):
-            kinds = numbered.setdefault(match["model"], {})
-            kinds.setdefault(match["kind"], {})[int(match["number"] or 0)] = path
-    if not numbered:
-        return {}
-    # A model inside another has its convolutions to itself.
-    kinds = max(numbered.values(), key=lambda kinds: len(kinds.get("conv2d", ())))
-    convs, norms, dense = ([kinds[kind][number] for number in sorted(kinds.get(kind, ()))] for kind in _CLASS.values())
-    kernels = [unnamed[path]["0"].shape or () if "0" in unnamed[path] else () for path in convs]
-    biases = [unnamed[path]["1"].shape or () for path in dense if "1" in unnamed[path]]
-    classes = biases[0][0] if len(dense) == 1 and biases and biases[0] else None
-    conv_names, norm_names, head = names_by_order(kernels, len(norms), classes)
-    paths, names = [*convs, *norms, *dense[:1]], [*conv_names, *norm_names, head]
-    return dict(zip(paths, names, strict=False))
 
 
 def _legacy_name(folders: list[str], array: str) -> tuple[str, str]:
