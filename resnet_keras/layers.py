@@ -1,13 +1,32 @@
 """What Keras has no layer for, on every one of its backends. Files saved with these need this package to load."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 from keras import layers, ops
 
 from common.architectures.layers import adaptive_windows
+
+
+def from_channels_last(items: Iterable[Any], data_format: str) -> tuple[Any, ...]:
+    """What is listed as (height, width, channels), with the batch before or not, in the order of `data_format`."""
+    *batch, height, width, channels = items
+    order = (height, width, channels) if data_format == "channels_last" else (channels, height, width)
+    return (*batch, *order)
+
+
+def to_channels_last(items: Iterable[Any], data_format: str) -> tuple[Any, ...]:
+    """What is listed in the order of `data_format`, as (height, width, channels), with the batch before or not."""
+    *batch, first, second, third = items
+    order = (first, second, third) if data_format == "channels_last" else (second, third, first)
+    return (*batch, *order)
+
+
+def channel_axis(data_format: str) -> int:
+    """The axis of the channels of a batch of images."""
+    return -1 if data_format == "channels_last" else 1
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
@@ -22,7 +41,9 @@ class UnbiasedBatchNormalization(layers.BatchNormalization):  # type: ignore[mis
         # Computed before the native update: on the torch backend that one writes in place.
         kept = ops.multiply(self.moving_variance, self.momentum)
         outputs = super().call(inputs, training=training)
-        count = ops.cast(math.prod(ops.shape(inputs)[:-1]), kept.dtype) * self._replicas()
+        counted = list(ops.shape(inputs))
+        del counted[self.axis]
+        count = ops.cast(math.prod(counted), kept.dtype) * self._replicas()
         correction = ops.divide(count, ops.maximum(count - 1, 1))
         self.moving_variance.assign(kept + (self.moving_variance - kept) * correction)
         return outputs
@@ -108,52 +129,68 @@ def with_masks(model: keras.Model, names: Sequence[str]) -> keras.Model:
     return keras.Model((model.input, *inputs.values()), renewed(model.output), name=model.name)
 
 
+class _Strided(layers.Layer):  # type: ignore[misc]
+    """Every `strides`-th pixel of images, in either data format."""
+
+    def __init__(self, strides: int, data_format: str = "channels_last", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strides = strides
+        self.data_format = data_format
+
+    def first(self, size: Any) -> Any:
+        """The first pixel that is taken of so many."""
+        return 0
+
+    def call(self, inputs: Any) -> Any:
+        _, *sizes, _ = to_channels_last(ops.shape(inputs), self.data_format)
+        rows, columns = (slice(self.first(size), None, self.strides) for size in sizes)
+        return inputs[from_channels_last((slice(None), rows, columns, slice(None)), self.data_format)]
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        batch, *sizes, channels = to_channels_last(input_shape, self.data_format)
+        taken = (n and -(-(n - self.first(n)) // self.strides) for n in sizes)
+        return from_channels_last((batch, *taken, channels), self.data_format)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"strides": self.strides, "data_format": self.data_format}
+
+
 @keras.saving.register_keras_serializable(package="resnet_keras")
-class ZeroPadShortcut(layers.Layer):  # type: ignore[misc]
+class ZeroPadShortcut(_Strided):
     """Option A of He et al. 2015, section 4.2: every `strides`-th pixel, new channels filled with zeros at the end."""
 
     def __init__(self, filters: int, strides: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(strides, **kwargs)
         self.filters = filters
-        self.strides = strides
 
     def call(self, inputs: Any) -> Any:
-        pixels = inputs[:, :: self.strides, :: self.strides, :]
-        return ops.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, self.filters - inputs.shape[-1])))
+        new = self.filters - inputs.shape[channel_axis(self.data_format)]
+        return ops.pad(super().call(inputs), from_channels_last(((0, 0), (0, 0), (0, 0), (0, new)), self.data_format))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        batch, height, width, _ = input_shape
-        return (batch, *(n and -(-n // self.strides) for n in (height, width)), self.filters)
+        *pixels, _ = to_channels_last(super().compute_output_shape(input_shape), self.data_format)
+        return from_channels_last((*pixels, self.filters), self.data_format)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"filters": self.filters, "strides": self.strides}
+        return super().get_config() | {"filters": self.filters}
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
-class Subsample(layers.Layer):  # type: ignore[misc]
+class Subsample(_Strided):
     """The pixels on which a convolution of stride `strides` centres its windows.
 
     With symmetric padding the first of them is the first pixel; with `same` padding it lies half the remainder in.
     """
 
     def __init__(self, strides: int, same: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.strides = strides
+        super().__init__(strides, **kwargs)
         self.same = same
 
-    def _first(self, size: Any) -> Any:
+    def first(self, size: Any) -> Any:
         return ((size - 1) % self.strides + 1) // 2 if self.same else 0
 
-    def call(self, inputs: Any) -> Any:
-        _, height, width, _ = ops.shape(inputs)
-        return inputs[:, self._first(height) :: self.strides, self._first(width) :: self.strides, :]
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        batch, height, width, channels = input_shape
-        return (batch, *(n and -(-(n - self._first(n)) // self.strides) for n in (height, width)), channels)
-
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"strides": self.strides, "same": self.same}
+        return super().get_config() | {"same": self.same}
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
@@ -161,27 +198,32 @@ class AdaptivePooling2D(layers.Layer):  # type: ignore[misc]
     """Average or maximum over windows that divide a map into `output_size` rows and columns: see
     `common.architectures.layers.AdaptivePool`. Keras' own layer needs a static size on TensorFlow."""
 
-    def __init__(self, output_size: Sequence[int], op: str, **kwargs: Any) -> None:
+    def __init__(self, output_size: Sequence[int], op: str, data_format: str = "channels_last", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.output_size = tuple(output_size)
         self.op = op
+        self.data_format = data_format
 
     def call(self, inputs: Any) -> Any:
-        rows = self._pooled(inputs, 1, lambda start, end: inputs[:, start:end])
-        return self._pooled(rows, 2, lambda start, end: rows[:, :, start:end])
+        _, rows, columns, _ = to_channels_last(range(4), self.data_format)
+        height, width = self.output_size
+        return self._pooled(self._pooled(inputs, rows, height), columns, width)
 
-    def _pooled(self, inputs: Any, axis: int, window: Callable[[Any, Any], Any]) -> Any:
-        cells = []
-        for start, end in adaptive_windows(ops.shape(inputs)[axis], self.output_size[axis - 1]):
+    def _pooled(self, inputs: Any, axis: int, cells: int) -> Any:
+        pooled = []
+        for start, end in adaptive_windows(ops.shape(inputs)[axis], cells):
+            window = inputs[(*(slice(None),) * axis, slice(start, end))]
             if self.op == "max":
-                cells.append(ops.max(window(start, end), axis))
+                pooled.append(ops.max(window, axis))
             else:
                 # Not `ops.mean`, which is of float32 in a float64 network on JAX and PyTorch.
-                cells.append(ops.sum(window(start, end), axis) / ops.cast(end - start, inputs.dtype))
-        return ops.stack(cells, axis)
+                pooled.append(ops.sum(window, axis) / ops.cast(end - start, inputs.dtype))
+        return ops.stack(pooled, axis)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        return (input_shape[0], *self.output_size, input_shape[-1])
+        batch, _, _, channels = to_channels_last(input_shape, self.data_format)
+        return from_channels_last((batch, *self.output_size, channels), self.data_format)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"output_size": self.output_size, "op": self.op}
+        own = {"output_size": self.output_size, "op": self.op, "data_format": self.data_format}
+        return super().get_config() | own

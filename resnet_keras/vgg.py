@@ -4,6 +4,7 @@ Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model
 """
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -12,38 +13,35 @@ from keras import layers
 
 from common.architectures.vgg import CONVENTIONS, VARIANTS, VGGSpec
 from resnet_keras import applications
-from resnet_keras.layers import AdaptivePooling2D, UnbiasedBatchNormalization
-from resnet_keras.weights import load_file
-
-_CHANNELS_LAST = {"data_format": "channels_last"}  # whatever the user's keras.json says
+from resnet_keras.layers import AdaptivePooling2D, UnbiasedBatchNormalization, channel_axis
 
 
-def _vgg(x: Any, spec: VGGSpec, kernel_initializer: Any) -> Any:
+def _vgg(x: Any, spec: VGGSpec, data_format: str, kernel_initializer: Any) -> Any:
     """Everything between the input and the output of the network."""
     initial = {"kernel_initializer": kernel_initializer}
+    layout = {"data_format": data_format}  # said to every layer, whatever the user's keras.json says
     norm = layers.BatchNormalization if spec.running_variance == "biased" else UnbiasedBatchNormalization
     for b, (count, width, pointwise) in enumerate(zip(spec.convs, spec.widths, spec.pointwise, strict=True), start=1):
         for i in range(1, count + 1):
             kernel_size = 1 if pointwise and i == count else 3
             # "same" is symmetric at stride 1. The bias stays under a norm, where it does nothing.
-            conv = layers.Conv2D(
-                width, kernel_size, padding="same", **_CHANNELS_LAST, **initial, name=f"block{b}_conv{i}"
-            )
+            conv = layers.Conv2D(width, kernel_size, padding="same", **layout, **initial, name=f"block{b}_conv{i}")
             x = conv(x)
             if spec.norm:
-                name = f"block{b}_bn{i}"
-                x = norm(axis=-1, momentum=spec.bn_momentum, epsilon=spec.bn_eps, name=name)(x)
+                options = {"momentum": spec.bn_momentum, "epsilon": spec.bn_eps, "name": f"block{b}_bn{i}"}
+                x = norm(axis=channel_axis(data_format), **options)(x)
             x = layers.Activation("relu", name=f"block{b}_relu{i}")(x)
-        x = layers.MaxPooling2D(2, strides=2, **_CHANNELS_LAST, name=f"block{b}_pool")(x)
+        x = layers.MaxPooling2D(2, strides=2, **layout, name=f"block{b}_pool")(x)
 
     if spec.head_pool in ("average", "max"):
         pool = layers.GlobalAveragePooling2D if spec.head_pool == "average" else layers.GlobalMaxPooling2D
-        x = pool(**_CHANNELS_LAST, name="pool")(x)
+        x = pool(**layout, name="pool")(x)
     if spec.head == "none":
         return x
     if spec.map_size:
-        x = AdaptivePooling2D(spec.map_size, "average" if spec.head_pool == "adaptive" else "max", name="pool")(x)
-    x = layers.Flatten(**_CHANNELS_LAST, name="flatten")(x)
+        op = "average" if spec.head_pool == "adaptive" else "max"
+        x = AdaptivePooling2D(spec.map_size, op, **layout, name="pool")(x)
+    x = layers.Flatten(**layout, name="flatten")(x)
     for i, (features, rate) in enumerate(zip(spec.hidden, spec.dropout, strict=True), start=1):
         x = layers.Dense(features, **initial, name=f"fc{i}")(x)
         x = layers.Activation("relu", name=f"fc{i}_relu")(x)
@@ -78,34 +76,22 @@ def from_spec(
     *,
     input_tensor: Any = None,
     input_shape: tuple[int | None, ...] | None = None,
+    data_format: str = "channels_last",
     weights: str | PathLike[str] | None = None,
     kernel_initializer: Any = "glorot_uniform",
     name: str = "vgg",
 ) -> keras.Model:
-    """The functional model of `spec`, for images (batch, height, width, channels); its `spec` attribute is `spec`.
-
-    `input_shape` (height, width, channels) defaults to any size, or the spec's own with a flattened head;
-    `input_tensor` is a Keras tensor to build upon instead. `weights` is a canonical safetensors file.
-    Raises `ValueError` for an input that the spec does not fit, `WeightsError` for weights that are not the spec's.
-    """
-    if input_tensor is not None:
-        images = input_tensor
-        sources = keras.utils.get_source_inputs(input_tensor)
-        inputs = sources[0] if len(sources) == 1 else sources
-    else:
-        images = keras.Input(input_shape or (*(spec.input_size or (None, None)), spec.in_channels))
-        inputs = images
-    if len(images.shape) != 4 or images.shape[-1] != spec.in_channels:
-        raise ValueError(
-            f"the input has shape {tuple(images.shape)}; expected (batch, height, width, {spec.in_channels})"
-        )
-    if spec.input_size and tuple(images.shape[1:3]) != spec.input_size:
-        raise ValueError(f"the input has shape {tuple(images.shape)}; the flattened head takes {spec.input_size} only")
-    model = keras.Model(inputs, _vgg(images, spec, kernel_initializer), name=name)
-    model.spec = spec
-    if weights is not None:
-        load_file(model, weights, free_fields=_FREE_FIELDS)
-    return model
+    """The functional model of `spec`; arguments and errors are those of `applications.assembled`."""
+    return applications.assembled(
+        spec,
+        partial(_vgg, spec=spec, data_format=data_format, kernel_initializer=kernel_initializer),
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        data_format=data_format,
+        weights=weights,
+        free_fields=_FREE_FIELDS,
+        name=name,
+    )
 
 
 # Fields in which weights made for one spec still mean the same in another.
@@ -114,5 +100,4 @@ _FREE_FIELDS = {"head", "head_pool", "map_size", "input_size", "dropout", "bn_mo
 
 def builder(variant: str) -> Callable[..., keras.Model]:
     """The public function that makes a named variant, in the convention of keras.applications."""
-    spec = VARIANTS[variant].replace(**CONVENTIONS["keras_applications"])
-    return applications.builder(variant, spec, 224)
+    return applications.builder(variant, VARIANTS[variant].replace(**CONVENTIONS["keras_applications"]))
