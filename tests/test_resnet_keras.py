@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -219,6 +220,139 @@ def test_siblings_have_their_own_conventions() -> None:
     grouped = resnet_keras.ResNeXt50_32x4d(input_shape=(32, 32, 3))
     assert grouped.get_layer("res2a_branch2b").groups == 32
     assert resnet_keras.WideResNet50_2(input_shape=(32, 32, 3)).get_layer("res2a_branch2a").filters == 128
+
+
+# The data format
+
+
+@pytest.fixture
+def channels_first() -> Iterator[None]:
+    """What a user's keras.json may say."""
+    before = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    yield
+    keras.config.set_image_data_format(before)
+
+
+@pytest.mark.usefixtures("channels_first")
+def test_a_builder_follows_the_image_data_format_of_keras() -> None:
+    model = resnet_keras.ResNet50()
+    assert model.input_shape == (None, 3, 224, 224)
+    backbone = resnet_keras.ResNet18(include_top=False, input_shape=(4, 64, 96))
+    assert backbone.output_shape == (None, 512, 2, 3)
+    assert resnet_keras.ResNet18(include_top=False).input_shape == (None, 3, None, None)
+    maps = resnet_keras.stage_outputs(backbone)
+    assert [shape[1:] for shape in maps.output_shape] == [(64, 16, 24), (128, 8, 12), (256, 4, 6), (512, 2, 3)]
+    pixels = keras.Input((2, 48, 48))
+    assert resnet_keras.ResNet18(include_top=False, input_tensor=pixels).spec.in_channels == 2
+    with pytest.raises(ValueError, match="channels, height, width"):
+        resnet_keras.ResNet18(input_shape=(64, 64))
+    with pytest.raises(ValueError, match="at least 32x32"):
+        resnet_keras.ResNet18(input_shape=(3, 31, 64))
+    with pytest.raises(ValueError, match="contradicts input_tensor"):
+        resnet_keras.ResNet18(input_tensor=pixels, input_shape=(3, 48, 48))
+
+
+@pytest.mark.usefixtures("channels_first")
+def test_a_spec_is_built_with_channels_last_unless_told_whatever_the_image_data_format(
+    backend: probe.KerasBackend,
+) -> None:
+    spec = SPECS["dilated_same"]
+    assert resnet_keras.from_spec(spec).input_shape == (None, None, None, 3)
+    assert run(backend, spec, images(spec))  # TensorFlow's CPU has no convolution with channels first
+    first = resnet_keras.from_spec(spec, data_format="channels_first")
+    assert first.input_shape == (None, 3, None, None)
+    formats = {layer.get_config().get("data_format") for layer in first.layers} - {None}
+    assert formats == {"channels_first"}
+    with pytest.raises(ValueError, match="data_format='NCHW' is unknown; expected 'channels_last' or 'channels_first'"):
+        resnet_keras.from_spec(spec, data_format="NCHW")
+    with pytest.raises(ValueError, match=r"expected \(batch, 3, height, width\)"):
+        resnet_keras.from_spec(spec, data_format="channels_first", input_shape=(64, 64, 3))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_channels_first_moves_the_channels_and_nothing_else(name: str) -> None:
+    """Every layer but the head's of one model has the shape of the other's, transposed; the arrays are the same."""
+    spec = SPECS[name]
+    size = spec.input_size or (40, 33)
+    last = resnet_keras.from_spec(spec, input_shape=(*size, spec.in_channels))
+    first = resnet_keras.from_spec(spec, input_shape=(spec.in_channels, *size), data_format="channels_first")
+    assert len(last.layers) == len(first.layers)
+    for one, other in zip(last.layers, first.layers, strict=True):
+        shape = tuple(one.output.shape)
+        expected = (shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape
+        assert tuple(other.output.shape) == expected, one.name
+        assert [variable.shape for variable in other.variables] == [variable.shape for variable in one.variables]
+
+
+BOTH_FORMATS = """
+import numpy as np, tempfile
+from resnet_keras import backend as probe
+probe.start(1)
+import keras
+import resnet_keras
+from common import weights as canonical
+from common.architectures.resnet import ResNetSpec
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=5)
+DEEP = ResNetSpec(block="bottleneck", blocks=(1, 1, 1), widths=(8, 8, 8), stem_width=4, expansion=2, classes=5)
+SPECS = {
+    "zero_pad, symmetric": TINY.replace(shortcut="zero_pad"),
+    "SAME, biased, max": TINY.replace(
+        stem_padding="same", pool_padding="same", block_padding="same", running_variance="biased", head_pool="max"
+    ),
+    "flattened": TINY.replace(head_pool="flatten", input_size=(34, 35), pool_padding="ceil", head="softmax"),
+    "dilated": DEEP.replace(stem_pool=False, replace_stride_with_dilation=(True, False), block_padding="same"),
+    "grouped, a map": DEEP.replace(groups=2, width_per_group=32, head="none", head_pool="none"),
+}
+def moved(array):
+    return np.moveaxis(array, -1, 1) if array.ndim == 4 else array
+def computed(model, images, training):
+    outputs = [layer.output for layer in model.layers[1:]]
+    found = keras.Model(model.input, outputs)(images, training=training)
+    return {layer.name: keras.ops.convert_to_numpy(tap) for layer, tap in zip(model.layers[1:], found)}
+batch = np.random.default_rng(0).normal(size=(2, 34, 35, 3))
+checked = 0
+for norm, limit in ((False, 1e-13), (True, 2e-5)):  # Keras rounds norms to float32 on jax and torch
+    for name, spec in SPECS.items():
+        spec = spec.replace(norm=norm, conv_bias=True, shortcut_norm=norm, input_size=spec.input_size)
+        if not norm and spec.head_pool == "average":  # so are means
+            spec = spec.replace(head_pool="max")
+        weights = canonical.randomize(spec)
+        last = resnet_keras.from_spec(spec)
+        first = resnet_keras.from_spec(spec, data_format="channels_first")
+        for model in (last, first):
+            resnet_keras.load_weights(model, weights)
+        with tempfile.TemporaryDirectory() as folder:
+            first.save(folder + "/first.keras")
+            again = keras.models.load_model(folder + "/first.keras")
+        images = moved(batch)
+        assert np.array_equal(keras.ops.convert_to_numpy(first(images)), keras.ops.convert_to_numpy(again(images)))
+        for training in (False, True):
+            expected, found = computed(last, batch, training), computed(first, images, training)
+            for layer, tap in expected.items():
+                assert found[layer].shape == moved(tap).shape, (name, layer)
+                error = np.linalg.norm(found[layer] - moved(tap)) / np.linalg.norm(tap)
+                assert error <= limit, (name, layer, training, error)
+                checked += 1
+        after, expected = resnet_keras.export_weights(first), resnet_keras.export_weights(last)
+        for key in weights:  # the running statistics, after one step of training
+            assert np.linalg.norm(after[key] - expected[key]) <= limit * np.linalg.norm(expected[key]), (name, key)
+            assert norm is False or not key.endswith(".var") or not np.array_equal(after[key], weights[key])
+print(keras.backend.backend(), checked)
+"""
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_a_model_with_channels_first_computes_what_the_other_does(name: str) -> None:
+    """TensorFlow's CPU has no convolution with channels first."""
+    process = started(BOTH_FORMATS, KERAS_BACKEND=name)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-2000:]
+    framework, checked = output.split()
+    assert framework == name
+    assert int(checked) > 200
 
 
 # The function
