@@ -260,7 +260,7 @@ def test_a_spec_is_built_with_channels_last_unless_told_whatever_the_image_data_
     spec = SPECS["dilated_same"]
     assert resnet_keras.from_spec(spec).input_shape == (None, None, None, 3)
     assert run(backend, spec, images(spec))  # TensorFlow's CPU has no convolution with channels first
-    first = resnet_keras.from_spec(spec, data_format="channels_first")
+    first = resnet_keras.from_spec(spec, data_format="channels_first", kernel_initializer="zeros")
     assert first.input_shape == (None, 3, None, None)
     formats = {layer.get_config().get("data_format") for layer in first.layers} - {None}
     assert formats == {"channels_first"}
@@ -297,15 +297,15 @@ keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=5)
 DEEP = ResNetSpec(block="bottleneck", blocks=(1, 1, 1), widths=(8, 8, 8), stem_width=4, expansion=2, classes=5)
-SPECS = {
-    "zero_pad, symmetric": TINY.replace(shortcut="zero_pad"),
-    "SAME, biased, max": TINY.replace(
-        stem_padding="same", pool_padding="same", block_padding="same", running_variance="biased", head_pool="max"
-    ),
-    "flattened": TINY.replace(head_pool="flatten", input_size=(34, 35), pool_padding="ceil", head="softmax"),
-    "dilated": DEEP.replace(stem_pool=False, replace_stride_with_dilation=(True, False), block_padding="same"),
-    "grouped, a map": DEEP.replace(groups=2, width_per_group=32, head="none", head_pool="none"),
-}
+DILATED = {"stem_pool": False, "replace_stride_with_dilation": (True, False), "block_padding": "same"}
+NORMLESS = {"norm": False, "conv_bias": True, "head_pool": "max"}  # Keras rounds norms and means to float32 here
+SPECS = (
+    (TINY.replace(shortcut="zero_pad", **NORMLESS), 1e-13),
+    (DEEP.replace(**DILATED, **NORMLESS), 1e-13),
+    (TINY.replace(stem_padding="same", pool_padding="same", block_padding="same", running_variance="biased"), 2e-5),
+    (TINY.replace(head_pool="flatten", input_size=(34, 35), pool_padding="ceil", head="softmax"), 2e-5),
+    (DEEP.replace(**DILATED, groups=2, width_per_group=32, head="none", head_pool="none"), 2e-5),
+)
 def moved(array):
     return np.moveaxis(array, -1, 1) if array.ndim == 4 else array
 def computed(model, images, training):
@@ -313,33 +313,29 @@ def computed(model, images, training):
     found = keras.Model(model.input, outputs)(images, training=training)
     return {layer.name: keras.ops.convert_to_numpy(tap) for layer, tap in zip(model.layers[1:], found)}
 batch = np.random.default_rng(0).normal(size=(2, 34, 35, 3))
+images = moved(batch)
 checked = 0
-for norm, limit in ((False, 1e-13), (True, 2e-5)):  # Keras rounds norms to float32 on jax and torch
-    for name, spec in SPECS.items():
-        spec = spec.replace(norm=norm, conv_bias=True, shortcut_norm=norm, input_size=spec.input_size)
-        if not norm and spec.head_pool == "average":  # so are means
-            spec = spec.replace(head_pool="max")
-        weights = canonical.randomize(spec)
-        last = resnet_keras.from_spec(spec)
-        first = resnet_keras.from_spec(spec, data_format="channels_first")
-        for model in (last, first):
-            resnet_keras.load_weights(model, weights)
-        with tempfile.TemporaryDirectory() as folder:
-            first.save(folder + "/first.keras")
-            again = keras.models.load_model(folder + "/first.keras")
-        images = moved(batch)
-        assert np.array_equal(keras.ops.convert_to_numpy(first(images)), keras.ops.convert_to_numpy(again(images)))
-        for training in (False, True):
-            expected, found = computed(last, batch, training), computed(first, images, training)
-            for layer, tap in expected.items():
-                assert found[layer].shape == moved(tap).shape, (name, layer)
-                error = np.linalg.norm(found[layer] - moved(tap)) / np.linalg.norm(tap)
-                assert error <= limit, (name, layer, training, error)
-                checked += 1
-        after, expected = resnet_keras.export_weights(first), resnet_keras.export_weights(last)
-        for key in weights:  # the running statistics, after one step of training
-            assert np.linalg.norm(after[key] - expected[key]) <= limit * np.linalg.norm(expected[key]), (name, key)
-            assert norm is False or not key.endswith(".var") or not np.array_equal(after[key], weights[key])
+for spec, limit in SPECS:
+    weights = canonical.randomize(spec)
+    last = resnet_keras.from_spec(spec, kernel_initializer="zeros")
+    first = resnet_keras.from_spec(spec, data_format="channels_first", kernel_initializer="zeros")
+    for model in (last, first):
+        resnet_keras.load_weights(model, weights)
+    with tempfile.TemporaryDirectory() as folder:
+        first.save(folder + "/first.keras")
+        again = keras.models.load_model(folder + "/first.keras")
+    assert np.array_equal(keras.ops.convert_to_numpy(first(images)), keras.ops.convert_to_numpy(again(images)))
+    for training in (False, True) if spec.norm else (False,):
+        expected, found = computed(last, batch, training), computed(first, images, training)
+        for layer, tap in expected.items():
+            assert found[layer].shape == moved(tap).shape, (spec, layer)
+            error = np.linalg.norm(found[layer] - moved(tap)) / np.linalg.norm(tap)
+            assert error <= limit, (spec, layer, training, error)
+            checked += 1
+    after, expected = resnet_keras.export_weights(first), resnet_keras.export_weights(last)
+    for key in weights:  # the running statistics, after one step of training
+        assert np.linalg.norm(after[key] - expected[key]) <= limit * np.linalg.norm(expected[key]), (spec, key)
+        assert not key.endswith(".var") or not np.array_equal(after[key], weights[key])
 print(keras.backend.backend(), checked)
 """
 
@@ -352,7 +348,7 @@ def test_a_model_with_channels_first_computes_what_the_other_does(name: str) -> 
     assert process.returncode == 0, errors[-2000:]
     framework, checked = output.split()
     assert framework == name
-    assert int(checked) > 200
+    assert int(checked) > 100
 
 
 # The function
