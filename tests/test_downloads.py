@@ -25,6 +25,7 @@ from common import checkpoints, weights
 from common.architectures.resnet import ResNetSpec
 from common.errors import DownloadError, WeightsError
 from common.sources import downloads, known_weights
+from common.sources import hub as hub_module
 from common.sources.downloads import fetch
 from common.sources.known_weights import KnownWeights, table
 
@@ -442,7 +443,7 @@ except DownloadError as error:
 
     def test_ctrl_c_leaves_nothing(self, server, cache, monkeypatch):
         server.replies["/some.pth"] = Reply()
-        monkeypatch.setattr(downloads._Transfer, "problem", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(downloads, "mismatch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(f"{server.url}/some.pth")
         assert files(cache) == []
@@ -706,7 +707,7 @@ class TestHub:
         ],
     )
     def test_the_hubs_refusals_are_said(self, server, hub, status, headers, expected):
-        names = downloads._HUB_FILES
+        names = hub_module.FILES
         for name in names:
             server.replies[f"/owner/repo/resolve/main/{name}"] = Reply(b"", status, headers)
         assert expected in refused("hf://owner/repo", hub)
@@ -764,7 +765,7 @@ class TestHub:
 
 class TestMissing:
     @pytest.mark.parametrize(
-        ("missing", "reference"), [("pooch", "http://127.0.0.1:1/x"), ("huggingface_hub", "hf://a/b")]
+        ("missing", "reference"), [("requests", "http://127.0.0.1:1/x"), ("huggingface_hub", "hf://a/b")]
     )
     def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(self, monkeypatch, missing, reference):
         from common.errors import BackendMissing
@@ -776,7 +777,7 @@ class TestMissing:
     def test_a_path_needs_none_of_them(self, tmp_path):
         script = (
             "import sys; from common.sources.downloads import fetch; fetch(sys.argv[1]);"
-            "print({'pooch', 'requests', 'huggingface_hub', 'tqdm'} & set(sys.modules))"
+            "print({'requests', 'huggingface_hub', 'tqdm'} & set(sys.modules))"
         )
         run = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, env=os.environ

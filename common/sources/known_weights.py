@@ -8,12 +8,12 @@ from pathlib import Path
 from common import architectures
 from common.architectures import Spec
 
-_TABLE = Path(__file__).parent / "known_weights.toml"
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownWeights:
-    """One file of published weights; an entry of the table."""
+    """One file of published weights; an entry of a table."""
 
     reference: str  # what a person writes: source:variant:tag, or hf://owner/repo
     variant: str
@@ -34,9 +34,9 @@ class KnownWeights:
 
 @cache
 def table() -> tuple[KnownWeights, ...]:
-    """All of them, in the order of the table."""
-    with _TABLE.open("rb") as file:
-        entries = tomllib.load(file)["weights"]
+    """All of them: a table for each family, by its name."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.toml"))]
+    entries = [entry for text in texts for entry in tomllib.loads(text)["weights"]]
     return tuple(KnownWeights(**{"variant": _variant(entry["reference"]), **entry}) for entry in entries)
 
 
