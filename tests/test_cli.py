@@ -284,10 +284,13 @@ def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, t
     target = folder / "record.safetensors"
     target.write_text("what was there before")
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    done = run("record", "torch", "--spec", spec_file, "--size", 64, "-o", target, preexec_fn=limited)
+    # Inherited: to set it between fork and exec (`preexec_fn`) is not safe beside the threads of the frameworks.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        done = run("record", "torch", "--spec", spec_file, "--size", 64, "-o", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     refused(done, "cannot be written")
     assert [path.name for path in folder.iterdir()] == ["record.safetensors"]
     assert target.read_text() == "what was there before"

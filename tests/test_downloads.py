@@ -457,7 +457,7 @@ def _fetch_in_process(url, start, results):
 class TestProcesses:
     def test_many_at_once_download_one_file_once(self, server, cache):
         server.replies["/some.pth"] = Reply(pause=0.01)
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         start, results = context.Event(), context.Queue()
         processes = [
             context.Process(target=_fetch_in_process, args=(f"{server.url}/some.pth", start, results)) for _ in range(4)
@@ -485,7 +485,7 @@ class TestProcesses:
     def test_those_that_wait_for_one_that_fails_try_themselves(self, server, cache):
         replies = iter([Reply(b"", 500), Reply(), Reply()])
         server.replies["/some.pth"] = lambda: next(replies)
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         start, results = context.Event(), context.Queue()
         processes = [
             context.Process(target=_outcome_in_process, args=(f"{server.url}/some.pth", start, results))
