@@ -3,14 +3,16 @@
 # make test-long  every named variant at its own depth and width, and more random networks
 # make test-training  whole trainings: three seeds in three frameworks, kills, several processes
 # make fast   the tests worth running after each edit
-# make test-peers  set up .venv-peers, with torchvision, timm and transformers (5 GB on x86-64), and compare with them
+# make test-peers  set up .venv-peers, with torchvision, timm and transformers (5 GB on x86-64), and compare with them:
+#                  every naming, container and convention once
+# make test-peers-all  the same with every model that they have of the families here
 # make lint   formatter, linter, types
 # make bench  the measurements behind the figures in the README
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
-.PHONY: demo test test-long test-training test-peers fast lint bench clean
+.PHONY: demo test test-long test-training test-peers test-peers-all fast lint bench clean
 
 demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
@@ -25,7 +27,10 @@ test-training: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m training
 
 test-peers: .venv-peers/installed
-	$(PEERS)/pytest tests/peers
+	$(PEERS)/pytest -n 2 tests/peers -m "not long"
+
+test-peers-all: .venv-peers/installed
+	$(PEERS)/pytest -n 2 tests/peers
 
 fast: .venv/installed
 	$(BIN)/pytest -m "not slow and not training and not long"
