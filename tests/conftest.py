@@ -1,8 +1,11 @@
 """One process per backend for the whole run: importing TensorFlow alone takes seconds."""
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -12,6 +15,17 @@ from common.parity.session import Session
 
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
+
+# And what one process of this run has compiled, the others read: the same program for the same input to the compiler.
+# Set here, since the workers of this run and all that they start inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="resnet-parity-jax-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 # The longest first, so that two workers end together.

@@ -18,12 +18,15 @@ SMALL = {"resnet20": 32, "resnet32": 32, "resnet44": 32, "resnet56": 32, "resnet
 
 
 def twin(spec: ResNetSpec) -> ResNetSpec:
-    """A quarter as wide, of few blocks: every convention of `spec`, a block that strides in each stage and one that
-    does not. What is left of the depth and width is the same code with other numbers."""
+    """Two stages of `spec`, a quarter as wide: every convention, the first block of each stage and one that is neither.
+    More depth, width and groups are the same code with other numbers: `make test-long`."""
     return replace(
         spec,
-        blocks=(1, 2, 1, 1)[: len(spec.blocks)],
-        widths=tuple(width // 4 for width in spec.widths),
+        blocks=(1, 2),
+        widths=tuple(width // 4 for width in spec.widths[:2]),
+        groups=min(spec.groups, 4),
+        width_per_group=64,
+        replace_stride_with_dilation=(False,),
         stem_width=spec.stem_width // 4,
         classes=10,
     )
