@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py [REPEATS]
 
-For every pair, ours (`checkpoints.load`, `checkpoints.save`) against reading the source and writing the target with
+For every pair, ours (`checkpoints.read`, `checkpoints.write`) against reading the source and writing the target with
 the plain libraries: torch, safetensors, h5py, flax.serialization, orbax. Each measurement is in a process of its own,
 imports done before the clock starts; the rounds are interleaved, the figures medians. Memory is the growth of the
 process's own resident set while it converts, in copies of the weights.
@@ -94,8 +94,8 @@ def child(what: str, source: str, target: str, folder: Path) -> str:
         before = resident()
         with Peak() as peak:
             started = time.perf_counter()
-            found = checkpoints.load(given)
-            checkpoints.save(folder / "made" / file, found.spec, found.weights, to)
+            found = checkpoints.read(given)
+            checkpoints.write(folder / "made" / file, found, to)
             seconds = time.perf_counter() - started
         size = sum(found.weights[name].nbytes for name in found.weights)
         return f"{seconds} {(peak.bytes - before) / size}"
@@ -167,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, to in FORMATS.values():
-            checkpoints.save(folder / file, spec, given, to)
+            checkpoints.write(folder / file, checkpoints.Checkpoint(spec=spec, weights=given), to)
         del given
         for _ in range(repeats):
             for format_ in FORMATS:

@@ -11,9 +11,8 @@ github.com/google/flax, examples/imagenet/models.py: ``conv_init``, ``bn_init``,
     c2, c3, c4, c5 = state["intermediates"]["stages"]  # the stage outputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import jax
@@ -22,12 +21,11 @@ from flax import linen as nn
 
 from common.architectures.layers import output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import adopted
-from common.checkpoints.base import Skeleton, skeleton_of
+from common.checkpoints import Given, adopt, weights_for
 from common.errors import InputError
-from common.names.flax import block_name, module_path
+from common.names.resnet import FLAX_EXAMPLE
 from resnet_flax.layers import ModuleDef, conv_layer, no_norm, norm_layer, tap, window_padding
-from resnet_flax.weights import read_variables
+from resnet_flax.weights import to_variables
 
 Dtype = Any
 
@@ -172,20 +170,17 @@ class ResNet(nn.Module):
 
 def native_paths(spec: ResNetSpec) -> dict[str, tuple[str, ...]]:
     """Canonical path of every layer of the walk -> path of its module, or of its tap, in the linen module."""
-    skeleton = skeleton_of(spec)
-    return {
-        layer.path: module_path(layer.path, skeleton) if layer.arrays else tap_path(layer.path, skeleton)
-        for layer in spec.layers
-    }
+    modules = {path: tuple(name.split("/")) for path, name in FLAX_EXAMPLE.layers(spec).items()}
+    return {layer.path: modules.get(layer.path) or tap_path(layer.path, modules) for layer in spec.layers}
 
 
-def tap_path(layer: str, skeleton: Skeleton) -> tuple[str, ...]:
+def tap_path(layer: str, modules: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """Path of what `tap` sows for a layer that is no module."""
     where, _, rest = layer.partition(".")
     if where != "stages":
         return ("global_pool" if layer == "head.pool" else rest,)
-    stage, _, block, part = rest.split(".", 3)
-    return block_name(int(stage), int(block), skeleton), part.removeprefix("shortcut.")
+    _, stage, _, block, part = layer.split(".", 4)
+    return modules[f"stages.{stage}.blocks.{block}.conv1"][0], part.removeprefix("shortcut.")
 
 
 def from_spec(
@@ -194,16 +189,16 @@ def from_spec(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     axis_name: str | None = None,
-    weights: str | PathLike[str] | None = None,
+    weights: Given | None = None,
 ) -> ResNet:
     """The module of any specification.
 
-    With `weights`, a checkpoint of any known format that fits the spec, the module comes bound to these variables:
-    call it as it is, or take ``model, variables = bound.unbind()``. Raises `WeightsError` for a file that cannot be
-    read or holds the weights of another spec.
+    With `weights` that fit the spec (a reference to a checkpoint of any known format, one that was read, or arrays by
+    canonical name) the module comes bound to these variables: call it as it is, or take ``model, variables =
+    bound.unbind()``. Raises `WeightsError` for a file that cannot be read or holds the weights of another spec.
     """
     model = ResNet(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
-    return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
+    return model if weights is None else model.bind(to_variables(spec, weights_for(spec, weights), param_dtype))
 
 
 def builder(variant: str) -> Callable[..., ResNet]:
@@ -212,7 +207,7 @@ def builder(variant: str) -> Callable[..., ResNet]:
 
     def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNet:
         own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopted(spec, options.pop("weights", None), variant)
+        taken, weights = adopt(spec, options.pop("weights", None), variant)
         return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
 
     build.__doc__ = (

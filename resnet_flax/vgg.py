@@ -12,7 +12,6 @@ Variables are ``params/blocks.0.conv1/kernel``, ``params/head.fc1/bias``, ``batc
 
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from flax import linen as nn
 
 from common.architectures.layers import output_shapes
 from common.architectures.vgg import VARIANTS, VGGSpec
-from common.checkpoints import adopted
+from common.checkpoints import Given, adopt
 from common.errors import InputError
 from resnet_flax.layers import ModuleDef, adaptive_pool, conv_layer, no_norm, norm_layer, tap
 from resnet_flax.weights import read_variables
@@ -105,7 +104,7 @@ def from_spec(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     axis_name: str | None = None,
-    weights: str | PathLike[str] | None = None,
+    weights: Given | None = None,
 ) -> VGG:
     """The module of any specification.
 
@@ -123,7 +122,7 @@ def builder(variant: str) -> Callable[..., VGG]:
 
     def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> VGG:
         own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopted(spec, options.pop("weights", None), variant)
+        taken, weights = adopt(spec, options.pop("weights", None), variant)
         return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
 
     build.__doc__ = (

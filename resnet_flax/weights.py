@@ -5,7 +5,6 @@ Native names come from the family's `native_paths`; collections and leaves from 
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -13,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Shape
+from common.checkpoints import Given, weights_for
 from common.errors import WeightsError
-from common.names.flax import LEAVES
+from common.names.roles import FLAX
 from common.weights import Weights
 
 Variables = Mapping[str, Any]
@@ -70,9 +69,9 @@ def from_collection(spec: Spec, collection: str, tree: Variables) -> dict[str, n
     return _canonical([row for row in _table(spec) if row[1][0] == collection], {collection: tree})
 
 
-def read_variables(spec: Spec, reference: str | PathLike[str], dtype: Any = jnp.float32) -> dict[str, Any]:
+def read_variables(spec: Spec, given: Given, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Variables from a checkpoint of any known format that fits this spec. Raises `WeightsError`."""
-    return to_variables(spec, checkpoints.load_for(spec, fspath(reference))[1], dtype)
+    return to_variables(spec, weights_for(spec, given), dtype)
 
 
 def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
@@ -80,8 +79,8 @@ def _table(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
     modules = import_module(f"{__package__}.{spec.family}").native_paths(spec)
     for layer in spec.layers:
         for name, shape in layer.arrays.items():
-            collection, leaf = LEAVES[layer.kind][name.removeprefix(f"{layer.path}.")]
-            yield name, (collection, *modules[layer.path], leaf), shape
+            native = FLAX.array("/".join(modules[layer.path]), layer.kind, canonical.role_of(name, layer))
+            yield name, tuple(native.split("/")), shape
 
 
 def _canonical(table: list[tuple[str, tuple[str, ...], Shape]], collections: Variables) -> dict[str, np.ndarray]:

@@ -1,16 +1,15 @@
 """What keras.applications offers, for a specification of any family: its arguments, and a model of features."""
 
-from collections.abc import Callable, Collection
-from os import PathLike
+from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
 
 import resnet_keras
 from common.architectures import Spec, output
-from common.checkpoints import adopted
+from common.checkpoints import Checkpoint, Given, adopt, read_for, weights_for
 from resnet_keras.layers import from_channels_last, to_channels_last
-from resnet_keras.weights import layer_names, load_file, spec_of
+from resnet_keras.weights import layer_names, load_weights, spec_of
 
 _POOLINGS: dict[str | None, Literal["none", "average", "max"]] = {None: "none", "avg": "average", "max": "max"}
 _ORDERS = {"channels_last": "height, width, channels", "channels_first": "channels, height, width"}
@@ -35,7 +34,7 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
 
     def build(
         include_top: bool = True,
-        weights: str | PathLike[str] | None = None,
+        weights: Given | None = None,
         input_tensor: Any = None,
         input_shape: tuple[int | None, ...] | None = None,
         pooling: str | None = None,
@@ -56,9 +55,9 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
             shape = found
 
         activation = keras.activations.get(classifier_activation)
-        if weights == "imagenet":
+        if isinstance(weights, str) and weights == "imagenet":
             weights = "keras:imagenet" if include_top else "keras:imagenet:notop"
-        taken, path = adopted(spec, weights, variant)
+        taken, weights = adopt(spec, weights, variant)
         *size, channels = to_channels_last(shape, data_format)
         taken = taken.replace(in_channels=channels)
         if not include_top:
@@ -69,7 +68,10 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
             )
         if taken.input_size:
             taken = taken.replace(input_size=size)
-        options = {"input_shape": shape, "data_format": data_format, "weights": path, "name": name}
+        if isinstance(weights, Checkpoint):
+            # What the arguments above say, the weights need not.
+            weights = read_for(taken, weights, free=("head", "input_size") if include_top else ("head", "head_pool"))
+        options = {"input_shape": shape, "data_format": data_format, "weights": weights, "name": name}
         model = resnet_keras.from_spec(taken, input_tensor=input_tensor, **options)
         if not include_top or activation in (keras.activations.softmax, keras.activations.linear):
             return model
@@ -91,17 +93,16 @@ def assembled(
     input_tensor: Any,
     input_shape: tuple[int | None, ...] | None,
     data_format: str,
-    weights: str | PathLike[str] | None,
-    free_fields: Collection[str],
+    weights: Given | None,
     name: str,
 ) -> keras.Model:
     """The functional model of `spec` around `network`, which makes its output from its input; its `spec` is `spec`.
 
     Images are (batch, height, width, channels), or (batch, channels, height, width) with `data_format`
     "channels_first". `input_shape`, in that order and without the batch, defaults to any size, or to the spec's own
-    where it has one; `input_tensor` is a Keras tensor to build upon instead. `weights` is a checkpoint of any known
-    format that fits the spec, `free_fields` aside. Raises `ValueError` for an input that the spec does not fit,
-    `WeightsError` for weights that are not the spec's.
+    where it has one; `input_tensor` is a Keras tensor to build upon instead. `weights` are a reference to a
+    checkpoint of any known format, one that was read, or arrays by canonical name. Raises `ValueError` for an input
+    that the spec does not fit, `WeightsError` for weights that are not the spec's.
     """
     if data_format not in _ORDERS:
         raise ValueError(f"data_format={data_format!r} is unknown; expected {' or '.join(map(repr, _ORDERS))}")
@@ -122,7 +123,7 @@ def assembled(
     model = keras.Model(inputs, network(images), name=name)
     model.spec = spec
     if weights is not None:
-        load_file(model, weights, free_fields=free_fields)
+        load_weights(model, weights_for(spec, weights))
     return model
 
 

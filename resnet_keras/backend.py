@@ -18,8 +18,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 import resnet_keras
+from common import names
 from common import weights as canonical
 from common.architectures import Spec
+from common.names import Naming
 from common.training import dropout
 from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
@@ -111,13 +113,11 @@ class KerasBackend:
         return resnet_keras.export_weights(model)
 
     def save(self, spec: Spec, weights: canonical.Weights, path: Path) -> None:
-        """A ``.keras`` archive; one that ends ``.keras_applications.keras`` has the layer names of those."""
+        """A ``.keras`` archive. The naming stands before the end of its name, as in ``x.keras_applications.keras``."""
         dtypes = {weights[name].dtype for name in weights}
         model = self.build(spec, str(np.result_type(*dtypes)))
         self.load(model, weights)
-        if path.name.endswith(".keras_applications.keras"):
-            model = _renamed(model, spec)
-        model.save(path)
+        _renamed(model, spec, names.find(spec.family, path.stem.rpartition(".")[2])).save(path)
 
     def trainer(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> Trainer:
         from resnet_keras.training import KerasTrainer
@@ -198,16 +198,16 @@ class KerasBackend:
         return self._adapter(forward, gradients)
 
 
-def _renamed(model: Any, spec: Spec) -> Any:
-    """The same model with the layer names of keras.applications. A Keras layer keeps its name, so it is another one."""
+def _renamed(model: Any, spec: Spec, naming: Naming) -> Any:
+    """The same model with a naming's layer names. A Keras layer keeps its name, so it is another one."""
     import keras
 
-    from common.checkpoints.base import skeleton_of
-    from common.names.resnet import applications_layer
     from resnet_keras.weights import layer_names
 
-    skeleton = skeleton_of(spec)
-    table = {native: applications_layer(path, skeleton) for path, native in layer_names(spec).items()}
+    own, wanted = layer_names(spec), naming.layers(spec)
+    if own == wanted:
+        return model
+    table = {native: wanted[path] for path, native in own.items()}
 
     def rename(layer: Any) -> Any:
         base, _, suffix = layer.name.rpartition("_")

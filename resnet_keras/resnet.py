@@ -7,15 +7,14 @@ Layers are named as in Caffe's ResNet and the Keras ResNet-50 after it: stages c
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import keras
 from keras import layers
 
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints.base import skeleton_of
-from common.names.resnet import block_names, classic_layer
+from common.checkpoints import Given
+from common.names.resnet import KERAS_CLASSIC, block_names
 from resnet_keras import applications
 from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut, channel_axis
 
@@ -217,8 +216,7 @@ def _resnet(x: Any, style: Style) -> Any:
 
 def layer_names(spec: ResNetSpec) -> dict[str, str]:
     """Name of the Keras layer for every layer of the walk, by canonical path."""
-    skeleton = skeleton_of(spec)
-    return {layer.path: classic_layer(layer.path, skeleton) for layer in spec.layers}
+    return dict(KERAS_CLASSIC.layers(spec))
 
 
 def from_spec(
@@ -227,7 +225,7 @@ def from_spec(
     input_tensor: Any = None,
     input_shape: tuple[int | None, ...] | None = None,
     data_format: str = "channels_last",
-    weights: str | PathLike[str] | None = None,
+    weights: Given | None = None,
     kernel_initializer: Any = "glorot_uniform",
     name: str = "resnet",
 ) -> keras.Model:
@@ -239,14 +237,8 @@ def from_spec(
         input_shape=input_shape,
         data_format=data_format,
         weights=weights,
-        free_fields=_FREE_FIELDS,
         name=name,
     )
-
-
-# Fields in which weights made for one spec still mean the same in another: the head's last step, its resolution,
-# and what training alone does.
-_FREE_FIELDS = {"head", "head_pool", "replace_stride_with_dilation", "bn_momentum", "running_variance"}
 
 
 def builder(variant: str) -> Callable[..., keras.Model]:

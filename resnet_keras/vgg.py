@@ -5,13 +5,13 @@ Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model
 
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import keras
 from keras import layers
 
 from common.architectures.vgg import CONVENTIONS, VARIANTS, VGGSpec
+from common.checkpoints import Given
 from resnet_keras import applications
 from resnet_keras.layers import AdaptivePooling2D, UnbiasedBatchNormalization, channel_axis
 
@@ -77,7 +77,7 @@ def from_spec(
     input_tensor: Any = None,
     input_shape: tuple[int | None, ...] | None = None,
     data_format: str = "channels_last",
-    weights: str | PathLike[str] | None = None,
+    weights: Given | None = None,
     kernel_initializer: Any = "glorot_uniform",
     name: str = "vgg",
 ) -> keras.Model:
@@ -89,13 +89,8 @@ def from_spec(
         input_shape=input_shape,
         data_format=data_format,
         weights=weights,
-        free_fields=_FREE_FIELDS,
         name=name,
     )
-
-
-# Fields in which weights made for one spec still mean the same in another.
-_FREE_FIELDS = {"head", "head_pool", "map_size", "input_size", "dropout", "bn_momentum", "running_variance"}
 
 
 def builder(variant: str) -> Callable[..., keras.Model]:

@@ -1,24 +1,21 @@
 """Canonical weights into a Keras model and out of it. Both keep kernels HWIO and (in, out): only names differ.
 
-Nothing here knows a family: a layer's native name comes from the `layer_names` of its family's module, and each of its
-arrays from the table below.
+Nothing here knows a family: a layer's native name comes from the `layer_names` of its family's module, and those of its
+arrays from the community's table of roles.
 """
 
 import importlib
-from collections.abc import Collection
 from functools import partial
-from os import PathLike, fspath
 from typing import Any
 
 import keras
 import numpy as np
 
-from common import checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.errors import WeightsError
-from common.names.resnet import ARRAYS
+from common.names.roles import KERAS
 
 
 def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:
@@ -48,22 +45,6 @@ def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.We
     spec's.
     """
     return canonical.LazyWeights({name: partial(read, variable) for name, variable in variables(model, spec).items()})
-
-
-def load_file(model: keras.Model, reference: str | PathLike[str], *, free_fields: Collection[str] = ()) -> None:
-    """Load a checkpoint of any known format that fits the model's own spec, `free_fields` aside.
-
-    Its head is left out where the model has none. Raises `WeightsError`.
-    """
-    spec = spec_of(model)
-    headless = not any(layer.kind == "dense" for layer in spec.layers)
-    if headless:
-        free_fields = {*free_fields, "classes", "input_size"}
-    found, weights = checkpoints.load_for(spec, fspath(reference), free_fields=free_fields)
-    if headless:
-        dense = {name for layer in found.layers if layer.kind == "dense" for name in layer.arrays}
-        weights = canonical.LazyWeights({name: partial(weights.__getitem__, name) for name in weights.keys() - dense})
-    load_weights(model, weights)
 
 
 def spec_of(model: keras.Model, spec: Spec | None = None) -> Spec:
@@ -99,7 +80,7 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
 
 
 def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
-    attribute = ARRAYS[layer.kind][name.removeprefix(f"{layer.path}.")]
+    attribute = KERAS.array("", layer.kind, canonical.role_of(name, layer)).removeprefix("/")
     variable = getattr(native, attribute, None)
     if variable is None:
         raise WeightsError(f"the model is not its spec's: layer {native.name} has no {attribute}, for {name}")

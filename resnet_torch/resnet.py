@@ -4,7 +4,6 @@ He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.0338
 """
 
 from collections.abc import Callable, Sequence
-from os import PathLike
 from typing import NamedTuple
 
 import torch
@@ -13,10 +12,10 @@ from torch.nn import functional as F
 
 from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
-from common.checkpoints import adopted
-from common.names.torchvision import IN_BLOCK, LAYERS
+from common.checkpoints import Given, adopt, weights_for
+from common.names.resnet import TORCHVISION
 from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
-from resnet_torch.weights import load_file
+from resnet_torch.weights import load_weights
 
 
 class ZeroPadShortcut(nn.Module):
@@ -207,50 +206,41 @@ class ResNet(nn.Module):
         return outputs
 
 
-# Beside the layers with arrays, whose names are those of the checkpoints.
-_NAMES = LAYERS | {"stem.relu": "relu", "stem.pool": "maxpool", "head.pool": "avgpool", "head.softmax": "softmax"}
-_BLOCK = IN_BLOCK | {"shortcut.pad": "downsample"}
-
-
 def nodes(spec: ResNetSpec) -> dict[str, Node]:
     """Canonical path of every layer of the walk -> its node; `Node.module` names the module that holds its arrays."""
+    names = TORCHVISION.layers(spec)
     last = 2 if spec.block == "bottleneck" else 1
+    calls = {f"relu{i + 1}": i for i in range(last)} | {"relu": last}
     table: dict[str, Node] = {}
     for layer in spec.layers:
-        where, _, role = layer.path.partition(".")
-        if where == "stages":
-            stage, _, block, role = role.split(".", 3)
-            prefix = f"layer{int(stage) + 1}.{block}."
-            calls = {f"relu{i + 1}": i for i in range(last)} | {"relu": last}
-            if role == "add":
-                table[layer.path] = Node(f"{prefix}add", f"{prefix}relu", last, "input")
-            elif role in calls:
-                call = calls[role]
-                table[layer.path] = Node(f"{prefix}relu_{call}" if call else f"{prefix}relu", f"{prefix}relu", call)
-            else:
-                table[layer.path] = Node(prefix + _BLOCK[role], prefix + _BLOCK[role])
-        elif role == "flatten":
+        part = layer.path.rpartition(".")[2]
+        if part == "add":
+            relu = names[f"{layer.path.removesuffix('add')}relu"]
+            table[layer.path] = Node(f"{relu.removesuffix('relu')}add", relu, last, "input")
+        elif part == "flatten":
             table[layer.path] = Node("flatten", "avgpool")
         else:
-            name = _NAMES[layer.path]
-            table[layer.path] = Node(name, name)
+            name = names[layer.path]
+            call = calls.get(part, 0) if "blocks" in layer.path else 0  # the stem's is another module
+            table[layer.path] = Node(f"{name}_{call}" if call else name, name, call)
     return table
 
 
 def from_spec(
     spec: ResNetSpec,
     *,
-    weights: str | PathLike[str] | None = None,
+    weights: Given | None = None,
     norm_layer: NormLayer | None = None,
     zero_init_residual: bool = False,
 ) -> ResNet:
-    """The model of any valid spec, with the weights of a checkpoint of any known format if `weights` names one.
+    """The model of any valid spec, with `weights` if there are any: a reference to a checkpoint of any known format, a
+    checkpoint that was read, or arrays by canonical name.
 
-    Raises `WeightsError` if that file is not there, is damaged, or holds the weights of another spec.
+    Raises `WeightsError` if they are not there, damaged, or of another spec.
     """
     model = ResNet(spec, norm_layer, zero_init_residual)
     if weights is not None:
-        load_file(model, weights)
+        load_weights(model, weights_for(spec, weights))
     return model
 
 
@@ -260,7 +250,7 @@ def builder(name: str) -> Callable[..., ResNet]:
 
     def build(
         *,
-        weights: str | PathLike[str] | None = None,
+        weights: Given | None = None,
         progress: bool = True,
         num_classes: int = variant.classes,
         zero_init_residual: bool = False,
@@ -269,7 +259,7 @@ def builder(name: str) -> Callable[..., ResNet]:
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
     ) -> ResNet:
-        spec, weights = adopted(variant, weights, name, progress=progress)
+        spec, weights = adopt(variant, weights, name, progress=progress)
         spec = spec.replace(
             classes=num_classes,
             groups=groups,

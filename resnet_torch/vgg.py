@@ -5,15 +5,14 @@ Images are (N, channels, H, W).
 """
 
 from collections.abc import Callable
-from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
 from common.architectures.vgg import VARIANTS, VGGSpec
-from common.checkpoints import adopted
+from common.checkpoints import Given, adopt, weights_for
 from resnet_torch.layers import Node, batch_norm2d, conv2d, max_pool2d
-from resnet_torch.weights import load_file
+from resnet_torch.weights import load_weights
 
 
 class VGG(nn.Module):
@@ -130,14 +129,14 @@ def classifier_index(part: str, hidden: int) -> int:
     return 3 * (int(part.removeprefix(kind)) - 1) + ("fc", "relu", "dropout").index(kind)
 
 
-def from_spec(spec: VGGSpec, *, weights: str | PathLike[str] | None = None, init_weights: bool = True) -> VGG:
+def from_spec(spec: VGGSpec, *, weights: Given | None = None, init_weights: bool = True) -> VGG:
     """The model of any valid spec, with the weights of a checkpoint of any known format if `weights` names one.
 
     Raises `WeightsError` if that file is not there, is damaged, or holds the weights of another spec.
     """
     model = VGG(spec, init_weights and weights is None)
     if weights is not None:
-        load_file(model, weights)
+        load_weights(model, weights_for(spec, weights))
     return model
 
 
@@ -147,13 +146,13 @@ def builder(name: str) -> Callable[..., VGG]:
 
     def build(
         *,
-        weights: str | PathLike[str] | None = None,
+        weights: Given | None = None,
         progress: bool = True,
         num_classes: int = variant.classes,
         init_weights: bool = True,
         dropout: float = 0.5,
     ) -> VGG:
-        spec, weights = adopted(variant, weights, name, progress=progress)
+        spec, weights = adopt(variant, weights, name, progress=progress)
         spec = spec.replace(classes=num_classes, dropout=(dropout,) * len(spec.hidden))
         return from_spec(spec, weights=weights, init_weights=init_weights)
 

@@ -6,21 +6,17 @@ Works for every family: which module a layer is comes from the family's `nodes`.
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import architectures, checkpoints
+from common import architectures
 from common.architectures.layers import Dense, Layer, Shape
 from common.errors import WeightsError
-from common.names.torchvision import ARRAYS
-from common.weights import LazyWeights, Weights, check_names
-
-# What a module stores beyond that: how many batches a norm has seen, which changes nothing it computes here.
-_IGNORED = {"norm": "num_batches_tracked"}
+from common.names.roles import PYTORCH
+from common.weights import LazyWeights, Weights, check_names, role_of
 
 
 class Slot(NamedTuple):
@@ -37,9 +33,9 @@ def slots(spec: architectures.Spec) -> dict[str, Slot]:
     table: dict[str, Slot] = {}
     for layer, module in _modules(spec):
         for name, shape in layer.arrays.items():
-            role = name.removeprefix(f"{layer.path}.")
+            role = role_of(name, layer)
             native_shape, view = _layout(layer, role, shape)
-            table[name] = Slot(f"{module}.{ARRAYS[layer.kind][role]}", native_shape, view, shape)
+            table[name] = Slot(PYTORCH.array(module, layer.kind, role), native_shape, view, shape)
     return table
 
 
@@ -65,11 +61,6 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
                 native.copy_(torch.from_numpy(array).reshape(native.shape))
     if wrong:
         raise WeightsError(f"{len(wrong)} tensors do not fit this model: {'; '.join(wrong[:4])}")
-
-
-def load_file(model: nn.Module, reference: str | PathLike[str]) -> None:
-    """Load a checkpoint of any known format that fits the model's own spec. Raises `WeightsError`."""
-    load_weights(model, checkpoints.load_for(_spec(model), fspath(reference))[1])
 
 
 def export_weights(model: nn.Module) -> Weights:
@@ -122,8 +113,8 @@ def _bijection(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Any]]:
     """The model's slots and its tensors; raises `WeightsError` unless each tensor has one slot or is ignored."""
     spec = _spec(model)
     table, state = slots(spec), model.state_dict()
-    ignored = {f"{module}.{_IGNORED[layer.kind]}" for layer, module in _modules(spec) if layer.kind in _IGNORED}
-    native = (name for name in state if name not in ignored)
+    # How many batches a norm has seen changes nothing it computes here.
+    native = (name for name in state if not PYTORCH.ignored.fullmatch(name))
     check_names("the model is not its spec's", native, (slot.native for slot in table.values()))
     for slot in table.values():
         if (found := state[slot.native].shape) != slot.native_shape:

@@ -56,7 +56,7 @@ def mutated(raw: bytes, generator: np.random.Generator) -> bytes:
 
 def outcome(path: Path, expected: str) -> str:
     try:
-        found = checkpoints.load(path)
+        found = checkpoints.read(path)
         digest = canonical.digest({name: found.weights[name] for name in found.weights})
     except checkpoints.WeightsError as error:
         message = str(error)
@@ -70,7 +70,7 @@ def main() -> None:
     source, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
-    expected = canonical.digest(checkpoints.load(source).weights)
+    expected = canonical.digest(checkpoints.read(source).weights)
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.name

@@ -4,11 +4,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+from written import save_weights
 
-from common import architectures, checkpoints
+from common import architectures, checkpoints, names
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import base, containers, inference
+from common.checkpoints import containers, inference
 from common.errors import CheckpointError, SpecError, WeightsError
 
 BOTTLENECK = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
@@ -43,7 +44,7 @@ def same(a, b):
 def written(folder, format_, spec, weights):
     name, file = format_
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(folder / file, spec, weights, name)
+    save_weights(folder / file, spec, weights, name)
     return folder / file
 
 
@@ -63,29 +64,29 @@ def test_a_file_says_what_it_is_by_its_content(given, format_, tmp_path):
     weights, paths = given
     renamed = paths[format_].rename(paths[format_].with_name("no-ending"))
     try:
-        found = checkpoints.load(renamed)
+        found = checkpoints.read(renamed)
         same(dict(found.weights), weights)
     finally:
         renamed.rename(paths[format_])
-    assert found.format == format_[0].partition(":")[0]
+    assert found.origin.format == format_[0].partition(":")[0]
 
 
 @pytest.mark.parametrize("spec", [BOTTLENECK, BASIC, KERAS], ids=["bottleneck", "basic", "biases"])
 @pytest.mark.parametrize(("a", "b"), list(product(WRITTEN_HERE, WRITTEN_HERE)), ids=":".join)
 def test_a_to_b_to_a_is_bitwise(tmp_path, a, b, spec):
     weights = canonical.randomize(spec, dtype="float32")
-    first = checkpoints.load(written(tmp_path / "a", a, spec, weights))
-    second = checkpoints.load(written(tmp_path / "b", b, first.spec, first.weights))
-    third = checkpoints.load(written(tmp_path / "c", a, second.spec, second.weights))
+    first = checkpoints.read(written(tmp_path / "a", a, spec, weights))
+    second = checkpoints.read(written(tmp_path / "b", b, first.spec, first.weights))
+    third = checkpoints.read(written(tmp_path / "c", a, second.spec, second.weights))
     same(dict(third.weights), weights)
-    assert checkpoints.digest(first.weights) == checkpoints.digest(second.weights) == checkpoints.digest(third.weights)
+    assert canonical.digest(first.weights) == canonical.digest(second.weights) == canonical.digest(third.weights)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 @pytest.mark.parametrize("format_", WRITTEN_HERE, ids=":".join)
 def test_other_types_come_back_bitwise(tmp_path, format_, dtype):
     weights = canonical.randomize(BOTTLENECK, dtype=dtype)
-    same(dict(checkpoints.load(written(tmp_path, format_, BOTTLENECK, weights)).weights), weights)
+    same(dict(checkpoints.read(written(tmp_path, format_, BOTTLENECK, weights)).weights), weights)
 
 
 @pytest.mark.slow
@@ -94,70 +95,67 @@ def test_other_types_come_back_bitwise(tmp_path, format_, dtype):
 def test_pairs_with_what_frameworks_write_are_bitwise(given, a, b, tmp_path):
     """Both ways: `b` was written from canonical weights, bitwise those that `a` holds, and is written as `a` here."""
     weights, paths = given
-    same(dict(checkpoints.load(paths[a]).weights), weights)
-    second = checkpoints.load(paths[b])
-    third = checkpoints.load(written(tmp_path, a, second.spec, second.weights))
+    same(dict(checkpoints.read(paths[a]).weights), weights)
+    second = checkpoints.read(paths[b])
+    third = checkpoints.read(written(tmp_path, a, second.spec, second.weights))
     same(dict(third.weights), weights)
 
 
 def native(spec, naming):
     """What a file in a naming would show of a spec, without any values."""
-    tensors = {}
-    for name, (key, layer) in base.native_names(spec, naming).items():
-        role = name.removeprefix(f"{layer.path}.")
-        array = base.to_native(np.broadcast_to(np.float32(0), layer.arrays[name]), layer, role, naming.kernels)
-        tensors[key] = containers.stored(array)
-    return tensors
+    shapes = canonical.shapes(spec)
+    tensors = naming.tensors(spec, lambda name: np.broadcast_to(np.float32(0), shapes[name]))
+    return {key: containers.stored(get()) for key, get in tensors.items()}
 
 
 @pytest.mark.parametrize("naming", ["torchvision", "huggingface", "keras_applications", "keras_classic", "flax"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_and_shapes_show_every_named_network(variant, naming):
-    spec, table = VARIANTS[variant], checkpoints._naming(naming)
-    tensors = native(spec, table)
+    spec = VARIANTS[variant]
+    tensors = native(spec, names.find("resnet", naming))
     convention = variant.partition(".")[2] or "torchvision"
-    found = inference.infer(table, table.skeleton(tensors), tensors, convention=convention)
-    assert found.spec == spec
+    found = inference.infer(containers.Source(container="test", tensors=tensors), convention)
+    assert (found.spec, found.naming.name) == (spec, naming)
     assert {"stride_in", "stem_padding"} <= set(found.assumed)
 
 
 def test_a_convention_and_single_fields_can_be_set(tmp_path):
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, canonical.randomize(BOTTLENECK))
-    assert checkpoints.load(path).spec == BOTTLENECK
-    assert checkpoints.load(path, convention="paper").spec == BOTTLENECK.replace(**CONVENTIONS["paper"])
-    found = checkpoints.load(path, convention="paper", changes={"stride_in": "conv2", "bn_eps": 1e-3})
+    assert checkpoints.read(path).spec == BOTTLENECK
+    assert checkpoints.read(path, convention="paper").spec == BOTTLENECK.replace(**CONVENTIONS["paper"])
+    found = checkpoints.read(path, convention="paper", changes={"stride_in": "conv2", "bn_eps": 1e-3})
     assert found.spec == BOTTLENECK.replace(pool_padding="ceil", bn_eps=1e-3)
-    assert "bn_eps" not in found.assumed
-    assert found.assumed["pool_padding"] == "ceil"
+    assert "bn_eps" not in found.origin.assumed
+    assert found.origin.assumed["pool_padding"] == "ceil"
     with pytest.raises(SpecError, match="unknown convention 'caffe2'; expected one of torchvision, paper"):
-        checkpoints.load(path, convention="caffe2")
+        checkpoints.read(path, convention="caffe2")
     with pytest.raises(CheckpointError, match="unknown field 'stride'"):
-        checkpoints.load(path, changes={"stride": 1})
+        checkpoints.read(path, changes={"stride": 1})
     with pytest.raises(CheckpointError, match=r"fc.weight has shape \(5, 32\)"):
-        checkpoints.load(path, changes={"classes": 4})
+        checkpoints.read(path, changes={"classes": 4})
 
 
 def test_another_number_of_classes_makes_a_new_head_and_says_so(tmp_path):
     weights = canonical.randomize(BOTTLENECK, dtype="float32")
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
-    found = checkpoints.load(path, classes=3)
+    found = checkpoints.read(path, classes=3)
     assert found.spec == BOTTLENECK.replace(classes=3)
     canonical.validate(found.spec, found.weights)
     head = [name for name in weights if name.startswith("head.")]
-    assert "initialised anew for 3 classes instead of 5" in found.notes[-1]
+    assert "initialised anew for 3 classes instead of 5" in found.origin.notes[-1]
     for name in weights:
         assert (found.weights[name].shape == weights[name].shape) == (name not in head)
         if name not in head:
             assert found.weights[name].tobytes() == weights[name].tobytes()
     assert found.weights["head.fc.kernel"].std() > 0
-    assert checkpoints.load(path, classes=5).notes == checkpoints.load(path).notes
+    assert checkpoints.read(path, classes=5).origin.notes == checkpoints.read(path).origin.notes
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
 def test_the_stem_takes_another_number_of_channels_and_says_so(tmp_path, channels):
     weights = canonical.randomize(BOTTLENECK, dtype="float64")
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
-    found = checkpoints.load(path, in_channels=channels)
+    found = checkpoints.read(path, in_channels=channels)
     canonical.validate(found.spec, found.weights)
     before, after = weights["stem.conv.kernel"], found.weights["stem.conv.kernel"]
     if channels == 1:
@@ -165,21 +163,19 @@ def test_the_stem_takes_another_number_of_channels_and_says_so(tmp_path, channel
     else:
         for channel in range(channels):
             assert np.array_equal(after[:, :, channel], before[:, :, channel % 3] * (3 / channels))
-    assert f"for {channels}" in found.notes[-1]
+    assert f"for {channels}" in found.origin.notes[-1]
 
 
 def test_tensors_that_are_missing_or_belong_nowhere_are_listed(tmp_path):
     weights = canonical.randomize(BOTTLENECK)
     path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
     tensors = dict(containers.container_of(path).read(path).tensors)
-    table = checkpoints._naming("torchvision")
     source = containers.Source(container="test", tensors=tensors | {"extra.weight": tensors["fc.weight"]})
     with pytest.raises(CheckpointError, match=r"unexpected extra\.weight"):
-        checkpoints._read(path, source, None, None)
+        inference.infer(source)
     del tensors["layer2.1.bn2.bias"], tensors["bn1.running_var"]
     with pytest.raises(CheckpointError, match=r"missing bn1\.running_var, layer2\.1\.bn2\.bias"):
-        checkpoints._read(path, containers.Source(container="test", tensors=tensors), None, None)
-    assert table.ignored("bn1.num_batches_tracked")
+        inference.infer(containers.Source(container="test", tensors=tensors))
 
 
 def test_what_no_format_is_for_is_refused(tmp_path):
@@ -194,7 +190,7 @@ def test_what_no_format_is_for_is_refused(tmp_path):
         ("no/w.pth", None, "cannot be written"),
     ]:
         with pytest.raises(WeightsError) as caught:
-            checkpoints.save(tmp_path / name, BOTTLENECK, weights, to)
+            save_weights(tmp_path / name, BOTTLENECK, weights, to)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +203,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
     path = tmp_path / "w"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.load(path)
+        checkpoints.read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -215,18 +211,18 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
 def test_places_that_are_no_checkpoint_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in [(tmp_path / "none", "there is no such file"), (tmp_path / "empty", "not a checkpoint")]:
-        with pytest.raises(CheckpointError, match=message):
-            checkpoints.load(path)
+        with pytest.raises(WeightsError, match=message):
+            checkpoints.read(path)
 
 
 def test_suspicious_values_are_named():
     weights = canonical.randomize(BOTTLENECK)
-    assert checkpoints.suspicious(BOTTLENECK, weights) == []
+    assert canonical.suspicious(BOTTLENECK, weights) == []
     weights["stem.conv.kernel"].flat[3] = np.nan
     weights["stages.0.blocks.0.norm3.scale"][:] = 0
     weights["stages.1.blocks.0.norm1.var"][1] = -1
     weights["head.fc.kernel"][:] = 0
-    found = checkpoints.suspicious(BOTTLENECK, weights)
+    found = canonical.suspicious(BOTTLENECK, weights)
     assert [line.partition(":")[0] for line in found] == [
         "stem.conv.kernel",
         "stages.0.blocks.0.norm3.scale",
@@ -239,15 +235,15 @@ def test_suspicious_values_are_named():
 
 
 class TestForAKnownNetwork:
-    """`load_for`, what every builder's `weights=` comes to."""
+    """`read_for`, what every builder's `weights=` comes to."""
 
     @pytest.mark.parametrize("format_", [f for f in WRITTEN_HERE if f[0] != "canonical"], ids=":".join)
     @pytest.mark.parametrize("spec", [BOTTLENECK, BASIC, KERAS, BOTTLENECK.replace(head="none", classes=1000)])
     def test_a_foreign_file_takes_the_conventions_of_the_spec(self, tmp_path, format_, spec):
         weights = canonical.randomize(spec)
-        found, loaded = checkpoints.load_for(spec, written(tmp_path, format_, spec, weights))
-        assert found == spec
-        same(dict(loaded), weights)
+        found = checkpoints.read_for(spec, written(tmp_path, format_, spec, weights))
+        assert found.spec == spec
+        same(dict(found.weights), weights)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -262,32 +258,31 @@ class TestForAKnownNetwork:
     def test_shapes_of_another_network_are_refused(self, tmp_path, changes, message):
         path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, canonical.randomize(BOTTLENECK))
         with pytest.raises(WeightsError, match=message):
-            checkpoints.load_for(BOTTLENECK.replace(**changes), path)
+            checkpoints.read_for(BOTTLENECK.replace(**changes), path)
 
     def test_a_canonical_file_is_held_to_the_spec_it_states(self, tmp_path):
         path = written(tmp_path, ("canonical", "w.safetensors"), BOTTLENECK, canonical.randomize(BOTTLENECK))
         with pytest.raises(WeightsError, match="stride_in is 'conv2' there and 'conv1' here"):
-            checkpoints.load_for(BOTTLENECK.replace(stride_in="conv1"), path)
+            checkpoints.read_for(BOTTLENECK.replace(stride_in="conv1"), path)
 
     def test_a_builder_adopts_the_conventions_of_foreign_weights_alone(self, tmp_path):
         own = KERAS.replace(classes=9)
         weights = canonical.randomize(BOTTLENECK)
         foreign = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, weights)
-        spec, path = checkpoints.adopted(own, foreign, "resnet50")
-        assert path == foreign
+        spec, found = checkpoints.adopt(own, foreign, "resnet50")
+        assert found.origin.path == foreign
         assert spec == own.replace(
             stride_in="conv2", conv_bias=False, bn_eps=1e-5, bn_momentum=0.9, running_variance="unbiased"
         )
         stated = written(tmp_path, ("canonical", "w.safetensors"), BOTTLENECK, weights)
-        assert checkpoints.adopted(own, stated, "resnet50") == (own, stated)
-        assert checkpoints.adopted(own, None, "resnet50") == (own, None)
+        spec, found = checkpoints.adopt(own, stated, "resnet50")
+        assert (spec, found.origin.path) == (own, stated)
+        assert checkpoints.adopt(own, None, "resnet50") == (own, None)
 
 
 def test_formats_say_the_same_digest_as_the_command_line_shows(given):
     weights, paths = given
-    assert {checkpoints.digest(checkpoints.load(path).weights) for path in paths.values()} == {
-        canonical.digest(weights)
-    }
-    assert architectures.to_dict(checkpoints.load(paths["canonical", "w.safetensors"]).spec) == architectures.to_dict(
+    assert {canonical.digest(checkpoints.read(path).weights) for path in paths.values()} == {canonical.digest(weights)}
+    assert architectures.to_dict(checkpoints.read(paths["canonical", "w.safetensors"]).spec) == architectures.to_dict(
         BOTTLENECK
     )

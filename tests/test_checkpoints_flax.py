@@ -18,18 +18,19 @@ from flax.configurations import config
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
+from written import save_weights
 
 import resnet_flax
 from common import checkpoints
 from common import weights as canonical
 from common.architectures import find
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.checkpoints import base, containers
+from common.checkpoints import containers
 from common.checkpoints.containers import msgpack as msgpack_file
 from common.checkpoints.containers import orbax as orbax_file
 from common.checkpoints.containers.trees import variables
 from common.errors import CheckpointError
-from common.names.flax import NAMINGS
+from common.names.resnet import FLAX_EXAMPLE
 from resnet_flax.weights import variable_paths
 
 TINY = ResNetSpec(
@@ -114,7 +115,7 @@ def copy(folder, tmp_path):
 def refused(path, *words):
     """Loading and reading it is one error, a line with these words."""
     with pytest.raises(CheckpointError) as caught:
-        dict(checkpoints.load(path).weights)
+        dict(checkpoints.read(path).weights)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(str(path))
@@ -130,29 +131,24 @@ def refused(path, *words):
 def test_variables_saved_by_flax_load_bitwise_and_give_the_spec(tmp_path, kind, writer):
     spec = SPECS[kind]
     WRITERS[writer](tmp_path / "saved", variables_of(spec))
-    found = checkpoints.load(tmp_path / "saved")
-    assert (found.format, found.container) == ("flax", writer)
+    found = checkpoints.read(tmp_path / "saved")
+    assert (found.origin.format, found.origin.container) == ("flax", writer)
     assert found.spec == spec
     same(found.weights, weights_of(spec))
-    assert (found.ignored, found.notes) == ((), ())
+    assert (found.origin.ignored, found.origin.notes) == ((), ())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"])
 def test_stages_are_found_from_shapes(name):
     spec = find(name)
-    naming = NAMINGS["flax"]
     shapes = canonical.shapes(spec)
-    tensors = {
-        native: base.Stored(shape=shapes[ours], dtype="float32", read=lambda: None)
-        for ours, (native, _) in base.native_names(spec, naming).items()
-    }
-    found = naming.skeleton(tensors)
-    assert (found.block, found.blocks) == (spec.block, spec.blocks)
+    found = FLAX_EXAMPLE.found({native: shapes[ours] for ours, (native, _) in FLAX_EXAMPLE.arrays(spec).items()})
+    assert {name: one.shape for name, one in found.items()} == shapes
 
 
 def test_the_table_names_the_variables_of_the_module():
     for spec in SPECS.values():
-        table = {name: native for name, (native, _) in base.native_names(spec, NAMINGS["flax"]).items()}
+        table = {name: native for name, (native, _) in FLAX_EXAMPLE.arrays(spec).items()}
         assert table == {name: "/".join(path) for name, path in variable_paths(spec).items()}
 
 
@@ -161,11 +157,11 @@ def test_a_train_state_loads_without_its_optimiser(tmp_path, writer):
     state = state_of(TINY)
     tree = state if writer == "msgpack" else jax.tree.map(np.asarray, serialization.to_state_dict(state))
     WRITERS[writer](tmp_path / "state", tree)
-    found = checkpoints.load(tmp_path / "state")
+    found = checkpoints.read(tmp_path / "state")
     assert found.spec == TINY
     same(found.weights, weights_of(TINY))
-    assert {name.partition("/")[0] for name in found.ignored} <= {"opt_state", "step"}
-    assert any(name.startswith("opt_state/") for name in found.ignored)
+    assert {name.partition("/")[0] for name in found.origin.ignored} <= {"opt_state", "step"}
+    assert any(name.startswith("opt_state/") for name in found.origin.ignored)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -175,35 +171,35 @@ def test_what_is_around_the_variables_is_taken_off_with_a_note(tmp_path, wrapper
     for name in reversed(wrapper.split("/")):
         tree = {name: tree}
     WRITERS[writer](tmp_path / "wrapped", tree | {"step": np.int32(3)})
-    found = checkpoints.load(tmp_path / "wrapped")
+    found = checkpoints.read(tmp_path / "wrapped")
     same(found.weights, weights_of(BASIC))
-    assert found.notes == (f"the variables were inside {wrapper!r}",)
+    assert found.origin.notes == (f"the variables were inside {wrapper!r}",)
 
 
 def test_frozen_variables_load(tmp_path):
     as_msgpack(tmp_path / "frozen", freeze(variables_of(BASIC)))
-    same(checkpoints.load(tmp_path / "frozen").weights, weights_of(BASIC))
+    same(checkpoints.read(tmp_path / "frozen").weights, weights_of(BASIC))
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_bfloat16_becomes_float32_exactly_with_a_note(tmp_path, writer):
     tree = variables_of(TINY, "bfloat16")
     WRITERS[writer](tmp_path / "half", tree)
-    found = checkpoints.load(tmp_path / "half")
+    found = checkpoints.read(tmp_path / "half")
     kernel = tree["params"]["conv_init"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     same({"stem.conv.kernel": found.weights["stem.conv.kernel"]}, {"stem.conv.kernel": kernel.astype(np.float32)})
     same(
         {"stem.norm.mean": found.weights["stem.norm.mean"]}, {"stem.norm.mean": tree["batch_stats"]["bn_init"]["mean"]}
     )
-    assert found.notes == ("bfloat16 arrays are read as float32, exactly",)
+    assert found.origin.notes == ("bfloat16 arrays are read as float32, exactly",)
 
 
 def test_arrays_in_pieces_load_bitwise(tmp_path, monkeypatch):
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 100)
     as_msgpack(tmp_path / "pieces", variables_of(TINY))
     assert b"__msgpack_chunked_array__" in (tmp_path / "pieces").read_bytes()
-    found = checkpoints.load(tmp_path / "pieces")
+    found = checkpoints.read(tmp_path / "pieces")
     assert found.spec == TINY
     same(found.weights, weights_of(TINY))
 
@@ -224,8 +220,8 @@ for name in ("jax", "flax", "orbax", "torch", "keras", "tensorflow"):
     sys.modules[name] = None
 from common import checkpoints
 for path in ({str(tmp_path / "saved")!r}, {str(folder)!r}):
-    found = checkpoints.load(path)
-    print(found.container, len([found.weights[name] for name in found.weights]))
+    found = checkpoints.read(path)
+    print(found.origin.container, len([found.weights[name] for name in found.weights]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     arrays = len(canonical.shapes(TINY))
@@ -238,12 +234,12 @@ for path in ({str(tmp_path / "saved")!r}, {str(folder)!r}):
 @pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"use_ocdbt": True, "use_zarr3": True}], ids=str)
 def test_other_layouts_of_orbax_load(tmp_path, options):
     ocp.PyTreeCheckpointer(**options).save(tmp_path / "tree", variables_of(TINY))
-    same(checkpoints.load(tmp_path / "tree").weights, weights_of(TINY))
+    same(checkpoints.read(tmp_path / "tree").weights, weights_of(TINY))
 
 
 def test_a_folder_without_its_tree_is_listed(copy):
     (copy / "_METADATA").unlink()
-    same(checkpoints.load(copy).weights, weights_of(TINY))
+    same(checkpoints.read(copy).weights, weights_of(TINY))
 
 
 def test_the_newest_step_of_a_run_is_taken_with_a_note(tmp_path):
@@ -252,18 +248,18 @@ def test_the_newest_step_of_a_run_is_taken_with_a_note(tmp_path):
         manager.save(9, args=ocp.args.StandardSave(old))
         manager.save(10, args=ocp.args.StandardSave(new))
     (tmp_path / "run" / "11.orbax-checkpoint-tmp-12").mkdir()
-    found = checkpoints.load(tmp_path / "run")
-    assert found.notes == ("step 10, the newest of 2",)
+    found = checkpoints.read(tmp_path / "run")
+    assert found.origin.notes == ("step 10, the newest of 2",)
     same(found.weights, weights_of(TINY))
-    same(checkpoints.load(tmp_path / "run" / "9").weights, weights_of(BASIC))
-    same(checkpoints.load(tmp_path / "run" / "9" / "default").weights, weights_of(BASIC))
+    same(checkpoints.read(tmp_path / "run" / "9").weights, weights_of(BASIC))
+    same(checkpoints.read(tmp_path / "run" / "9" / "default").weights, weights_of(BASIC))
 
 
 def test_the_item_with_the_state_is_taken(tmp_path):
     with ocp.CheckpointManager(tmp_path / "run", item_names=("state", "extra")) as manager:
         args = {"state": ocp.args.StandardSave(variables_of(BASIC)), "extra": ocp.args.JsonSave({"a": 1})}
         manager.save(1, args=ocp.args.Composite(**args))
-    same(checkpoints.load(tmp_path / "run").weights, weights_of(BASIC))
+    same(checkpoints.read(tmp_path / "run").weights, weights_of(BASIC))
 
 
 def test_the_checkpoints_of_flax_training_load(tmp_path):
@@ -271,7 +267,7 @@ def test_the_checkpoints_of_flax_training_load(tmp_path):
 
     with config.temp_flip_flag("use_orbax_checkpointing", False):
         legacy.save_checkpoint(tmp_path, variables_of(BASIC), 3)
-    same(checkpoints.load(tmp_path / "checkpoint_3").weights, weights_of(BASIC))
+    same(checkpoints.read(tmp_path / "checkpoint_3").weights, weights_of(BASIC))
 
 
 # Ours, read by Flax and orbax
@@ -280,7 +276,7 @@ def test_the_checkpoints_of_flax_training_load(tmp_path):
 @pytest.mark.parametrize("kind", SPECS)
 def test_our_msgpack_is_byte_for_byte_that_of_flax(tmp_path, kind):
     spec = SPECS[kind]
-    assert checkpoints.save(tmp_path / "ours.msgpack", spec, weights_of(spec)) == "flax"
+    assert save_weights(tmp_path / "ours.msgpack", spec, weights_of(spec)).format == "flax"
     written = (tmp_path / "ours.msgpack").read_bytes()
     assert written == serialization.msgpack_serialize(variables_of(spec))
     assert [path.name for path in tmp_path.iterdir()] == ["ours.msgpack"]
@@ -289,7 +285,7 @@ def test_our_msgpack_is_byte_for_byte_that_of_flax(tmp_path, kind):
 @pytest.mark.parametrize("kind", SPECS)
 def test_our_msgpack_restores_into_a_fresh_model(tmp_path, kind):
     spec = SPECS[kind]
-    checkpoints.save(tmp_path / "ours.msgpack", spec, weights_of(spec))
+    save_weights(tmp_path / "ours.msgpack", spec, weights_of(spec))
     restored = serialization.from_bytes(fresh(spec), (tmp_path / "ours.msgpack").read_bytes())
     same(resnet_flax.from_variables(spec, restored), weights_of(spec))
 
@@ -299,17 +295,17 @@ def test_our_pieces_are_those_of_flax(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(msgpack_file, "CHUNK", 100)
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 100)
     weights = weights_of(TINY, dtype)
-    checkpoints.save(tmp_path / "ours.msgpack", TINY, weights)
+    save_weights(tmp_path / "ours.msgpack", TINY, weights)
     tree = serialization.msgpack_restore((tmp_path / "ours.msgpack").read_bytes())
     assert (tmp_path / "ours.msgpack").read_bytes() == serialization.msgpack_serialize(tree)
     flat = flatten_dict(tree)
     same({name: flat[path] for name, path in variable_paths(TINY).items()}, weights)
-    same(checkpoints.load(tmp_path / "ours.msgpack").weights, weights)
+    same(checkpoints.read(tmp_path / "ours.msgpack").weights, weights)
 
 
 def test_views_that_are_not_contiguous_are_written_in_order(tmp_path):
     weights = {name: np.asfortranarray(array) for name, array in weights_of(TINY).items()}
-    checkpoints.save(tmp_path / "ours.msgpack", TINY, weights)
+    save_weights(tmp_path / "ours.msgpack", TINY, weights)
     assert (tmp_path / "ours.msgpack").read_bytes() == serialization.msgpack_serialize(variables_of(TINY))
 
 
@@ -318,12 +314,12 @@ def test_views_that_are_not_contiguous_are_written_in_order(tmp_path):
 def test_our_folder_restores_by_orbax(tmp_path, kind, dtype):
     spec, weights = SPECS[kind], weights_of(SPECS[kind], dtype)
     (tmp_path / "ours").mkdir()  # an empty folder may be filled
-    assert checkpoints.save(tmp_path / "ours", spec, weights) == "flax"
+    assert save_weights(tmp_path / "ours", spec, weights).format == "flax"
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
     with ocp.StandardCheckpointer() as checkpointer:
         restored = flatten_dict(checkpointer.restore(tmp_path / "ours", fresh(spec, dtype)))
     same({name: restored[path] for name, path in variable_paths(spec).items()}, weights)
-    same(checkpoints.load(tmp_path / "ours").weights, weights)
+    same(checkpoints.read(tmp_path / "ours").weights, weights)
 
 
 def test_a_folder_that_is_not_empty_is_not_written_over(tmp_path):
@@ -331,13 +327,13 @@ def test_a_folder_that_is_not_empty_is_not_written_over(tmp_path):
     target.mkdir()
     (target / "notes").write_text("mine")
     with pytest.raises(CheckpointError, match="not an empty folder"):
-        checkpoints.save(target, TINY, weights_of(TINY))
+        save_weights(target, TINY, weights_of(TINY))
     assert [path.name for path in tmp_path.rglob("*")] == ["ours", "notes"]
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
-        checkpoints.save(tmp_path / "missing" / "ours", TINY, weights_of(TINY))
+        save_weights(tmp_path / "missing" / "ours", TINY, weights_of(TINY))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -447,15 +443,14 @@ def test_variables_that_are_not_a_whole_network_are_refused_by_name(tmp_path, ch
     change(tree)
     as_msgpack(tmp_path / "changed", tree)
     if "Dense_0" not in tree["params"]:
-        assert checkpoints.load(tmp_path / "changed").spec.head == "none"
+        assert checkpoints.read(tmp_path / "changed").spec.head == "none"
     else:
         refused(tmp_path / "changed", word)
 
 
 def test_block_numbers_of_another_writing_are_not_blocks():
     odd = [f"params/ResNetBlock_{number}/Conv_0/kernel" for number in ("00", "٣", "1" * 5000, "-1")]
-    tensors = {name: containers.stored(np.ones((3, 3, 1, 1), np.float32)) for name in odd}
-    assert NAMINGS["flax"].skeleton(tensors) is None
+    assert FLAX_EXAMPLE.found(dict.fromkeys(odd, (3, 3, 1, 1))) == {}
 
 
 def test_two_leaves_of_one_name_are_refused():
@@ -520,7 +515,7 @@ def test_every_lost_file_of_the_arrays_is_noticed(folder, tmp_path):
 def loaded(path):
     """Every array's bytes, or None where the folder is refused."""
     try:
-        return {name: array.tobytes() for name, array in checkpoints.load(path).weights.items()}
+        return {name: array.tobytes() for name, array in checkpoints.read(path).weights.items()}
     except CheckpointError:
         return None
 

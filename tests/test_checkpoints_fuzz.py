@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoints import BOTTLENECK, EVERY, written
+from written import save_weights
 
-from common import checkpoints
 from common import weights as canonical
 
 PER_FORMAT = 200
@@ -48,7 +48,7 @@ def test_at_least_two_thousand_files_are_tried():
 @pytest.mark.parametrize("format_", [*EVERY, LEGACY], ids=":".join)
 def test_a_mutated_file_is_refused_in_a_line_or_read(tmp_path, format_):
     if format_ == LEGACY:
-        checkpoints.save(tmp_path / "zip.pth", BOTTLENECK, canonical.randomize(BOTTLENECK, dtype="float32"))
+        save_weights(tmp_path / "zip.pth", BOTTLENECK, canonical.randomize(BOTTLENECK, dtype="float32"))
         path = tmp_path / format_[1]
         torch.save(torch.load(tmp_path / "zip.pth"), path, _use_new_zipfile_serialization=False)
     else:

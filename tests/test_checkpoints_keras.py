@@ -16,15 +16,15 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from written import save_weights
 
 import resnet_keras
 from common import checkpoints
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints.base import native_names, skeleton_of
 from common.checkpoints.containers import hdf5 as hdf5_file
 from common.errors import CheckpointError
-from common.names.resnet import NAMINGS, block_names
+from common.names.resnet import KERAS_APPLICATIONS, KERAS_CLASSIC, block_names
 from resnet_keras import backend as probe
 
 BOTTLENECK = ResNetSpec(
@@ -49,6 +49,9 @@ SPECS = {
     "long_stage": BASIC.replace(blocks=(1, 28), widths=(2, 2), stem_width=2),
 }
 SUFFIXES = (".weights.h5", ".h5", ".keras")
+
+
+NAMINGS = {naming.name: naming for naming in (KERAS_APPLICATIONS, KERAS_CLASSIC)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,13 +110,13 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def copied(path: Path) -> dict[str, np.ndarray]:
     """The weights in a file that is about to change."""
-    return {name: array.copy() for name, array in checkpoints.load(path).weights.items()}
+    return {name: array.copy() for name, array in checkpoints.read(path).weights.items()}
 
 
 def refused(path: Path) -> str:
     """The message of the error that reading everything in `path` ends with."""
     with pytest.raises(CheckpointError) as caught:
-        dict(checkpoints.load(path).weights)
+        dict(checkpoints.read(path).weights)
     message = str(caught.value)
     assert message.isprintable()
     return message
@@ -128,7 +131,7 @@ def resnet50() -> keras.Model:
 def legacy(tmp_path: Path) -> Path:
     """A small file that is good."""
     path = tmp_path / "good.h5"
-    checkpoints.save(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
+    save_weights(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
     return path
 
 
@@ -138,14 +141,14 @@ def legacy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("naming", NAMINGS.values(), ids=NAMINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_array_of_a_walk_has_one_native_name_of_its_own(variant: str, naming: Any) -> None:
-    table = native_names(VARIANTS[variant], naming)
+    table = naming.arrays(VARIANTS[variant])
     assert len({native for native, _ in table.values()}) == len(canonical.shapes(VARIANTS[variant]))
 
 
 def test_native_names_are_those_of_the_community() -> None:
     spec = VARIANTS["resnet50.keras_applications"]
-    today = native_names(spec, NAMINGS["keras_applications"])
-    classic = native_names(spec, NAMINGS["keras_classic"])
+    today = KERAS_APPLICATIONS.arrays(spec)
+    classic = KERAS_CLASSIC.arrays(spec)
     for name, new, old in (
         ("stem.conv.bias", "conv1_conv/bias", "conv1/bias"),
         ("stem.norm.scale", "conv1_bn/gamma", "bn_conv1/gamma"),
@@ -163,7 +166,7 @@ def test_native_names_are_all_the_layers_of_keras_applications(builder: str) -> 
     with keras.device("cpu:0"):
         model = getattr(keras.applications, builder)(weights=None, input_shape=(32, 32, 3))
     spec = VARIANTS[f"{builder.lower()}.keras_applications"]
-    native = {name for name, _ in native_names(spec, NAMINGS["keras_applications"]).values()}
+    native = {name for name, _ in KERAS_APPLICATIONS.arrays(spec).values()}
     assert native == {variable.path for variable in model.variables}
 
 
@@ -176,8 +179,8 @@ def test_a_file_of_our_keras_model_reads_bitwise(name: str, suffix: str, tmp_pat
     spec = SPECS[name]
     model, weights = ours(spec)
     save(model, tmp_path / f"model{suffix}")
-    found = checkpoints.load(tmp_path / f"model{suffix}")
-    assert found.format == "keras_classic"
+    found = checkpoints.read(tmp_path / f"model{suffix}")
+    assert found.origin.format == "keras_classic"
     assert found.spec == spec.replace(running_variance="biased")
     assert_same(found.weights, weights)
 
@@ -185,17 +188,17 @@ def test_a_file_of_our_keras_model_reads_bitwise(name: str, suffix: str, tmp_pat
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_of_keras_applications_reads_bitwise(resnet50: keras.Model, suffix: str, tmp_path: Path) -> None:
     save(resnet50, tmp_path / f"model{suffix}")
-    found = checkpoints.load(tmp_path / f"model{suffix}")
-    assert found.format == "keras_applications"
+    found = checkpoints.read(tmp_path / f"model{suffix}")
+    assert found.origin.format == "keras_applications"
     assert found.spec == VARIANTS["resnet50.keras_applications"].replace(classes=7)
-    table = native_names(found.spec, NAMINGS["keras_applications"])
+    table = KERAS_APPLICATIONS.arrays(found.spec)
     assert_same({table[name][0]: array for name, array in found.weights.items()}, values(resnet50))
 
 
 def test_a_model_without_its_top_reads(tmp_path: Path) -> None:
     model = keras.applications.ResNet50(weights=None, include_top=False, input_shape=(32, 32, 3))
     model.save_weights(tmp_path / "top.weights.h5")
-    assert checkpoints.load(tmp_path / "top.weights.h5").spec.head == "none"
+    assert checkpoints.read(tmp_path / "top.weights.h5").spec.head == "none"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -204,8 +207,8 @@ def test_optimiser_state_is_ignored_and_listed(suffix: str, tmp_path: Path) -> N
     model.compile("adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
     save(model, tmp_path / f"model{suffix}")
-    found = checkpoints.load(tmp_path / f"model{suffix}")
-    assert any(name.startswith("optimizer") for name in found.ignored)
+    found = checkpoints.read(tmp_path / f"model{suffix}")
+    assert any(name.startswith("optimizer") for name in found.origin.ignored)
     assert_same(found.weights, dict(resnet_keras.export_weights(model)))
 
 
@@ -214,7 +217,7 @@ def test_a_network_inside_another_model_reads(suffix: str, tmp_path: Path) -> No
     inner, weights = ours(BASIC, input_shape=(32, 32, 3))
     augmented = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip("horizontal"), inner])
     save(augmented, tmp_path / f"model{suffix}")
-    assert_same(checkpoints.load(tmp_path / f"model{suffix}").weights, weights)
+    assert_same(checkpoints.read(tmp_path / f"model{suffix}").weights, weights)
 
 
 def test_a_layer_that_is_not_the_networks_is_named(tmp_path: Path) -> None:
@@ -234,9 +237,9 @@ def test_other_widths_of_numbers_read_bitwise(dtype: str, suffix: str, tmp_path:
     for variable in model.variables:
         variable.assign(keras.random.normal(variable.shape, dtype="float32", seed=1))
     save(model, tmp_path / f"model{suffix}")
-    found = checkpoints.load(tmp_path / f"model{suffix}")
-    assert ("bfloat16 read as float32, exactly" in found.notes) == (dtype == "bfloat16")
-    names = native_names(BASIC, NAMINGS["keras_classic"])
+    found = checkpoints.read(tmp_path / f"model{suffix}")
+    assert ("bfloat16 read as float32, exactly" in found.origin.notes) == (dtype == "bfloat16")
+    names = KERAS_CLASSIC.arrays(BASIC)
     inside = {variable.path: variable for variable in model.variables}
     for name, array in found.weights.items():
         expected = keras.ops.convert_to_numpy(inside[names[name][0]])
@@ -248,7 +251,7 @@ def test_big_endian_numbers_read_as_what_they_are(legacy: Path) -> None:
     expected = copied(legacy)
     with h5py.File(legacy, "a") as file:
         replace(file, "conv1/conv1/kernel:0", lambda array: {"data": array.astype(">f4")})
-    assert_same(checkpoints.load(legacy).weights, expected)
+    assert_same(checkpoints.read(legacy).weights, expected)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ def test_chunked_and_gzipped_arrays_read(legacy: Path, options: dict[str, Any]) 
     expected = copied(legacy)
     with h5py.File(legacy, "a") as file:
         replace(file, "conv1/conv1/kernel:0", lambda array: {"data": array, "chunks": (3, 3, 2, 2)} | options)
-    assert_same(checkpoints.load(legacy).weights, expected)
+    assert_same(checkpoints.read(legacy).weights, expected)
 
 
 def replace(file: h5py.File, name: str, change: Callable[[np.ndarray], dict[str, Any]]) -> None:
@@ -290,7 +293,7 @@ def test_caffes_block_names_read_in_short_stages_too(tmp_path: Path) -> None:
     spec = BASIC.replace(blocks=(1, 12), widths=(2, 2), stem_width=2)
     weights = canonical.randomize(spec, dtype="float32")
     path = tmp_path / "caffe.h5"
-    checkpoints.save(path, spec, weights, "keras_classic")
+    save_weights(path, spec, weights, "keras_classic")
     long = dict(zip(block_names(12)[1:], [f"b{i}" for i in range(1, 12)], strict=True))
     relabel(
         path,
@@ -306,29 +309,29 @@ def test_caffes_block_names_read_in_short_stages_too(tmp_path: Path) -> None:
     with h5py.File(path) as file:
         assert "res3b11_branch2a" in file
         assert "bn3b1_branch2b" in file
-    assert_same(checkpoints.load(path).weights, weights)
+    assert_same(checkpoints.read(path).weights, weights)
 
 
 def test_the_head_of_the_first_keras_applications_reads(tmp_path: Path) -> None:
     weights = canonical.randomize(BOTTLENECK, dtype="float32")
     path = tmp_path / "probs.h5"
-    checkpoints.save(path, BOTTLENECK, weights, "keras_applications")
+    save_weights(path, BOTTLENECK, weights, "keras_applications")
     relabel(path, lambda layer: layer.replace("predictions", "probs"), lambda layer, name: f"{layer}/{name}")
-    assert_same(checkpoints.load(path).weights, weights)
+    assert_same(checkpoints.read(path).weights, weights)
 
 
 def test_a_head_that_kept_the_name_of_another_size_reads(tmp_path: Path) -> None:
     weights = canonical.randomize(BASIC, dtype="float32")
     path = tmp_path / "fc.h5"
-    checkpoints.save(path, BASIC, weights, "keras_classic")
+    save_weights(path, BASIC, weights, "keras_classic")
     relabel(path, lambda layer: layer.replace("fc5", "fc1000"), lambda layer, name: f"{layer}/{name}")
-    assert_same(checkpoints.load(path).weights, weights)
+    assert_same(checkpoints.read(path).weights, weights)
 
 
 def test_names_of_keras_1_read(tmp_path: Path) -> None:
     weights = canonical.randomize(BASIC, dtype="float32")
     path = tmp_path / "keras_1.h5"
-    checkpoints.save(path, BASIC, weights, "keras_classic")
+    save_weights(path, BASIC, weights, "keras_classic")
     old = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
 
     def rename(layer: str, name: str) -> str:
@@ -336,7 +339,7 @@ def test_names_of_keras_1_read(tmp_path: Path) -> None:
         return f"{layer}_{old.get(array, array)}_1:0"
 
     relabel(path, str, rename)
-    assert_same(checkpoints.load(path).weights, weights)
+    assert_same(checkpoints.read(path).weights, weights)
 
 
 def test_two_spellings_of_one_layer_are_refused(legacy: Path) -> None:
@@ -372,7 +375,7 @@ def test_names_read_in_the_newer_form_of_hdf5_too(options: dict[str, Any], tmp_p
             copied.attrs["name"] = group["vars"].attrs["name"]
             for array in group["vars"]:
                 copied[array] = group["vars"][array][()]
-    assert_same(checkpoints.load(tmp_path / "new.weights.h5").weights, weights)
+    assert_same(checkpoints.read(tmp_path / "new.weights.h5").weights, weights)
 
 
 # Written by us, read by Keras
@@ -383,7 +386,7 @@ def test_names_read_in_the_newer_form_of_hdf5_too(options: dict[str, Any], tmp_p
 def test_our_keras_model_loads_what_we_wrote(name: str, suffix: str, tmp_path: Path) -> None:
     spec = SPECS[name]
     model, weights = ours(spec)
-    checkpoints.save(tmp_path / f"model{suffix}", spec, weights, "keras_classic")
+    save_weights(tmp_path / f"model{suffix}", spec, weights, "keras_classic")
     randomize(model, seed=1)
     model.load_weights(tmp_path / f"model{suffix}")
     assert_same(dict(resnet_keras.export_weights(model)), weights)
@@ -394,9 +397,9 @@ def test_keras_applications_loads_what_we_wrote(builder: str, suffix: str, tmp_p
     model = applications(getattr(keras.applications, builder))
     expected = values(model)
     spec = VARIANTS[f"{builder.lower()}.keras_applications"].replace(classes=7)
-    table = native_names(spec, NAMINGS["keras_applications"])
+    table = KERAS_APPLICATIONS.arrays(spec)
     weights = {name: expected[native] for name, (native, _) in table.items()}
-    checkpoints.save(tmp_path / f"model{suffix}", spec, weights)
+    save_weights(tmp_path / f"model{suffix}", spec, weights)
     randomize(model, seed=1)
     model.load_weights(tmp_path / f"model{suffix}")
     assert_same(values(model), expected)
@@ -404,7 +407,7 @@ def test_keras_applications_loads_what_we_wrote(builder: str, suffix: str, tmp_p
 
 def test_a_legacy_file_loads_by_name(tmp_path: Path) -> None:
     model, weights = ours(BASIC)
-    checkpoints.save(tmp_path / "model.h5", BASIC, weights, "keras_classic")
+    save_weights(tmp_path / "model.h5", BASIC, weights, "keras_classic")
     randomize(model, seed=1)
     model.load_weights(tmp_path / "model.h5", by_name=True)
     assert_same(dict(resnet_keras.export_weights(model)), weights)
@@ -417,22 +420,22 @@ def test_a_legacy_file_loads_by_name(tmp_path: Path) -> None:
 def test_an_archive_is_a_model_that_keras_loads(name: str, naming: str, tmp_path: Path) -> None:
     spec, path = SPECS[name], tmp_path / "model.keras"
     weights = canonical.randomize(spec, dtype="float32")
-    checkpoints.save(path, spec, weights, naming)
+    save_weights(path, spec, weights, naming)
     model = keras.saving.load_model(path)
-    table = native_names(spec, NAMINGS[naming])
+    table = NAMINGS[naming].arrays(spec)
     assert_same(values(model), {native: weights[name] for name, (native, _) in table.items()})
-    found = checkpoints.load(path)
-    assert found.format == naming
+    found = checkpoints.read(path)
+    assert found.origin.format == naming
     assert_same(found.weights, weights)
     assert [file.name for file in tmp_path.iterdir()] == ["model.keras"]
-    layers = {NAMINGS[naming].layer(layer.path, skeleton_of(spec)) for layer in spec.layers}
+    layers = set(NAMINGS[naming].layers(spec).values())
     assert layers <= {layer.name for layer in model.layers}
 
 
 def test_an_archive_keeps_the_width_of_numbers(tmp_path: Path) -> None:
     weights = canonical.randomize(BASIC, dtype="float64")
-    checkpoints.save(tmp_path / "model.keras", BASIC, weights)
-    assert_same(checkpoints.load(tmp_path / "model.keras").weights, weights)
+    save_weights(tmp_path / "model.keras", BASIC, weights)
+    assert_same(checkpoints.read(tmp_path / "model.keras").weights, weights)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
@@ -440,9 +443,9 @@ def test_an_archive_keeps_the_width_of_numbers(tmp_path: Path) -> None:
 def test_every_spec_comes_back_bitwise(naming: str, suffix: str, tmp_path: Path) -> None:
     for name, spec in SPECS.items():
         weights = canonical.randomize(spec, dtype="float64")
-        checkpoints.save(tmp_path / f"{name}{suffix}", spec, weights, naming)
-        found = checkpoints.load(tmp_path / f"{name}{suffix}")
-        assert found.format == naming
+        save_weights(tmp_path / f"{name}{suffix}", spec, weights, naming)
+        found = checkpoints.read(tmp_path / f"{name}{suffix}")
+        assert found.origin.format == naming
         assert_same(found.weights, weights)
 
 
@@ -451,7 +454,7 @@ def test_layer_names_beyond_the_limit_of_an_attribute_are_split_as_keras_does(
 ) -> None:
     monkeypatch.setattr(hdf5_file, "_ATTRIBUTE_LIMIT", 100)
     model, weights = ours(BASIC)
-    checkpoints.save(tmp_path / "model.h5", BASIC, weights, "keras_classic")
+    save_weights(tmp_path / "model.h5", BASIC, weights, "keras_classic")
     with h5py.File(tmp_path / "model.h5") as file:
         assert {"layer_names0", "layer_names1"} <= set(file.attrs)
         assert "layer_names" not in file.attrs
@@ -459,14 +462,14 @@ def test_layer_names_beyond_the_limit_of_an_attribute_are_split_as_keras_does(
     randomize(model, seed=1)
     model.load_weights(tmp_path / "model.h5")
     assert_same(dict(resnet_keras.export_weights(model)), weights)
-    assert_same(checkpoints.load(tmp_path / "model.h5").weights, weights)
+    assert_same(checkpoints.read(tmp_path / "model.h5").weights, weights)
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     weights = canonical.randomize(BASIC, dtype="float32")
     for suffix in SUFFIXES:
         with pytest.raises(CheckpointError, match="cannot be written"):
-            checkpoints.save(tmp_path / "missing" / f"model{suffix}", BASIC, weights)
+            save_weights(tmp_path / "missing" / f"model{suffix}", BASIC, weights)
     assert not list(tmp_path.iterdir())
 
 
@@ -475,7 +478,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
 
 def test_a_text_that_claims_gigabytes_is_refused_without_making_room(tmp_path: Path) -> None:
     path = tmp_path / "model.weights.h5"
-    checkpoints.save(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
+    save_weights(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
     content = bytearray(path.read_bytes())
     with h5py.File(path) as file:
         address = h5py.h5o.get_info(file["layers/conv2d/vars"].id).addr
@@ -487,7 +490,7 @@ def test_a_text_that_claims_gigabytes_is_refused_without_making_room(tmp_path: P
 
 def test_a_heap_of_texts_that_never_ends_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.weights.h5"
-    checkpoints.save(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
+    save_weights(path, BASIC, canonical.randomize(BASIC, dtype="float32"), "keras_classic")
     content = bytearray(path.read_bytes())
     heap = content.index(b"GCOL")
     content[heap + 16 : heap + 4096] = bytes(4080)
@@ -602,7 +605,7 @@ def test_groups_in_a_circle_come_to_an_end(legacy: Path) -> None:
     expected = copied(legacy)
     with h5py.File(legacy, "a") as file:
         file["conv1/again"] = file["/"]
-    assert_same(checkpoints.load(legacy).weights, expected)
+    assert_same(checkpoints.read(legacy).weights, expected)
 
 
 def test_a_missing_layer_is_named(legacy: Path) -> None:
@@ -641,12 +644,12 @@ def archive(tmp_path: Path) -> Path:
 def test_a_compressed_archive_reads(archive: Path) -> None:
     expected = copied(archive)
     rezipped(archive, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
-    assert_same(checkpoints.load(archive).weights, expected)
+    assert_same(checkpoints.read(archive).weights, expected)
 
 
 def test_nothing_in_the_configuration_is_looked_at(archive: Path) -> None:
     rezipped(archive, lambda name, content: b"not JSON" if name == "config.json" else content)
-    assert checkpoints.load(archive).format == "keras_classic"
+    assert checkpoints.read(archive).origin.format == "keras_classic"
 
 
 def test_an_archive_without_weights_is_refused(archive: Path) -> None:
@@ -667,7 +670,7 @@ def test_an_archive_that_inflates_without_end_is_refused(archive: Path) -> None:
 
 def test_a_weight_that_was_changed_in_an_archive_is_noticed(archive: Path) -> None:
     content = bytearray(archive.read_bytes())
-    needle = np.asarray(checkpoints.load(archive).weights["stem.conv.kernel"]).tobytes()
+    needle = np.asarray(checkpoints.read(archive).weights["stem.conv.kernel"]).tobytes()
     content[bytes(content).index(needle) + 5] ^= 1
     archive.write_bytes(content)
     assert "Bad CRC-32" in refused(archive)

@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from written import save_weights
 
 import resnet_torch
-from common import architectures, checkpoints, weights
+from common import architectures, checkpoints, names, weights
 from common.architectures.resnet import ResNetSpec
 from common.checkpoints.containers import pytorch as pytorch_file
 from common.checkpoints.containers import pytorch_legacy as pytorch_legacy_file
@@ -70,7 +71,7 @@ def same_bits(found, expected):
 def everything(path):
     """The bytes of every tensor, read; or the line that refuses the file."""
     try:
-        return {name: array.tobytes() for name, array in checkpoints.load(path).weights.items()}
+        return {name: array.tobytes() for name, array in checkpoints.read(path).weights.items()}
     except CheckpointError as error:
         return str(error)
 
@@ -78,7 +79,7 @@ def everything(path):
 def refused(path, *words):
     """One line, with `words` in it, from `load` or from reading the tensors."""
     with pytest.raises(CheckpointError) as caught:
-        dict(checkpoints.load(path).weights)
+        dict(checkpoints.read(path).weights)
     # Without the path, which holds the name of the test.
     message = str(caught.value).removeprefix(str(path))
     assert "\n" not in message
@@ -115,11 +116,11 @@ class TestWhatPyTorchWrites:
     def test_is_read_bitwise(self, spec, dtype, zipped, tmp_path):
         model = model_of(spec, dtype)
         path = saved(tmp_path / "m.pth", model.state_dict(), _use_new_zipfile_serialization=zipped)
-        found = checkpoints.load(path, changes={"head_pool": "none"} if spec.head == "none" else None)
+        found = checkpoints.read(path, changes={"head_pool": "none"} if spec.head == "none" else None)
         assert found.spec == spec
-        assert found.format == "torchvision"
+        assert found.origin.format == "torchvision"
         same_bits(found.weights, resnet_torch.export_weights(model))
-        assert len(found.ignored) == sum(layer.kind == "norm" for layer in spec.layers)
+        assert len(found.origin.ignored) == sum(layer.kind == "norm" for layer in spec.layers)
 
     @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
     def test_strides_views_and_shared_storages_come_out_right(self, zipped, tmp_path):
@@ -229,9 +230,9 @@ class TestWrappers:
             "device": torch.device("cpu"),
             "dtype": torch.bfloat16,
         }
-        found = checkpoints.load(saved(tmp_path / "m.pth", everything))
+        found = checkpoints.read(saved(tmp_path / "m.pth", everything))
         same_bits(found.weights, expected)
-        (note,) = found.notes
+        (note,) = found.origin.notes
         assert "'model'" in note
         assert "optimizer" in note
 
@@ -239,20 +240,20 @@ class TestWrappers:
     @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
     def test_keys_and_prefixes_come_off_and_are_named(self, key, prefix, tmp_path):
         state = {f"{prefix}{name}": tensor for name, tensor in self.state().items()}
-        found = checkpoints.load(saved(tmp_path / "m.pth", {key: state, "epoch": 1}))
+        found = checkpoints.read(saved(tmp_path / "m.pth", {key: state, "epoch": 1}))
         same_bits(found.weights, weights.randomize(BOTTLENECK, 1, dtype="float32"))
-        assert key in found.notes[0]
-        assert len(found.notes) == 1 + prefix.count(".")
+        assert key in found.origin.notes[0]
+        assert len(found.origin.notes) == 1 + prefix.count(".")
 
     def test_the_model_comes_before_its_running_average(self, tmp_path):
         average = {name: torch.zeros_like(tensor) for name, tensor in self.state().items()}
-        found = checkpoints.load(saved(tmp_path / "m.pth", {"model_ema": average, "model": self.state()}))
+        found = checkpoints.read(saved(tmp_path / "m.pth", {"model_ema": average, "model": self.state()}))
         same_bits(found.weights, weights.randomize(BOTTLENECK, 1, dtype="float32"))
-        assert "'model_ema'" in found.notes[0]
+        assert "'model_ema'" in found.origin.notes[0]
 
     def test_an_averaged_model_of_torch_is_read(self, tmp_path):
         averaged = torch.optim.swa_utils.AveragedModel(model_of(BOTTLENECK))
-        found = checkpoints.load(saved(tmp_path / "m.pth", {"model_ema": averaged.state_dict()}))
+        found = checkpoints.read(saved(tmp_path / "m.pth", {"model_ema": averaged.state_dict()}))
         same_bits(found.weights, weights.randomize(BOTTLENECK, 1, dtype="float32"))
 
     def test_a_prefix_that_only_some_names_have_stays(self, tmp_path):
@@ -271,7 +272,7 @@ class TestWhatWeWrite:
     def test_pytorch_loads_strictly_and_bitwise(self, spec, dtype, tmp_path):
         path = tmp_path / "m.pth"
         given = weights.randomize(spec, 2, dtype=dtype)
-        checkpoints.save(path, spec, given)
+        save_weights(path, spec, given)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             state = torch.load(path, weights_only=True)
@@ -285,7 +286,7 @@ class TestWhatWeWrite:
     @every_spec
     def test_safetensors_loads_into_the_model_strictly(self, spec, tmp_path):
         given = weights.randomize(spec, 2, dtype="float32")
-        checkpoints.save(tmp_path / "m.safetensors", spec, given, "torchvision")
+        save_weights(tmp_path / "m.safetensors", spec, given, "torchvision")
         model = resnet_torch.from_spec(spec)
         model.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
         same_bits(resnet_torch.export_weights(model), given)
@@ -294,21 +295,21 @@ class TestWhatWeWrite:
     @every_spec
     def test_comes_back_bitwise(self, spec, suffix, to, tmp_path):
         given = weights.randomize(spec, 2, dtype="float32")
-        checkpoints.save(tmp_path / f"m{suffix}", spec, given, to)
-        found = checkpoints.load(tmp_path / f"m{suffix}", changes={"head_pool": spec.head_pool})
-        assert (found.spec, found.notes) == (spec, ())
+        save_weights(tmp_path / f"m{suffix}", spec, given, to)
+        found = checkpoints.read(tmp_path / f"m{suffix}", changes={"head_pool": spec.head_pool})
+        assert (found.spec, found.origin.notes) == (spec, ())
         same_bits(found.weights, given)
 
     @pytest.mark.parametrize(("suffix", "to"), FORMATS.values(), ids=FORMATS)
     def test_is_the_same_file_for_the_same_weights(self, suffix, to, tmp_path):
         given = weights.randomize(BOTTLENECK, 2, dtype="float32")
         for name in ("a", "b"):
-            checkpoints.save(tmp_path / f"{name}{suffix}", BOTTLENECK, given, to)
+            save_weights(tmp_path / f"{name}{suffix}", BOTTLENECK, given, to)
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
     def test_storages_of_the_zip_are_aligned_and_can_be_mapped_by_pytorch(self, tmp_path):
         path = tmp_path / "m.pth"
-        checkpoints.save(path, BOTTLENECK, weights.randomize(BOTTLENECK, 2, dtype="float32"))
+        save_weights(path, BOTTLENECK, weights.randomize(BOTTLENECK, 2, dtype="float32"))
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
         state = torch.load(path, weights_only=True, mmap=True)
@@ -321,7 +322,7 @@ class TestWhatWeWrite:
         given = dict(weights.randomize(BOTTLENECK, 2, dtype="float32"))
         given["head.fc.bias"] = given["head.fc.bias"].astype("complex64")
         with pytest.raises(CheckpointError, match="complex64"):
-            checkpoints.save(path, BOTTLENECK, given, to)
+            save_weights(path, BOTTLENECK, given, to)
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         assert path.read_bytes() == b"old"
 
@@ -337,7 +338,7 @@ given = weights.init(spec)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    checkpoints.save({str(tmp_path / f"m{suffix}")!r}, spec, given, {to!r})
+    checkpoints.write({str(tmp_path / f"m{suffix}")!r}, checkpoints.Checkpoint(spec=spec, weights=given), {to!r})
 except CheckpointError as error:
     assert "cannot be written" in str(error) and chr(10) not in str(error), error
 else:
@@ -351,7 +352,7 @@ else:
         given = weights.randomize(spec, 2, dtype="float32")
         whole = sum(array.nbytes for array in given.values())
         tracemalloc.start()
-        checkpoints.save(tmp_path / "m.pth", spec, given)
+        save_weights(tmp_path / "m.pth", spec, given)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < whole / 2
@@ -361,10 +362,10 @@ else:
         code = f"""
 import sys
 from common import checkpoints
-found = checkpoints.load({str(path)!r})
+found = checkpoints.read({str(path)!r})
 for to, name in (("torchvision", "a.pth"), ("huggingface", "c.safetensors")):
-    checkpoints.save({str(tmp_path)!r} + "/" + name, found.spec, found.weights, to)
-    assert len(dict(checkpoints.load({str(tmp_path)!r} + "/" + name).weights)) == len(found.weights)
+    checkpoints.write({str(tmp_path)!r} + "/" + name, found, to)
+    assert len(dict(checkpoints.read({str(tmp_path)!r} + "/" + name).weights)) == len(found.weights)
 assert not {{"torch", "jax", "tensorflow", "keras", "pickle5"}} & set(sys.modules)
 """
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -665,18 +666,18 @@ class TestSafetensors:
     def test_what_the_library_writes_is_read_bitwise(self, spec, dtype, tmp_path):
         model = model_of(spec, "float32").to(getattr(torch, dtype))
         save_file(model.state_dict(), tmp_path / "m.safetensors")
-        found = checkpoints.load(tmp_path / "m.safetensors", changes={"head_pool": spec.head_pool})
+        found = checkpoints.read(tmp_path / "m.safetensors", changes={"head_pool": spec.head_pool})
         assert found.spec == spec
         widened = model.float() if dtype == "bfloat16" else model
         same_bits(found.weights, resnet_torch.export_weights(widened))
-        assert (dtype == "bfloat16") == any("bfloat16" in note for note in found.notes)
+        assert (dtype == "bfloat16") == any("bfloat16" in note for note in found.origin.notes)
 
     def test_prefixes_come_off_and_are_named(self, tmp_path):
         state = {f"module.{name}": tensor for name, tensor in model_of(BOTTLENECK).state_dict().items()}
         save_file(state, tmp_path / "m.safetensors")
-        found = checkpoints.load(tmp_path / "m.safetensors")
+        found = checkpoints.read(tmp_path / "m.safetensors")
         same_bits(found.weights, weights.randomize(BOTTLENECK, 1, dtype="float32"))
-        assert "'module.'" in found.notes[0]
+        assert "'module.'" in found.origin.notes[0]
 
     @pytest.mark.parametrize(
         ("header", "data", "words"),
@@ -733,7 +734,7 @@ class TestSafetensors:
 def sharded(folder, spec, count=3):
     """Hugging Face's shards and index of a network of random weights."""
     given = weights.randomize(spec, 2, dtype="float32")
-    checkpoints.save(folder / "whole.safetensors", spec, given, "huggingface")
+    save_weights(folder / "whole.safetensors", spec, given, "huggingface")
     state = load_file(folder / "whole.safetensors")
     (folder / "whole.safetensors").unlink()
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -761,8 +762,12 @@ class TestShards:
         path = {"folder": tmp_path, "index": path, "another name": path.rename(tmp_path / "i") if by[0] == "a" else 0}[
             by
         ]
-        found = checkpoints.load(path)
-        assert (found.format, found.container, found.spec) == ("huggingface", "safetensors, sharded", BOTTLENECK)
+        found = checkpoints.read(path)
+        assert (found.origin.format, found.origin.container, found.spec) == (
+            "huggingface",
+            "safetensors, sharded",
+            BOTTLENECK,
+        )
         same_bits(found.weights, given)
 
     @pytest.mark.parametrize(
@@ -792,7 +797,7 @@ class TestShards:
         for number, path in enumerate(list(folder.iterdir())):
             path.rename(blobs / str(number))
             path.symlink_to(f"../../blobs/{number}")
-        same_bits(checkpoints.load(folder).weights, given)
+        same_bits(checkpoints.read(folder).weights, given)
 
     def test_a_tensor_in_another_shard_than_listed_is_refused(self, tmp_path):
         _, table = sharded(tmp_path, BOTTLENECK)
@@ -828,7 +833,7 @@ class TestShards:
 class TestHuggingFace:
     def test_a_folder_gets_the_config_that_builds_the_same_network(self, tmp_path):
         spec = BOTTLENECK.replace(stride_in="conv1", in_channels=1)
-        checkpoints.save(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
+        save_weights(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
         config = json.loads((tmp_path / "config.json").read_text())
         labels = config.pop("id2label")
         assert config.pop("label2id") == {label: int(index) for index, label in labels.items()}
@@ -848,8 +853,8 @@ class TestHuggingFace:
 
     def test_a_config_that_shapes_do_not_show_is_told(self, tmp_path):
         spec = BOTTLENECK.replace(stride_in="conv1")
-        checkpoints.save(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
-        (note,) = checkpoints.load(tmp_path).notes
+        save_weights(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
+        (note,) = checkpoints.read(tmp_path).origin.notes
         assert "stride_in=conv1" in note
         config = tmp_path / "config.json"
         config.write_text(
@@ -858,12 +863,12 @@ class TestHuggingFace:
         refused(tmp_path, "first stage")
 
     def test_a_config_of_another_network_is_not_overwritten(self, tmp_path):
-        checkpoints.save(tmp_path / "model.safetensors", BOTTLENECK, weights.init(BOTTLENECK), "huggingface")
+        save_weights(tmp_path / "model.safetensors", BOTTLENECK, weights.init(BOTTLENECK), "huggingface")
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        checkpoints.save(tmp_path / "model.safetensors", BOTTLENECK, weights.init(BOTTLENECK), "huggingface")
+        save_weights(tmp_path / "model.safetensors", BOTTLENECK, weights.init(BOTTLENECK), "huggingface")
         other = SPECS["basic"]
         with pytest.raises(CheckpointError, match="another network"):
-            checkpoints.save(tmp_path / "model.safetensors", other, weights.init(other), "huggingface")
+            save_weights(tmp_path / "model.safetensors", other, weights.init(other), "huggingface")
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     @pytest.mark.parametrize(
@@ -872,28 +877,26 @@ class TestHuggingFace:
     def test_a_network_without_a_config_is_refused_as_a_folder_only(self, changes, tmp_path):
         spec = BOTTLENECK.replace(**changes)
         with pytest.raises(CheckpointError, match=next(iter(changes))):
-            checkpoints.save(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
+            save_weights(tmp_path / "model.safetensors", spec, weights.init(spec), "huggingface")
         assert not list(tmp_path.iterdir())
-        checkpoints.save(tmp_path / "other.safetensors", spec, weights.init(spec), "huggingface")
+        save_weights(tmp_path / "other.safetensors", spec, weights.init(spec), "huggingface")
 
     @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
     def test_a_model_saved_without_its_classifier_is_read(self, suffix, tmp_path):
         spec, path = SPECS["headless"], tmp_path / f"m{suffix}"
         given = weights.randomize(spec, 2, dtype="float32")
-        checkpoints.save(path, spec, given, "huggingface")
+        save_weights(path, spec, given, "huggingface")
         state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
         state = {name.removeprefix("resnet."): tensor for name, tensor in state.items()}
         save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-        found = checkpoints.load(path)
+        found = checkpoints.read(path)
         same_bits(found.weights, given)
         assert found.spec.head == "none"
-        assert "'resnet.'" in found.notes[0]
 
     def test_names_are_those_of_transformers(self):
-        naming = checkpoints._naming("huggingface")
-        names = set(checkpoints.native_names(architectures.find("resnet50"), naming))
-        natives = [native for native, _ in checkpoints.native_names(architectures.find("resnet50"), naming).values()]
-        assert len(names) == len(natives) == 267
+        table = names.find("resnet", "huggingface").arrays(architectures.find("resnet50"))
+        natives = [native for native, _ in table.values()]
+        assert len(table) == len(set(natives)) == 267
         for native in (
             "resnet.embedder.embedder.convolution.weight",
             "resnet.embedder.embedder.normalization.running_var",

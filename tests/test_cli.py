@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from written import save_weights
 
 from common import architectures, weights
 from common.architectures.resnet import ResNetSpec
@@ -44,7 +45,7 @@ def spec_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def weights_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.safetensors"
-    weights.save(path, TINY, weights.randomize(TINY, dtype="float32"))
+    save_weights(path, TINY, weights.randomize(TINY, dtype="float32"))
     return path
 
 
@@ -183,7 +184,7 @@ def _broken(path: Path, how: str) -> Path:
         good[name][0, 0, 0, 0] = np.nan
     elif how == "foreign":
         other = TINY.replace(bn_eps=1e-3)
-        weights.save(target, other, good)
+        save_weights(target, other, good)
         return target
     elif how == "untagged":
         metadata = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_cli import run
+from written import save_weights
 
 from common import checkpoints
 from common import weights as canonical
@@ -19,7 +20,7 @@ SPEC = ResNetSpec(block="bottleneck", blocks=(1, 1), widths=(4, 8), stem_width=4
 @pytest.fixture
 def pth(tmp_path: Path) -> Path:
     path = tmp_path / "given.pth"
-    checkpoints.save(path, SPEC, canonical.randomize(SPEC, dtype="float32"))
+    save_weights(path, SPEC, canonical.randomize(SPEC, dtype="float32"))
     return path
 
 
@@ -50,7 +51,7 @@ def test_inspect_knows_a_named_network_and_suspicious_values(tmp_path: Path) -> 
     weights = canonical.randomize(spec, dtype="float32")
     weights["stem.conv.kernel"].flat[0] = np.nan
     weights["stages.2.blocks.2.norm2.scale"][:] = 0
-    checkpoints.save(tmp_path / "w.pth", spec, weights)
+    save_weights(tmp_path / "w.pth", spec, weights)
     text = " ".join(run("inspect", tmp_path / "w.pth").stdout.split())
     assert "network resnet20 " in text
     assert "suspicious stem.conv.kernel: 1 of 432 values are NaN or infinite" in text
@@ -66,14 +67,14 @@ def test_convert_keeps_the_digest_and_says_what_readers_will_assume(pth: Path, t
     second = run("convert", tmp_path / "w.msgpack", tmp_path / "w.safetensors", *settings)
     assert second.returncode == 0, second.stderr
     assert digest(first.stdout) == digest(second.stdout) == digest(run("inspect", tmp_path / "w.safetensors").stdout)
-    assert checkpoints.load(tmp_path / "w.safetensors").spec == SPEC
+    assert checkpoints.read(tmp_path / "w.safetensors").spec == SPEC
 
 
 def test_convert_adapts_head_and_stem_and_says_so(pth: Path, tmp_path: Path) -> None:
     done = run("convert", pth, tmp_path / "w.safetensors", "--classes", 4, "--in-channels", 1)
     assert "initialised anew for 4 classes instead of 1000" in done.stderr
     assert "the sum of its 3 input channels" in done.stderr
-    assert checkpoints.load(tmp_path / "w.safetensors").spec == SPEC.replace(classes=4, in_channels=1)
+    assert checkpoints.read(tmp_path / "w.safetensors").spec == SPEC.replace(classes=4, in_channels=1)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_builder_given_foreign_weights_takes_their_conventions(tmp_path: Path,
     """A torchvision ResNet-18 into each community's own builder: the same function as the spec it came from."""
     spec = VARIANTS["resnet18"]
     weights = canonical.randomize(spec, dtype="float32")
-    checkpoints.save(tmp_path / "w.pth", spec, weights)
+    save_weights(tmp_path / "w.pth", spec, weights)
     script = {
         "torch": "import resnet_torch as r; m = r.resnet18(weights=P); s = m.spec; w = r.export_weights(m)",
         "keras": "import resnet_keras as r; m = r.ResNet18(weights=P); s = m.spec; w = r.export_weights(m)",
@@ -143,9 +144,9 @@ import sys
 from common import checkpoints
 P = sys.argv[1]
 {script}
-f = checkpoints.load(P)
+f = checkpoints.read(P)
 assert s.replace(head="logits") == f.spec, s
-assert checkpoints.digest(w) == checkpoints.digest(f.weights)
+assert canonical.digest(w) == canonical.digest(f.weights)
 """
     from subprocess import run as run_process
     from sys import executable
@@ -159,7 +160,7 @@ assert checkpoints.digest(w) == checkpoints.digest(f.weights)
 
 def test_the_convention_of_keras_goes_the_other_way_too(tmp_path: Path) -> None:
     spec = VARIANTS["resnet18"].replace(**CONVENTIONS["keras_applications"])
-    checkpoints.save(tmp_path / "w.weights.h5", spec, canonical.randomize(spec, dtype="float32"))
+    save_weights(tmp_path / "w.weights.h5", spec, canonical.randomize(spec, dtype="float32"))
     own = VARIANTS["resnet18"]
-    taken, _ = checkpoints.adopted(own, tmp_path / "w.weights.h5", "resnet18")
+    taken, _ = checkpoints.adopt(own, tmp_path / "w.weights.h5", "resnet18")
     assert taken == spec.replace(head="logits")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
+from written import save_weights
 
 from common import checkpoints, weights
 from common.architectures.resnet import ResNetSpec
@@ -642,7 +643,7 @@ class TestHub:
     def test_the_files_that_an_index_lists_load_as_one_checkpoint(self, server, tmp_path):
         spec = ResNetSpec(block="basic", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=3)
         made = weights.init(spec)
-        checkpoints.save(tmp_path / "whole.safetensors", spec, made, to="torchvision")
+        save_weights(tmp_path / "whole.safetensors", spec, made, to="torchvision")
         whole = load_file(tmp_path / "whole.safetensors")
         shards = [dict(list(whole.items())[half::2]) for half in (0, 1)]
         files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -651,7 +652,7 @@ class TestHub:
         self.put(server, "model.safetensors.index.json", json.dumps(index).encode())
         for file, shard in zip(files, shards, strict=True):
             self.put(server, file, save(shard))
-        loaded = checkpoints.load(fetch("hf://owner/repo").path)
+        loaded = checkpoints.read(fetch("hf://owner/repo").path)
         assert loaded.spec == spec
         assert all(np.array_equal(loaded.weights[name], made[name]) for name in weights.shapes(spec))
 

@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 from flax.core import freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from written import save_weights
 
 import resnet_flax
 from common import weights as canonical
@@ -460,7 +461,7 @@ def test_wrong_variables_are_refused_by_name():
 def test_a_file_of_weights_binds_the_module(tmp_path):
     path = tmp_path / "tiny.safetensors"
     weights = canonical.randomize(TINY, dtype="float32")
-    canonical.save(path, TINY, weights)
+    save_weights(path, TINY, weights)
     module, variables = resnet_flax.from_spec(TINY, weights=path).unbind()
     assert module.spec == TINY
     assert resnet_flax.from_variables(TINY, variables)["head.fc.bias"].tobytes() == weights["head.fc.bias"].tobytes()

@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import pytest
+from written import save_weights
 
 import resnet_keras
 from common import weights as canonical
@@ -566,7 +567,7 @@ def test_a_constructor_reads_a_canonical_file(tmp_path: Path) -> None:
         conv_bias=True, stride_in="conv1", bn_eps=1.001e-5, bn_momentum=0.99, running_variance="biased", classes=3
     )
     weights, path = canonical.randomize(spec, dtype="float32"), tmp_path / "weights.safetensors"
-    canonical.save(path, spec, weights)
+    save_weights(path, spec, weights)
     model = resnet_keras.ResNet18(weights=path, classes=3)
     backbone = resnet_keras.ResNet18(weights=path, include_top=False)
     for made in (model, backbone):
@@ -575,7 +576,7 @@ def test_a_constructor_reads_a_canonical_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="classes is 3 there and 1000 here"):
         resnet_keras.ResNet18(weights=path)
     # The same shapes, and another function: eps tells the conventions apart.
-    canonical.save(path, spec.replace(bn_eps=1e-3), weights)
+    save_weights(path, spec.replace(bn_eps=1e-3), weights)
     with pytest.raises(WeightsError, match=r"bn_eps is 0\.001 there"):
         resnet_keras.ResNet18(weights=path, classes=3)
 

@@ -16,6 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 # ruff: noqa: E402
 
+from written import save_weights
+
 import resnet_torch
 from common import weights as canonical
 from common.architectures import find
@@ -486,7 +488,7 @@ def test_every_named_depth_has_a_builder_of_its_spec(name):
 
 @pytest.mark.parametrize(("progress", "shown"), [(True, "shown.safetensors"), (False, "")])
 def test_progress_is_that_of_the_download(tmp_path, capfd, progress, shown):
-    canonical.save(tmp_path / "shown.safetensors", find("resnet20"), canonical.randomize(find("resnet20"), dtype="f4"))
+    save_weights(tmp_path / "shown.safetensors", find("resnet20"), canonical.randomize(find("resnet20"), dtype="f4"))
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -589,7 +591,7 @@ def test_a_model_that_is_not_its_specs_is_refused_by_name():
 def test_builders_read_canonical_files_of_their_own_spec_only(tmp_path):
     spec = find("resnet20")
     weights = canonical.randomize(spec, dtype="float32")
-    canonical.save(tmp_path / "r20.safetensors", spec, weights)
+    save_weights(tmp_path / "r20.safetensors", spec, weights)
     model = resnet_torch.resnet20(weights=tmp_path / "r20.safetensors")
     for name, array in resnet_torch.export_weights(model).items():
         assert np.array_equal(array, weights[name])

@@ -76,13 +76,13 @@ class Facade(Generic[Model]):
     ) -> Model:
         """The model of a checkpoint, in the conventions of its format: a path, a URL or a name of known weights.
 
-        `convention` and `changes` are those of `common.checkpoints.load`; `options` are those of `from_spec`. Raises
+        `convention` and `changes` are those of `common.checkpoints.read`; `options` are those of `from_spec`. Raises
         `WeightsError`, and `BackendMissing` if the framework is not installed.
         """
         from common import checkpoints  # not before it is asked for: it costs more than all else here
 
-        spec, path = checkpoints.network(reference, convention=convention, changes=changes)
-        return self.from_spec(spec, weights=path, **options)
+        found = checkpoints.read(reference, convention=convention, changes=changes)
+        return self.from_spec(found.spec, weights=found, **options)
 
     def framework(self) -> AbstractContextManager[None]:
         """Around an import of the framework and what belongs to it: raises `BackendMissing` if one is not installed."""

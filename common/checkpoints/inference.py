@@ -1,146 +1,163 @@
-"""The specification of a foreign checkpoint: what its shapes show, and what its convention must say.
+"""Whose tensors these are, and of which network: what names and shapes show, and what a convention must say.
 
-Depth, block, widths, groups, input channels, classes, biases and norms leave their mark on names and shapes. Strides,
-paddings, eps and momentum leave none; they come from a convention and are named as assumed.
+Which naming's names are these (several may match: they are tried until the shapes agree), the family's fields from the
+canonical shapes, the rest from a convention, and then exactly the arrays of that spec, or an error that names what is
+left over.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.architectures.layers import Shape
-from common.architectures.resnet import CONVENTIONS, ResNetSpec
-from common.checkpoints.base import Naming, Skeleton, canonical_shape
-from common.checkpoints.containers import Stored
+import numpy as np
+
+from common import architectures, names
+from common.architectures import Spec
+from common.architectures.layers import Layer, Shape
+from common.architectures.marks import Mark, marked
+from common.checkpoints.containers import Source, Stored
 from common.errors import CheckpointError, SpecError
+from common.names import Found, Naming
+from common.weights import LazyWeights, Weights, check_names, role_of, shapes
+from common.weights.layouts import to_canonical
 
-# torchvision's own are the defaults of the spec.
-NAMED_CONVENTIONS: dict[str, Mapping[str, Any]] = {"torchvision": {}, **CONVENTIONS}
-
-# The fields that no name and no shape shows.
-UNSEEN = (
-    "stem_stride",
-    "stem_padding",
-    "stem_pool",
-    "pool_padding",
-    "block_padding",
-    "stride_in",
-    "replace_stride_with_dilation",
-    "bn_eps",
-    "bn_momentum",
-    "running_variance",
-    "head_pool",
-    "head",
-    "input_size",
-)
-
-ShapeOf = Callable[[str, str, str], Shape | None]
+DEFAULT_CONVENTION = "torchvision"  # of the spec's defaults, in every family
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inferred:
-    """A specification, and which of its fields were not seen but assumed."""
+    """A network and its weights as a source has them."""
 
-    spec: ResNetSpec
-    assumed: Mapping[str, Any]
+    spec: Spec
+    weights: Weights
+    naming: Naming
+    assumed: Mapping[str, Any]  # the fields of the spec that nothing in the source shows
+    ignored: tuple[str, ...]
 
 
-def infer(
-    naming: Naming,
-    skeleton: Skeleton,
-    tensors: Mapping[str, Stored],
-    *,
-    convention: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> Inferred:
-    """The specification behind native tensors.
+def infer(source: Source, convention: str | None = None, changes: Mapping[str, Any] | None = None) -> Inferred:
+    """The network behind native tensors.
 
     `convention` names another one than the naming's own; `changes` set single fields, over both. Raises
-    `CheckpointError` for shapes that no ResNet of ours has, `SpecError` for an unknown convention or field.
+    `CheckpointError` for tensors of no network of ours, `SpecError` for an unknown convention.
     """
-    if convention is not None and convention not in NAMED_CONVENTIONS:
-        raise SpecError(f"unknown convention {convention!r}; expected one of {', '.join(NAMED_CONVENTIONS)}")
+    native = {name: tensor.shape for name, tensor in source.tensors.items()}
+    failed: list[tuple[int, CheckpointError]] = []
+    for family in architectures.families():
+        for naming in names.of(family).namings:
+            found: Mapping[str, Found] = {}
+            try:
+                found = naming.found(native)
+                if found:
+                    spec = _spec_of(naming, found, convention, changes or {})
+                    weights, ignored = exactly(spec, naming, source.tensors, found)
+                    assumed = {name: value for name, value in _unseen(spec).items() if name not in (changes or {})}
+                    return Inferred(spec=spec, weights=weights, naming=naming, assumed=assumed, ignored=ignored)
+            except CheckpointError as error:
+                failed.append((len(found), error))
+    if failed:
+        raise max(failed, key=lambda one: one[0])[1]
+    some = ", ".join(list(native)[:4]) or "none"
+    raise CheckpointError(f"a {source.container} file whose {len(native)} tensors have no names known here: {some}")
 
-    def shape_of(layer: str, kind: str, role: str) -> Shape | None:
-        found = tensors.get(naming.array(layer, kind, role, skeleton))
-        return None if found is None else canonical_shape(found.shape, kind, role, naming.kernels)
 
-    seen = _seen(skeleton, shape_of)
-    unseen = dict(naming.convention if convention is None else NAMED_CONVENTIONS[convention])
-    if seen["stem_kernel"] < 7:
-        # The CIFAR networks' stem; a 7x7 one halves the image and pools.
-        unseen = {"stem_stride": 1, "stem_pool": False} | unseen
-    unseen = {name: value for name, value in unseen.items() if name in UNSEEN}
-    if skeleton.block == "basic":
-        unseen.pop("stride_in", None)
-    if seen.get("head") == "none":
-        unseen.pop("head", None)
+def exactly(
+    spec: Spec, naming: Naming, tensors: Mapping[str, Stored], found: Mapping[str, Found]
+) -> tuple[Weights, tuple[str, ...]]:
+    """The weights of a spec in the tensors, and what is left of them and known to belong to no layer.
+
+    Raises `CheckpointError` naming the tensors that are missing, belong nowhere, or have another shape or type.
+    """
+    expected = naming.arrays(spec)
+    here = {name: found[name].native if name in found else native for name, (native, _) in expected.items()}
+    wanted = dict.fromkeys(here.values())
+    ignored = tuple(name for name in tensors if name not in wanted and naming.roles.ignored.fullmatch(name))
+    left = [name for name in tensors if name not in ignored]
+    check_names(f"not a whole network in {naming.title}'s names", left, wanted, CheckpointError)
+    getters = {}
+    for name, (_, layer) in expected.items():
+        native, shape = here[name], found[name].shape
+        if shape != layer.arrays[name]:
+            turned = "" if shape == tensors[native].shape else f", {shape} in canonical order"
+            whom = "the spec" if native == name else name
+            raise CheckpointError(
+                f"{native} has shape {tensors[native].shape}{turned}; {whom} expects {layer.arrays[name]}"
+            )
+        if not np.issubdtype(np.dtype(tensors[native].dtype), np.floating):
+            raise CheckpointError(f"{native} has dtype {tensors[native].dtype}; expected a floating-point type")
+        getters[name] = partial(_canonical, tensors[native], layer, role_of(name, layer), naming)
+    return LazyWeights(getters), ignored
+
+
+def as_read(spec: Spec, naming: Naming) -> Spec:
+    """What a file of a spec's weights in these names is taken for. Raises `CheckpointError` if for nothing."""
+    found = {name: Found(native=name, shape=shape) for name, shape in shapes(spec).items()}
+    return _spec_of(naming, found, None, {})
+
+
+def conventions(family: str) -> dict[str, Mapping[str, Any]]:
+    """The conventions of a family by name, that of the spec's defaults first."""
+    return {DEFAULT_CONVENTION: {}, **architectures.conventions(family)}
+
+
+def _canonical(tensor: Stored, layer: Layer, role: str, naming: Naming) -> np.ndarray:
+    return to_canonical(tensor.read(), layer, role, naming.roles.layout, naming.stored_as(layer.path))
+
+
+def _spec_of(naming: Naming, found: Mapping[str, Found], convention: str | None, changes: Mapping[str, Any]) -> Spec:
+    known = conventions(naming.family)
+    if convention is not None and convention not in known:
+        raise SpecError(f"unknown convention {convention!r}; expected one of {', '.join(known)}")
+    inferred: dict[str, Shape] = {}
+    for name, one in found.items():
+        if one.shape is None:
+            raise CheckpointError(f"{one.native} has another number of axes than a {name.rpartition('.')[2]} has")
+        inferred[name] = one.shape
+    told = names.of(naming.family).fields or partial(names.fields_of_variant, naming.family)
+    shown = told(inferred)
     try:
-        spec = ResNetSpec(**{**seen, **unseen})
-        if changes:
-            spec = spec.replace(**changes)
+        unseen = marked(next(iter(architectures.variants_of(naming.family).values())), Mark.UNSEEN)
+        conventional = naming.convention if convention is None else known[convention]
+        taken = shown | {name: value for name, value in conventional.items() if name in unseen}
+        spec = architectures.from_dict({"family": naming.family, **taken})
+        if "classes" not in shown:
+            spec = spec.with_head(head="none", pool="average")
+        return spec.replace(**changes) if changes else spec
     except SpecError as error:
         raise CheckpointError(f"the shapes give no network of ours: {error}") from None
-    given = changes or {}
-    skip = {"input_size", "replace_stride_with_dilation"} | ({"head", "head_pool"} if spec.head == "none" else set())
-    assumed = {name: getattr(spec, name) for name in UNSEEN if name not in given and name not in skip}
-    if not spec.norm:
-        assumed = {k: v for k, v in assumed.items() if k not in ("bn_eps", "bn_momentum", "running_variance")}
-    if not spec.stem_pool:
-        assumed.pop("pool_padding", None)
-    return Inferred(spec=spec, assumed=assumed)
 
 
-def _seen(skeleton: Skeleton, shape_of: ShapeOf) -> dict[str, Any]:
-    """The fields that shapes show."""
+def _unseen(spec: Spec) -> dict[str, Any]:
+    """The fields that could have another value, and make another network, with the same arrays."""
+    hints = get_type_hints(type(spec))
+    arrays = shapes(spec)
+    found = {}
+    for field in fields(spec):  # type: ignore[arg-type]
+        value = getattr(spec, field.name)
+        if field.name in marked(spec, Mark.UNSEEN) and any(
+            other.layers != spec.layers and shapes(other) == arrays
+            for other in _others(spec, field.name, value, hints[field.name])
+        ):
+            found[field.name] = value
+    return found
 
-    def kernel(layer: str, kind: str = "conv") -> Shape:
-        shape = shape_of(layer, kind, "kernel")
-        if shape is None:
-            raise CheckpointError(
-                f"no kernel of {layer} is there, or it has another number of axes; is the file whole?"
-            )
-        return shape
 
-    bottleneck = skeleton.block == "bottleneck"
-    last = 3 if bottleneck else 2
-    stem = kernel("stem.conv")
-    widths, inner, outer = [], [], []
-    groups = 1
-    for stage in range(len(skeleton.blocks)):
-        first = f"stages.{stage}.blocks.0"
-        inner.append(kernel(f"{first}.conv1")[3])
-        outer.append(kernel(f"{first}.conv{last}")[3])
-        read = kernel(f"{first}.conv2")[2]
-        if bottleneck and read and inner[-1] % read == 0:
-            groups = inner[-1] // read
-    expansion = 4 if bottleneck and all(width % 4 == 0 for width in outer) else 1
-    widths = [width // expansion for width in outer]
-    fields: dict[str, Any] = {
-        "block": skeleton.block,
-        "blocks": skeleton.blocks,
-        "widths": tuple(widths),
-        "expansion": expansion,
-        "in_channels": stem[2],
-        "stem_kernel": stem[0],
-        "stem_width": stem[3],
-        "conv_bias": shape_of("stem.conv", "conv", "bias") is not None,
-        "norm": shape_of("stem.norm", "norm", "scale") is not None,
-    }
-    if bottleneck:
-        # inner = width * width_per_group // 64 * groups, the same width_per_group in all stages
-        fields |= {"groups": groups, "width_per_group": max(inner[0] * 64 // max(widths[0] * groups, 1), 1)}
-    heads = [f"stages.{s}.blocks.0.shortcut" for s in range(len(skeleton.blocks))]
-    projected = [head for head in heads if shape_of(f"{head}.conv", "conv", "kernel") is not None]
-    fields["shortcut"] = "projection" if projected or len(set(outer)) == 1 else "zero_pad"
-    if fields["norm"] and projected:
-        fields["shortcut_norm"] = any(shape_of(f"{head}.norm", "norm", "scale") is not None for head in projected)
-    dense = shape_of("head.fc", "dense", "kernel")
-    if dense is None:
-        return fields | {"head": "none"}
-    if dense[0] != outer[-1]:
-        raise CheckpointError(
-            f"the classifier reads {dense[0]} features of a map with {outer[-1]} channels: a head that flattens, whose "
-            "weights do not show the size of its map; such a network can be read from our canonical file only"
-        )
-    return fields | {"classes": dense[1]}
+def _others(spec: Spec, name: str, value: Any, hint: Any) -> list[Spec]:
+    """The spec with other values of a field, those of them that it takes."""
+    values: list[Any] = []
+    if get_origin(hint) is Literal:
+        values = [other for other in get_args(hint) if other != value]
+    elif isinstance(value, bool):
+        values = [not value]
+    elif isinstance(value, int):
+        values = [value + 1]
+    elif isinstance(value, float):
+        values = [value / 2]
+    found = []
+    for other in values:
+        try:
+            found.append(spec.replace(**{name: other}))
+        except SpecError:
+            continue
+    return found

@@ -10,25 +10,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from common import architectures
 from common.backends.columns import cores, resolve
 from common.backends.process import BackendProcess
 from common.backends.requests import Predict
 from common.checkpoints import Checkpoint
 from common.errors import InputError
-from common.images import PRESETS, class_names, preprocess
-from common.sources.known_weights import KnownWeights
-
-__all__ = ["PRESETS", "Prediction", "predict"]
-
-# What the communities behind the formats feed their networks.
-_USUAL = {
-    "canonical": "torchvision",
-    "torchvision": "torchvision",
-    "huggingface": "torchvision",
-    "keras_applications": "keras_caffe",
-    "keras_classic": "keras_caffe",
-    "flax": "flax",
-}
+from common.images import PRESETS, Preprocessing, class_names, preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +27,43 @@ class Prediction:
     probabilities: tuple[np.ndarray, ...]
     names: Sequence[str]
     largest_difference: float  # of the outputs before the softmax, absolute; 0 for one backend
-    preprocessing: str
+    preprocessing: Preprocessing
 
 
 def predict(
     found: Checkpoint,
-    known: KnownWeights | None,
     photos: Sequence[Path],
     backends: Sequence[str],
-    preset: str | None = None,
     progress: Callable[[str, str], None] = lambda backend, step: None,
 ) -> Prediction:
-    """Run the network of a checkpoint in float32 on photographs. Raises `ParityError`.
+    """Run the network of a checkpoint in float32 on photographs, prepared as the checkpoint says. Raises `ParityError`.
 
-    `preset` names the preprocessing; without it that of the `known` weights, or the one usual for the format.
+    Where it says nothing, photographs are prepared as torchvision's, and a thousand classes are those of ImageNet.
     """
     columns = [resolve(name) for name in backends]
     spec = found.spec
-    if getattr(spec, "head", "none") == "none":
-        raise InputError(f"{found.path}: the network has no classifier, so it predicts no classes")
-    name = preset or (known.preprocessing if known else None) or _USUAL[found.format]
-    images = np.stack([preprocess(photo, PRESETS[name]) for photo in photos]).astype(np.float32)
+    output = architectures.logits(spec)
+    if output is None:
+        raise InputError(f"{found.origin}: the network has no classifier, so it predicts no classes")
+    preprocessing = found.preprocessing or PRESETS["torchvision"]
+    images = np.stack([preprocess(photo, preprocessing) for photo in photos]).astype(np.float32)
     if images.shape[-1] != spec.in_channels:
-        raise InputError(f"{found.path}: the network takes {spec.in_channels} channels, and photographs have 3")
-    last = [layer for layer in spec.layers if layer.kind != "softmax"][-1]
+        raise InputError(f"{found.origin}: the network takes {spec.in_channels} channels, and photographs have 3")
     outputs = []
     with tempfile.TemporaryDirectory(prefix="resnet-parity-") as folder:
         weights = Path(folder) / "weights"
         save_file({key: np.ascontiguousarray(found.weights[key], np.float32) for key in found.weights}, weights)
         for column in columns:
             with BackendProcess(column, threads=cores()) as worker:
-                request = Predict(spec=spec, weights=weights, images=images, layer=last.path)
+                request = Predict(spec=spec, weights=weights, images=images, layer=output)
                 outputs.append(worker.ask(request, partial(progress, column)).astype(np.float64))
     classes = outputs[0].shape[1]
     return Prediction(
         backends=tuple(columns),
         probabilities=tuple(_softmax(output) for output in outputs),
-        names=class_names(classes) or [f"class {number}" for number in range(classes)],
+        names=found.class_names or class_names(classes) or [f"class {number}" for number in range(classes)],
         largest_difference=max((float(abs(a - b).max()) for a, b in combinations(outputs, 2)), default=0.0),
-        preprocessing=f"{name}, {PRESETS[name]}",
+        preprocessing=preprocessing,
     )
 
 

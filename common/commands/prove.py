@@ -233,7 +233,7 @@ def _case(
         size=_size(size) if size is not None else spec.default_size if spec.input_size else _USUAL_SIZE,
         batch=max(batch, len(photos or [])),
         photos=tuple(photos if photos else images.sample_photos()),
-        weights=checkpoints.load_for(spec, weights)[1] if weights else None,
+        weights=checkpoints.read_for(spec, weights).weights if weights else None,
         seed=seed,
         dtypes=tuple(dtypes),
         modes=tuple(modes),  # type: ignore[arg-type]

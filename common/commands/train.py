@@ -18,12 +18,10 @@ from common import architectures, checkpoints, datasets
 from common.architectures import Spec
 from common.backends.columns import COLUMNS, cores, resolve, start_here
 from common.backends.protocol import Backend
-from common.checkpoints import load_fetched
 from common.commands.options import grouped
 from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
 from common.datasets import Dataset
 from common.errors import InputError
-from common.sources.downloads import fetch
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
@@ -130,7 +128,7 @@ def train(
     if before:
         runs.check_same(output, plan)
     elif plan.init is not None:
-        checkpoints.load_for(plan.spec, plan.init)  # refused before anything is made
+        checkpoints.read_for(plan.spec, plan.init)  # refused before anything is made
     if keeping.resume and not before and output.exists() and any(output.iterdir()):
         runs.facts(output)  # says what is missing
     started, threads = engine.start(column, replica.count)
@@ -171,7 +169,7 @@ def evaluate(
     dataset = material.open()
     # Of the test images, even where a training by this recipe holds some others out.
     recipe = material.by(dataset.recipe, validation=0)
-    found = load_fetched(fetch(weights))
+    found = checkpoints.read(weights)
     _check_fits(found.spec, weights, dataset)
     started, _ = engine.start(column)
     trainer = started.trainer(found.spec, recipe, "float32")

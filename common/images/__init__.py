@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from common.errors import InputError
+from common.errors import InputError, ParityError
+from common.fields import Checked, Count, Positive
 from common.files import reason
 
 # Mean and deviation of the ImageNet training set in RGB, of values in 0 … 1.
@@ -37,30 +38,20 @@ _FILTERS: dict[str, Image.Resampling] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class Preprocessing(Checked):
     """How a photograph becomes the input of a network: resized, cropped, scaled, normalised; the defaults are
     torchvision's for its first ImageNet weights. Raises `InputError` for values that make no image."""
 
-    crop: int = 224  # side of the square from the centre; black around a smaller photograph
-    resize: int | None = 256  # of the shorter side; None: the whole photograph squeezed into the square
+    error: ClassVar[type[ParityError]] = InputError
+    title: ClassVar[str] = "a preprocessing"
+
+    crop: Count = 224  # side of the square from the centre; black around a smaller photograph
+    resize: Count | None = 256  # of the shorter side; None: the whole photograph squeezed into the square
     interpolation: Interpolation = "bilinear"  # Pillow's, which averages when it shrinks, except nearest
     channel_order: Literal["RGB", "BGR"] = "RGB"
-    scale: float = 255.0  # by which the values 0 … 255 are divided first
+    scale: Positive = 255.0  # by which the values 0 … 255 are divided first
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # then subtracted, in the channel order
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # then divided by
-
-    def __post_init__(self) -> None:
-        if self.interpolation not in _FILTERS:
-            raise InputError(f"interpolation={self.interpolation!r}; expected one of {', '.join(_FILTERS)}")
-        if self.channel_order not in ("RGB", "BGR"):
-            raise InputError(f"channel_order={self.channel_order!r}; expected RGB or BGR")
-        if self.crop < 1 or (self.resize is not None and self.resize < 1):
-            raise InputError(f"crop={self.crop}, resize={self.resize}; expected sides of at least one pixel")
-        if self.scale <= 0 or len(self.mean) != 3 or len(self.std) != 3 or not all(std > 0 for std in self.std):
-            raise InputError(
-                f"scale={self.scale}, mean={self.mean}, std={self.std}; expected three values each, above 0"
-                " where they divide"
-            )
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)  # then divided by
 
     def __str__(self) -> str:
         if self.resize is None:
@@ -91,6 +82,11 @@ PRESETS = {
     # The example crops first and then resizes, with TensorFlow: the same picture, not the same bits.
     "flax": Preprocessing(resize=256, interpolation="bicubic"),
 }
+
+
+def preset_name(preprocessing: Preprocessing) -> str | None:
+    """The name of the preset that this is; None where it is none."""
+    return next((name for name, preset in PRESETS.items() if preset == preprocessing), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,225 +1,390 @@
-"""The two namings of Keras' ResNets: keras.applications' today (``conv2_block1_1_conv``), and the classic one.
+"""ResNet's layers in every community's names: torchvision and timm, Hugging Face, Keras today and once, Flax.
 
-The classic names (``res2a_branch2a``, ``bn2a_branch2a``) are Caffe's and those of the first Keras ResNet-50; our own
-Keras models carry them. Both number stages from 2, and both give a layer one name and its arrays another below it, so
-that a native name is ``<layer>/<array>`` whatever the file makes of that. keras.applications has no basic blocks: the
-same scheme is used for them.
+Keras' classic names (``res2a_branch2a``) are Caffe's and those of the first Keras ResNet-50; our own Keras models carry
+them. keras.applications has no basic blocks: the same scheme is used for them.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from string import ascii_lowercase
 from typing import Any
 
-import numpy as np
-
-from common.architectures import Spec
-from common.architectures.layers import Layer
-from common.architectures.resnet import CONVENTIONS
-from common.checkpoints.base import KernelLayout, Skeleton, skeleton_from
-from common.checkpoints.containers import Stored
+from common.architectures.layers import Shape
+from common.architectures.resnet import CONVENTIONS, ResNetSpec
 from common.errors import CheckpointError
+from common.names import Beside, Family, Naming, Place, ShapeOf, Told
+from common.names.roles import FLAX, KERAS, PYTORCH
 
-ARRAYS = {
-    "conv": {"kernel": "kernel", "bias": "bias"},
-    "norm": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
-    "dense": {"kernel": "kernel", "bias": "bias"},
+_HF = "resnet.embedder.embedder"
+# fmt: off
+_COLUMNS = ("torchvision", "huggingface", "keras_applications", "keras_classic", "flax")
+# The layers with arrays. ``{}`` is the name of the block; see the tables of blocks below.
+_HOLDING: dict[str, tuple[str, ...]] = {
+    #                 torchvision        Hugging Face                keras.applications  classic      Flax's example
+    "stem.conv":     ("conv1",           f"{_HF}.convolution",       "conv1_conv",  "conv1",          "conv_init"),
+    "stem.norm":     ("bn1",             f"{_HF}.normalization",     "conv1_bn",    "bn_conv1",       "bn_init"),
+    "conv1":         ("{}.conv1",        "{}.layer.0.convolution",   "{}_1_conv",   "res{}_branch2a", "{}/Conv_0"),
+    "norm1":         ("{}.bn1",          "{}.layer.0.normalization", "{}_1_bn",     "bn{}_branch2a",  "{}/BatchNorm_0"),
+    "conv2":         ("{}.conv2",        "{}.layer.1.convolution",   "{}_2_conv",   "res{}_branch2b", "{}/Conv_1"),
+    "norm2":         ("{}.bn2",          "{}.layer.1.normalization", "{}_2_bn",     "bn{}_branch2b",  "{}/BatchNorm_1"),
+    "conv3":         ("{}.conv3",        "{}.layer.2.convolution",   "{}_3_conv",   "res{}_branch2c", "{}/Conv_2"),
+    "norm3":         ("{}.bn3",          "{}.layer.2.normalization", "{}_3_bn",     "bn{}_branch2c",  "{}/BatchNorm_2"),
+    "shortcut.conv": ("{}.downsample.0", "{}.shortcut.convolution",  "{}_0_conv",   "res{}_branch1",  "{}/conv_proj"),
+    "shortcut.norm": ("{}.downsample.1", "{}.shortcut.normalization","{}_0_bn",     "bn{}_branch1",   "{}/norm_proj"),
+    # The classic name counts the classes, and keeps its number where people change it.
+    "head.fc":       ("fc",              "classifier.1",             "predictions", "fc{classes}",    "Dense_0"),
 }
-# What a Keras file holds beside layers: the state of training, and generators of random numbers in augmentation.
-_IGNORED = re.compile(
-    r"(optimizer|optimizer_weights|metrics|compile_metrics|loss_tracker)/.*|(.*/)?seed_generator(_\d+)?/.*"
-)
-
-_APPLICATIONS = {
-    "stem.conv": "conv1_conv",
-    "stem.norm": "conv1_bn",
-    "stem.relu": "conv1_relu",
-    "stem.pool": "pool1_pool",
-    "head.flatten": "flatten",
-    "head.pool": "avg_pool",
-    "head.fc": "predictions",
-    "head.softmax": "predictions_softmax",
+# The others, where a community has names for them.
+_OTHERS: dict[str, tuple[str | None, ...]] = {
+    #                 torchvision      keras.applications     classic
+    "stem.relu":     ("relu",          "conv1_relu",          "conv1_relu"),
+    "stem.pool":     ("maxpool",       "pool1_pool",          "pool1"),
+    "relu1":         ("{}.relu",       "{}_1_relu",           "res{}_branch2a_relu"),
+    "relu2":         ("{}.relu",       "{}_2_relu",           "res{}_branch2b_relu"),
+    "shortcut.pad":  ("{}.downsample", "{}_0_pad",            "res{}_branch1"),
+    "add":           (None,            "{}_add",              "res{}"),
+    "relu":          ("{}.relu",       "{}_out",              "res{}_relu"),
+    "head.pool":     ("avgpool",       "avg_pool",            "pool5"),
+    "head.flatten":  (None,            "flatten",             "flatten"),
+    "head.softmax":  ("softmax",       "predictions_softmax", "prob"),
 }
-_APPLICATIONS_BLOCK = {
-    **{f"conv{i}": f"{i}_conv" for i in (1, 2, 3)},
-    **{f"norm{i}": f"{i}_bn" for i in (1, 2, 3)},
-    **{f"relu{i}": f"{i}_relu" for i in (1, 2, 3)},
-    "shortcut.conv": "0_conv",
-    "shortcut.norm": "0_bn",
-    "shortcut.pad": "0_pad",
-    "add": "add",
-    "relu": "out",
-}
-_CLASSIC = {
-    "stem.conv": "conv1",
-    "stem.norm": "bn_conv1",
-    "stem.relu": "conv1_relu",
-    "stem.pool": "pool1",
-    "head.flatten": "flatten",
-    "head.pool": "pool5",
-    "head.softmax": "prob",
-}
-_CLASSIC_BLOCK = {
-    **{f"conv{i}": f"res{{}}_branch2{letter}" for i, letter in enumerate("abc", start=1)},
-    **{f"norm{i}": f"bn{{}}_branch2{letter}" for i, letter in enumerate("abc", start=1)},
-    **{f"relu{i}": f"res{{}}_branch2{letter}_relu" for i, letter in enumerate("abc", start=1)},
-    "shortcut.conv": "res{}_branch1",
-    "shortcut.norm": "bn{}_branch1",
-    "shortcut.pad": "res{}_branch1",
-    "add": "res{}",
-    "relu": "res{}_relu",
-}
-_APPLICATIONS_CONV = re.compile(r"conv([2-9]|[1-9]\d{1,4})_block([1-9]\d{0,4})_([123])_conv/kernel")
-_CLASSIC_LAYER = re.compile(r"(res|bn)([2-9]|[1-9]\d{1,4}?)([a-z]|b\d{1,5})(_branch(?:1|2[abc]))")
-_CLASSIC_HEAD = re.compile(r"fc(\d{1,9})")
+# fmt: on
+_COLUMNS_OF_OTHERS = ("torchvision", "keras_applications", "keras_classic")
+_KINDS = {"conv": "conv", "norm": "norm", "fc": "dense"}  # by the last word of a path
+_FLAX_BLOCKS = {"basic": "ResNetBlock", "bottleneck": "BottleneckResNetBlock"}
+_NUMBER = r"(?:0|[1-9]\d{0,4})"
 
 
 def block_names(count: int) -> list[str]:
-    """Names of the blocks of a stage: a, b, c, …; in Caffe's form a, b1, b2, … where the alphabet does not suffice."""
+    """Classic names of the blocks of a stage: a, b, c, …; in Caffe's form a, b1, b2, … beyond the alphabet."""
     if count <= len(ascii_lowercase):
         return list(ascii_lowercase[:count])
     return ["a", *(f"b{i}" for i in range(1, count))]
 
 
-def applications_layer(path: str, skeleton: Skeleton) -> str:
-    """Name of any layer of any walk in keras.applications' scheme."""
-    if not path.startswith("stages."):
-        return _APPLICATIONS[path]
-    _, stage, _, block, part = path.split(".", 4)
-    return f"conv{int(stage) + 2}_block{int(block) + 1}_{_APPLICATIONS_BLOCK[part]}"
+def _classic_index(block: str) -> int:
+    # Caffe's form stands for short stages too (res4b22 in ResNet-101).
+    return ascii_lowercase.index(block) if len(block) == 1 else int(block[1:])
 
 
-def classic_layer(path: str, skeleton: Skeleton) -> str:
-    """Name of any layer of any walk in the classic scheme."""
-    if path == "head.fc":
-        return f"fc{skeleton.classes}"
-    if not path.startswith("stages."):
-        return _CLASSIC[path]
-    _, stage, _, block, part = path.split(".", 4)
-    letter = block_names(skeleton.blocks[int(stage)])[int(block)]
-    return _CLASSIC_BLOCK[part].format(f"{int(stage) + 2}{letter}")
+def _flax_block(spec: ResNetSpec, stage: int, block: int) -> str:
+    # Blocks are numbered through all stages.
+    return f"{_FLAX_BLOCKS[spec.block]}_{(0, *accumulate(spec.blocks))[stage] + block}"
 
 
-def usual(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same tensors with the other spellings that Keras files have of some layers replaced by those used here.
+def _flax_places(blocks: Collection[str], shape_of: ShapeOf) -> dict[str, tuple[int, int]]:
+    """A stage begins where a block has other output channels than the one before it, or projects its shortcut.
 
-    keras.applications' head was once ``probs``. The classic head counts the classes, and keeps its name where people
-    change their number. Caffe's form of block names stands for short stages too (``res4b22`` in ResNet-101).
+    So two stages of one width are seen as one where the second neither strides nor projects: with dilation, or with
+    parameter-free shortcuts. No shape tells them apart.
     """
-    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
-    blocks: dict[str, int] = {}
-    for layer in layers:
-        if match := _CLASSIC_LAYER.fullmatch(layer):
-            blocks[match[2]] = max(blocks.get(match[2], 0), _block_index(match[3]) + 1)
-    renamed: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        layer, _, array = name.rpartition("/")
-        native = f"{_usual_layer(layer, layers, blocks, tensors)}/{array}" if layer else name
-        if native in renamed:
-            raise CheckpointError(f"{native} is there twice, once under another spelling; expected one of each name")
-        renamed[native] = tensor
-    return renamed
+    numbered = {int(block.rpartition("_")[2]): block for block in blocks}
+    _check_gap("blocks", numbered)
+    places: dict[str, tuple[int, int]] = {}
+    stage, index, width = -1, 0, None
+    for _, block in sorted(numbered.items()):
+        kernels = (shape_of(f"{block}/Conv_{i}", "conv", "kernel") for i in (2, 1, 0))
+        found = next((kernel[-1] for kernel in kernels if kernel), None)
+        if stage < 0 or found != width or shape_of(f"{block}/conv_proj", "conv", "kernel"):
+            stage, index = stage + 1, 0
+        places[block] = stage, index
+        index, width = index + 1, found
+    return places
 
 
-def _usual_layer(layer: str, layers: list[str], blocks: Mapping[str, int], tensors: Mapping[str, Stored]) -> str:
-    if layer == "probs" and "predictions" not in layers:
-        return "predictions"
-    kernel = tensors.get(f"{layer}/kernel")
-    if _CLASSIC_HEAD.fullmatch(layer) and kernel is not None and len(kernel.shape) == 2:
-        return f"fc{kernel.shape[1]}"
-    if match := _CLASSIC_LAYER.fullmatch(layer):
-        kind, stage, block, branch = match.groups()
-        index, count = _block_index(block), blocks[stage]
-        form = ascii_lowercase[index] if count <= len(ascii_lowercase) or index == 0 else f"b{index}"
-        return f"{kind}{stage}{form}{branch}"
-    return layer
+def _each(parsed: Callable[[re.Match[str]], tuple[int, int]], pattern: str) -> "_Places":
+    """Places of blocks whose name says stage and block."""
+    return lambda blocks, shape_of: {
+        block: parsed(match) for block in blocks if (match := re.fullmatch(pattern, block, re.ASCII))
+    }
 
 
-def _block_index(name: str) -> int:
-    return ascii_lowercase.index(name) if len(name) == 1 else int(name[1:])
+_Places = Callable[[Collection[str], ShapeOf], dict[str, tuple[int, int]]]
 
 
-def _applications_skeleton(names: Mapping[str, Stored]) -> Skeleton | None:
-    found = [tuple(map(int, match.groups())) for match in map(_APPLICATIONS_CONV.fullmatch, names) if match]
-    return skeleton_from((stage - 2, block - 1, conv) for stage, block, conv in found)
+@dataclass(frozen=True)
+class _Blocks:
+    """How a community names the blocks: of a spec, by stage and number; as a pattern; and the way back."""
+
+    name: Callable[[ResNetSpec, int, int], str]
+    pattern: str
+    places: _Places
 
 
-def _classic_skeleton(names: Mapping[str, Stored]) -> Skeleton | None:
-    layers = (_CLASSIC_LAYER.fullmatch(name.removesuffix("/kernel")) for name in names if name.endswith("/kernel"))
-    skeleton = skeleton_from(
-        (int(match[2]) - 2, _block_index(match[3]), "abc".index(match[4][-1]) + 1)
-        for match in layers
-        if match and match[4] != "_branch1"
+def _numbered(name: str, stage: int, block: int) -> _Blocks:
+    """Blocks with the numbers of their stage and their own in the name, the first of each as given."""
+    pattern = re.escape(name).replace(r"\{\}", f"({_NUMBER})")
+    # The headless model of Hugging Face leaves the beginning away.
+    pattern = pattern.replace(r"resnet\.", r"(?:resnet\.)?")
+    return _Blocks(
+        lambda spec, s, b: name.format(s + stage, b + block),
+        pattern,
+        _each(lambda match: (int(match[1]) - stage, int(match[2]) - block), pattern),
     )
-    head = next((match for match in map(_CLASSIC_HEAD.fullmatch, (n.partition("/")[0] for n in names)) if match), None)
-    return skeleton and replace(skeleton, classes=int(head[1]) if head else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Keras:
-    name: str
-    title: str
-    convention: Mapping[str, Any]
-    layer: Callable[[str, Skeleton], str]
-    skeleton: Callable[[Mapping[str, Stored]], Skeleton | None]
-    projection_first: bool
-    kernels: KernelLayout = "HWIO"
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def array(self, layer: str, kind: str, role: str, skeleton: Skeleton) -> str:
-        return f"{self.layer(layer, skeleton)}/{ARRAYS[kind][role]}"
-
-    def ignored(self, name: str) -> bool:
-        return _IGNORED.fullmatch(name) is not None
-
-    def usual(self, tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
-        return usual(tensors), ()
-
-    def told(self, path: Path) -> tuple[str, ...]:
-        return ()
-
-    def ordered(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The order of `model.layers` of a Keras model.
-
-        Keras sorts by the distance from the output, so that a projection stands beside the last layers of its block:
-        before them in keras.applications, which adds the branch to the shortcut; after them in the classic code, which
-        adds the shortcut to the branch.
-        """
-        ordered: list[Layer] = []
-        for _, group in groupby(layers, lambda layer: layer.path.split(".")[:4]):
-            block = list(group)
-            shortcut = [layer for layer in block if ".shortcut." in layer.path]
-            branch = block[: len(block) - len(shortcut)]
-            ordered += branch[: len(branch) - len(shortcut)]
-            for pair in zip(branch[len(branch) - len(shortcut) :], shortcut, strict=True):
-                ordered += reversed(pair) if self.projection_first else pair
-        return ordered
-
-    def counters(self, layer: Layer, scale: str) -> Mapping[str, np.ndarray]:
-        return {}
-
-    def beside(self, path: Path, spec: Spec) -> Mapping[str, str]:
-        return {}
-
-
-NAMINGS = {
-    "keras_applications": _Keras(
-        name="keras_applications",
-        title="keras.applications",
-        convention=CONVENTIONS["keras_applications"],
-        layer=applications_layer,
-        skeleton=_applications_skeleton,
-        projection_first=True,
+_BLOCKS = {
+    "torchvision": _numbered("layer{}.{}", 1, 0),
+    "huggingface": _numbered("resnet.encoder.stages.{}.layers.{}", 0, 0),
+    "keras_applications": _numbered("conv{}_block{}", 2, 1),
+    "keras_classic": _Blocks(
+        lambda spec, s, b: f"{s + 2}{block_names(spec.blocks[s])[b]}",
+        r"\d{1,5}?(?:[a-z]|b\d{1,5})",
+        _each(lambda match: (int(match[1]) - 2, _classic_index(match[2])), r"(\d{1,5}?)([a-z]|b\d{1,5})"),
     ),
-    "keras_classic": _Keras(
-        name="keras_classic",
-        title="classic Keras",
-        convention=CONVENTIONS["keras_classic"],
-        layer=classic_layer,
-        skeleton=_classic_skeleton,
-        projection_first=False,
-    ),
+    "flax": _Blocks(_flax_block, rf"(?:{'|'.join(_FLAX_BLOCKS.values())})_(?:0|[1-9]\d{{0,5}})", _flax_places),
 }
+# Older spellings.
+_ALSO = {"keras_applications": {"probs": Place("head.fc", "dense")}}
+
+
+def _layers(column: str) -> Callable[[ResNetSpec], dict[str, str]]:
+    """Of a spec, the names in a column of every layer that has one there."""
+    index = _COLUMNS.index(column)
+    table: dict[str, str | None] = {layer: row[index] for layer, row in _HOLDING.items()}
+    if column in _COLUMNS_OF_OTHERS:
+        index = _COLUMNS_OF_OTHERS.index(column)
+        table |= {layer: row[index] for layer, row in _OTHERS.items()}
+
+    def names(spec: ResNetSpec) -> dict[str, str]:
+        found = {}
+        for layer in spec.layers:
+            block, part = "", layer.path
+            if part.startswith("stages."):
+                _, stage, _, number, part = part.split(".", 4)
+                block = _BLOCKS[column].name(spec, int(stage), int(number))
+            if (name := table.get(part)) is not None:
+                found[layer.path] = name.replace("{}", block).replace("{classes}", str(spec.classes))
+        return found
+
+    return names
+
+
+def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
+    """The places of names that are a column's; none where no block is among them."""
+    index, blocks = _COLUMNS.index(column), _BLOCKS[column]
+    rows = [
+        (re.compile(_pattern(row[index], blocks.pattern), re.ASCII), layer, _kind(layer))
+        for layer, row in _HOLDING.items()
+    ]
+
+    def places(names: Collection[str], shape_of: ShapeOf) -> dict[str, Place]:
+        matches = {
+            name: (match, layer, kind)
+            for name in names
+            for pattern, layer, kind in rows
+            if (match := pattern.fullmatch(name))
+        }
+        inside = {match["block"] for match, _, _ in matches.values() if "block" in match.groupdict()}
+        where = blocks.places(inside, shape_of)
+        if not where:
+            return {}
+        found = {name: place for name, place in _ALSO.get(column, {}).items() if name in names}
+        for name, (match, layer, kind) in matches.items():
+            if "block" not in match.groupdict():
+                found[name] = Place(layer, kind)
+            elif min(place := where[match["block"]]) >= 0:
+                found[name] = Place(f"stages.{place[0]}.blocks.{place[1]}.{layer}", kind)
+        return found
+
+    return places
+
+
+def _kind(layer: str) -> str:
+    return _KINDS[layer.rpartition(".")[2].rstrip("123")]
+
+
+def _pattern(name: str, block: str) -> str:
+    pattern = re.escape(name).replace(r"\{\}", f"(?P<block>{block})").replace(r"\{classes\}", r"\d{1,9}")
+    return re.sub(r"^resnet\\\.", r"(?:resnet\\.)?", pattern)
+
+
+def _check_gap(what: str, numbers: Collection[int]) -> None:
+    """Raise `CheckpointError` where one is missing in between: the file is not whole."""
+    # Not the difference to a whole range: a hostile name may hold any number.
+    if numbers and max(numbers) >= len(numbers):
+        gap = next(number for number in range(len(numbers)) if number not in numbers)
+        raise CheckpointError(f"the {what} have a gap: number {gap} is missing, and {max(numbers)} is there")
+
+
+def _blocks_in(names: Iterable[str]) -> tuple[int, ...]:
+    """Number of blocks of every stage among canonical names."""
+    stages: dict[int, set[int]] = {}
+    for name in names:
+        if name.startswith("stages."):
+            _, stage, _, block, _ = name.split(".", 4)
+            stages.setdefault(int(stage), set()).add(int(block))
+    _check_gap("stages", stages)
+    for number, blocks in sorted(stages.items()):
+        _check_gap(f"blocks of stage {number}", blocks)
+    return tuple(len(blocks) for _, blocks in sorted(stages.items()))
+
+
+def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields that shapes show, of any depth and width; and the stem's, where its kernel is a CIFAR network's."""
+
+    def kernel(layer: str) -> Shape:
+        shape = shapes.get(f"{layer}.kernel")
+        if shape is None:
+            raise CheckpointError(f"no kernel of {layer} is there; is the file whole?")
+        return shape
+
+    blocks = _blocks_in(shapes)
+    bottleneck = any(name.endswith(".conv3.kernel") for name in shapes)
+    firsts = [f"stages.{stage}.blocks.0" for stage in range(len(blocks))]
+    inner = [kernel(f"{first}.conv1")[3] for first in firsts]
+    outer = [kernel(f"{first}.conv{3 if bottleneck else 2}")[3] for first in firsts]
+    read = [kernel(f"{first}.conv2")[2] for first in firsts][-1]
+    stem = kernel("stem.conv")
+    expansion = 4 if bottleneck and all(width % 4 == 0 for width in outer) else 1
+    widths = tuple(width // expansion for width in outer)
+    projected = [first for first in firsts if f"{first}.shortcut.conv.kernel" in shapes]
+    fields: dict[str, Any] = {
+        "block": "bottleneck" if bottleneck else "basic",
+        "blocks": blocks,
+        "widths": widths,
+        "expansion": expansion,
+        "in_channels": stem[2],
+        "stem_kernel": stem[0],
+        "stem_width": stem[3],
+        "conv_bias": "stem.conv.bias" in shapes,
+        "norm": "stem.norm.scale" in shapes,
+        "shortcut": "projection" if projected or len(set(outer)) == 1 else "zero_pad",
+    }
+    if stem[0] < 7:
+        # The CIFAR networks' stem; a 7x7 one halves the image and pools.
+        fields |= {"stem_stride": 1, "stem_pool": False}
+    if bottleneck:
+        # inner = width * width_per_group // 64 * groups, the same width_per_group in all stages
+        groups = inner[-1] // read if read and inner[-1] % read == 0 else 1
+        fields |= {"groups": groups, "width_per_group": max(inner[0] * 64 // max(widths[0] * groups, 1), 1)}
+    if fields["norm"] and projected:
+        fields["shortcut_norm"] = any(f"{first}.shortcut.norm.scale" in shapes for first in projected)
+    dense = shapes.get("head.fc.kernel")
+    if dense is None:
+        return fields
+    if dense[0] != outer[-1]:
+        raise CheckpointError(
+            f"the classifier reads {dense[0]} features of a map with {outer[-1]} channels: a head that flattens, whose "
+            "weights do not show the size of its map; such a network can be read from our canonical file only"
+        )
+    return fields | {"classes": dense[1]}
+
+
+def _config_of(spec: ResNetSpec, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of transformers' `ResNetConfig`. Raises `CheckpointError` for a network that is none of its."""
+    bottleneck = spec.block == "bottleneck"
+    classifier = spec.head != "none"
+    config = {
+        "architectures": ["ResNetForImageClassification" if classifier else "ResNetModel"],
+        "model_type": "resnet",
+        "num_channels": spec.in_channels,
+        "embedding_size": spec.stem_width,
+        "hidden_sizes": [width * spec.expansion for width in spec.widths],
+        "depths": list(spec.blocks),
+        "layer_type": spec.block,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": bottleneck and spec.stride_in == "conv1",
+    }
+    if classifier:
+        labels = {str(index): name for index, name in enumerate(class_names or map(_label, range(spec.classes)))}
+        config |= {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
+    theirs = ResNetSpec(
+        block=spec.block,
+        blocks=spec.blocks,
+        widths=spec.widths,
+        in_channels=spec.in_channels,
+        classes=spec.classes,
+        stem_width=spec.stem_width,
+        stride_in=spec.stride_in if bottleneck else None,  # type: ignore[arg-type]
+        bn_momentum=spec.bn_momentum,  # of training alone
+        running_variance=spec.running_variance,
+        head="logits" if classifier else "none",
+        head_pool="none" if spec.head_pool == "none" else "average",
+    )
+    if spec != theirs:
+        fields = [name for name, value in vars(theirs).items() if vars(spec).get(name) != value]
+        raise CheckpointError(
+            f"transformers has no config for a network with {', '.join(f'{f}={getattr(spec, f)!r}' for f in fields)}; "
+            "write a file of another name than model.safetensors, which gets none"
+        )
+    return config
+
+
+def _label(index: int) -> str:
+    return f"LABEL_{index}"
+
+
+def _told_by_config(config: Mapping[str, Any]) -> Told:
+    """What a ``config.json`` says and no shape shows. Raises `CheckpointError` for a network that none of ours is."""
+    if config.get("model_type") != "resnet":
+        return Told()
+    if config.get("downsample_in_first_stage") is True or config.get("hidden_act", "relu") != "relu":
+        raise CheckpointError(
+            "config.json beside it asks for a first stage with stride 2, or for no ReLU; no spec has that"
+        )
+    notes: tuple[str, ...] = ()
+    if config.get("downsample_in_bottleneck") is True:
+        notes = ("config.json beside it says downsample_in_bottleneck: set stride_in=conv1",)
+    labels = config.get("id2label")
+    names = [labels.get(str(index)) for index in range(len(labels))] if isinstance(labels, Mapping) else []
+    known = all(isinstance(name, str) and name.isprintable() for name in names) and names != list(
+        map(_label, range(len(names)))
+    )
+    return Told(notes=notes, class_names=tuple(map(str, names)) if known else ())
+
+
+def _naming(name: str, **options: Any) -> Naming:
+    return Naming(family=ResNetSpec.family, name=name, layers=_layers(name), places=_places(name), **options)
+
+
+TORCHVISION = _naming(
+    "torchvision",
+    title="torchvision and timm",
+    roles=PYTORCH,
+    preprocessing="torchvision",
+    aliases=("timm", "pytorch"),
+)
+HUGGING_FACE = _naming(
+    "huggingface",
+    title="Hugging Face transformers",
+    roles=PYTORCH,
+    preprocessing="torchvision",
+    aliases=("hf",),
+    beside=Beside(
+        name="config.json",
+        weights="model.safetensors",
+        write=_config_of,
+        free=("architectures", "id2label", "label2id"),
+        read=_told_by_config,
+    ),
+)
+KERAS_APPLICATIONS = _naming(
+    "keras_applications",
+    title="keras.applications",
+    roles=KERAS,
+    convention=CONVENTIONS["keras_applications"],
+    preprocessing="keras_caffe",
+    aliases=("keras",),
+    shortcut_first=True,
+)
+KERAS_CLASSIC = _naming(
+    "keras_classic",
+    title="classic Keras",
+    roles=KERAS,
+    convention=CONVENTIONS["keras_classic"],
+    preprocessing="keras_caffe",
+)
+FLAX_EXAMPLE = _naming(
+    "flax",
+    title="the Flax example",
+    roles=FLAX,
+    convention=CONVENTIONS["flax_examples"],
+    preprocessing="flax",
+)
+FAMILY = Family(
+    namings=(TORCHVISION, HUGGING_FACE, KERAS_APPLICATIONS, KERAS_CLASSIC, FLAX_EXAMPLE), fields=fields_from
+)

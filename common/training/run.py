@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from common import architectures
+from common import architectures, checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.backends.protocol import Backend
+from common.checkpoints import Checkpoint
 from common.datasets import Dataset, Examples
 from common.errors import TrainingError
 from common.files import reason, written
@@ -190,9 +191,7 @@ class Run:
     def _initial(self) -> canonical.Weights:
         plan = self.plan
         if plan.init is not None:
-            from common import checkpoints
-
-            return checkpoints.load_for(plan.spec, plan.init)[1]
+            return checkpoints.read_for(plan.spec, plan.init).weights
         return canonical.init(plan.spec, plan.recipe.seed, zero_gamma=plan.recipe.zero_gamma)
 
     def _fit(
@@ -280,9 +279,10 @@ class Run:
         weights = self._trainer.export()
         averaged = self._trainer.export(ema=True) if self._averaged else None
         if self._leading:
-            canonical.save(path, self.plan.spec, weights)
+            checkpoints.write(path, Checkpoint(spec=self.plan.spec, weights=weights))
             if averaged is not None:
-                canonical.save(self.folder / "final-ema.safetensors", self.plan.spec, averaged)
+                averaged_path = self.folder / "final-ema.safetensors"
+                checkpoints.write(averaged_path, Checkpoint(spec=self.plan.spec, weights=averaged))
         return path
 
     def _diverged(self, step: int, loss: float) -> TrainingError:

@@ -1,7 +1,6 @@
 """Canonical weights: a mapping from canonical name to NumPy array, names and shapes as the layer walk gives them.
 
-Convolution kernels are HWIO, dense kernels (in, out), everything else is a vector of channels. On disk: safetensors
-with the spec in the metadata.
+Convolution kernels are HWIO, dense kernels (in, out), everything else is a vector of channels.
 """
 
 from common.weights.arrays import (
@@ -12,17 +11,17 @@ from common.weights.arrays import (
     digest,
     layer_arrays,
     mapped,
+    role_of,
     shapes,
+    suspicious,
     validate,
 )
-from common.weights.file import FORMAT, load, save
 from common.weights.initial import Scheme, init
 from common.weights.perturbation import perturb, perturb_array
 from common.weights.random import EXACT_INTEGER, integers, randomize
 
 __all__ = [
     "EXACT_INTEGER",
-    "FORMAT",
     "LazyWeights",
     "Scheme",
     "Weights",
@@ -32,12 +31,12 @@ __all__ = [
     "init",
     "integers",
     "layer_arrays",
-    "load",
     "mapped",
     "perturb",
     "perturb_array",
     "randomize",
-    "save",
+    "role_of",
     "shapes",
+    "suspicious",
     "validate",
 ]

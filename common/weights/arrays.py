@@ -43,6 +43,11 @@ def layer_arrays(spec: Spec) -> Iterator[tuple[Layer, str, Shape]]:
             yield layer, name, shape
 
 
+def role_of(name: str, layer: Layer) -> str:
+    """What an array is in its layer, from its canonical name: kernel, bias, scale, mean or var."""
+    return name.removeprefix(f"{layer.path}.")
+
+
 def validate(spec: Spec, weights: Weights, *, finite: bool = True) -> None:
     """Check that `weights` are exactly those of `spec`: names, shapes, floating point and, unless told not to, finite.
 
@@ -75,6 +80,23 @@ def check_names(
         parts += [f"{what} {', '.join(names[:4])}{more}"] if names else []
     if parts:
         raise error(f"{subject}: {'; '.join(parts)}")
+
+
+def suspicious(spec: Spec, weights: Weights) -> list[str]:
+    """What a careful person would want to know of these numbers before using them, one line each."""
+    found = []
+    for layer, name, _ in layer_arrays(spec):
+        array, role = weights[name], role_of(name, layer)
+        bad = array.size - int(np.isfinite(array).sum())
+        if bad:
+            found.append(f"{name}: {bad} of {array.size} values are NaN or infinite")
+        elif role == "scale" and not array.any():
+            found.append(f"{name}: all zero; the branch before it adds nothing")
+        elif role == "kernel" and not array.any():
+            found.append(f"{name}: all zero")
+        elif role == "var" and (array <= 0).any():
+            found.append(f"{name}: {int((array <= 0).sum())} of {array.size} running variances are not above 0")
+    return found
 
 
 def digest(arrays: Weights) -> str:

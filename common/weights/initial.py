@@ -8,7 +8,7 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import Layer, Shape
 from common.errors import WeightsError
-from common.weights.arrays import layer_arrays
+from common.weights.arrays import layer_arrays, role_of
 from common.weights.random import before_addition, fans, generator_for
 
 Scheme = Literal["kaiming_fan_out", "glorot_uniform", "lecun_normal"]
@@ -35,7 +35,7 @@ def init(
     zeroed = before_addition(spec) if zero_gamma else set()
     weights: dict[str, np.ndarray] = {}
     for layer, name, shape in layer_arrays(spec):
-        role = name.removeprefix(f"{layer.path}.")
+        role = role_of(name, layer)
         if role == "kernel":
             value = _initial_kernel(generator_for(seed, name), layer, shape, scheme)
         elif role in ("scale", "var"):

@@ -9,7 +9,7 @@ import numpy as np
 from common.architectures import Spec
 from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
 from common.errors import WeightsError
-from common.weights.arrays import layer_arrays
+from common.weights.arrays import layer_arrays, role_of
 
 # Every integer up to here is a float32: sums that stay below are exact in any order.
 EXACT_INTEGER = 2**24
@@ -29,7 +29,7 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
         layer, name, shape = row
         generator = generator_for(seed, name)
         factor = damping if layer.path in damped else 1.0
-        match name.removeprefix(f"{layer.path}."):
+        match role_of(name, layer):
             case "kernel":
                 gain = 2 if layer.kind == "conv" else 1
                 value = generator.standard_normal(shape) * (sqrt(gain / fans(shape)[0]) * factor)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from common import checkpoints
 from common import weights as canonical
+from common.checkpoints import Checkpoint
 from common.images import sample_photos
 from common.parity.case import Case
 from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
@@ -73,11 +74,11 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
     theirs = tmp_path / "theirs" / file
     theirs.parent.mkdir()
     peer(library, model, "make", theirs)
-    found = checkpoints.load(theirs)
+    found = checkpoints.read(theirs)
     assert found.spec == architectures.find(variant)
     ours = tmp_path / "ours" / file
     ours.parent.mkdir()
-    checkpoints.save(ours, found.spec, found.weights, to)
+    checkpoints.write(ours, Checkpoint(spec=found.spec, weights=found.weights), to)
 
     weights = {name: found.weights[name].astype(np.float64) for name in found.weights}
     last = found.spec.layers[-1].path
@@ -122,7 +123,7 @@ def test_nothing_here_could_pass_by_accident(session, tmp_path):
     """The gate sees an eps of 1.001e-5 instead of 1e-5, the smallest difference of two public conventions."""
     theirs = tmp_path / "given.pth"
     peer("torchvision", "resnet18", "make", theirs)
-    found = checkpoints.load(theirs, changes={"bn_eps": 1.001e-5})
+    found = checkpoints.read(theirs, changes={"bn_eps": 1.001e-5})
     weights = {name: found.weights[name].astype(np.float64) for name in canonical.shapes(found.spec)}
     case = Case(
         variant="eps",

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 
 from common.checkpoints.containers import Source, Stored, widened_bfloat16
 from common.errors import CheckpointError
+from common.names.roles import FLAX
 
-# What of a train state are the network's variables, and what is beside them.
+# What of a train state are the network's variables.
 _COLLECTIONS = ("params", "batch_stats")
-BESIDE = ("opt_state", "step", "epoch", "dynamic_scale", "rng", "rngs", "dropout_rng", "key", "config", "metrics")
 # Around the variables, as in {"model": state}, or in a state whose `params` are all of the variables.
 _INSIDE = re.compile(r"((?:(?:model|state|train_state|variables|params)/)*)params/(?!batch_stats/)")
 # Types of arrays that can be read -> bytes of an element.
@@ -23,7 +23,7 @@ def variables(leaves: Mapping[str, Stored | None], container: str, notes: Iterab
     off, with a note. Raises `CheckpointError` for a leaf of the variables that is not of NumPy's types or bfloat16, and
     for two leaves that would have one name.
     """
-    around = [match[1] for path in leaves if not is_beside(path) and (match := _INSIDE.match(path))]
+    around = [match[1] for path in leaves if not FLAX.ignored.fullmatch(path) and (match := _INSIDE.match(path))]
     prefix = min(around, key=len, default="")
     found = [*notes, *([f"the variables were inside {prefix.removesuffix('/')!r}"] if prefix else [])]
     tensors: dict[str, Stored] = {}
@@ -47,9 +47,3 @@ def _readable(leaf: Stored) -> Stored:
     if leaf.dtype != "bfloat16":
         return leaf
     return Stored(shape=leaf.shape, dtype="float32", read=lambda: widened_bfloat16(leaf.read()))
-
-
-def is_beside(name: str) -> bool:
-    """Whether a leaf, by its path, belongs to training and not to the network."""
-    top = name.partition("/")[0]
-    return top in BESIDE or top == "ema" or top.startswith("ema_")
