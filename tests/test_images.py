@@ -185,7 +185,7 @@ class TestBatch:
         assert all(isinstance(path, Path) and path.is_file() for path in photos)
 
     def test_there_are_none_where_scikit_learn_is_not_installed(self, monkeypatch):
-        monkeypatch.setattr(images, "find_spec", lambda name: None)
+        monkeypatch.setattr(images.decoding, "find_spec", lambda name: None)
         assert images.sample_photos() == []
 
     @pytest.mark.parametrize("channels", [1, 3, 5])

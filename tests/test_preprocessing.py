@@ -220,7 +220,7 @@ class TestRefused:
 
     def test_a_bomb_where_pillow_was_told_to_trust_everything(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        monkeypatch.setattr(images, "_MOST_PIXELS", 99)
+        monkeypatch.setattr(images.decoding, "MOST_PIXELS", 99)
         ramp(10, 10).save(tmp_path / "p.png")
         with pytest.raises(InputError, match=r"its 10 x 10 pixels are more than 99"):
             images.read(tmp_path / "p.png")
