@@ -1,5 +1,6 @@
 """Backends live in processes of their own: nothing leaks in, and what happens to one of them is told."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from common.backends.process import BackendProcess
 from common.errors import BackendCrashed, BackendError, BackendMissing, InputError
 from common.parity.case import Case
 from common.parity.session import Session
+from common.report import json as json_report
+from common.report import junit as junit_report
 
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
@@ -121,6 +124,26 @@ def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -
         again = session.check(case)
         assert again.passed
         assert again.comparisons[0].backends == ("torch", "keras:tensorflow", "flax")
+
+
+def test_where_the_reference_and_the_next_one_crash_the_reports_are_written_all_the_same(tmp_path: Path) -> None:
+    case = Case(variant="tiny", spec=TINY, size=(32, 32), dtypes=("float64",), modes=("eval",))
+    with Session(["torch", "keras", "flax"]) as session:
+        kills = {"torch": "float64: eval", "keras:tensorflow": "float64: response 1 of 3"}
+
+        def progress(backend: str, step: str) -> None:
+            if kills.get(backend) == step:
+                os.kill(session.processes[backend].pid, signal.SIGKILL)
+
+        result = session.check(case, progress=progress)
+    assert not result.passed
+    assert set(result.failures) == {"torch", "keras:tensorflow"}
+    assert result.comparisons == ()
+    json_report.write_json(tmp_path / "out.json", [result])
+    junit_report.write_junit(tmp_path / "out.xml", [result])
+    failures = json.loads((tmp_path / "out.json").read_text())["failures"]
+    assert [failure["backend"] for failure in failures] == ["torch", "keras:tensorflow"]
+    assert (tmp_path / "out.xml").read_text().count("was killed by SIGKILL") == 2
 
 
 def test_a_crash_is_reported_with_the_last_output() -> None:

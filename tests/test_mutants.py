@@ -2,11 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from mutants.bench import Bench
-from mutants.catalogue import BASE, EQUIVALENTS, MUTANTS, SIZE, Equivalent, Mutant
+from mutants.catalogue import (
+    BASE,
+    EQUIVALENTS,
+    IMAGES_OF_ORDER,
+    MUTANTS,
+    OF_ORDER,
+    SIZE,
+    Equivalent,
+    Mutant,
+    OfOrder,
+)
 
 from common.backends.columns import ALIASES
 from common.images import sample_photos
@@ -45,6 +56,20 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
     assert failed, "the defect was not caught"
     assert (failed[0].level, *_where(failed[0])) == (mutant.level, mutant.section, mutant.at)
     assert failed[0].odd_one_out == ALIASES.get(mutant.backend, mutant.backend)
+
+
+@pytest.mark.parametrize("mutant", OF_ORDER, ids=lambda mutant: mutant.name)
+def test_what_depends_on_the_order_of_the_batch_is_a_finding_of_its_own(bench: Bench, mutant: OfOrder) -> None:
+    case = replace(_case({}, ("float64",)), batch=IMAGES_OF_ORDER)
+    compared = next(c for c in bench.check(case, mutant.backend, mutant.path) if not c.passed)
+    (found,) = compared.order_dependent
+    backend = ALIASES.get(mutant.backend, mutant.backend)
+    assert (compared.level, found.backend) == (mutant.level, backend)
+    assert (found.tensor.section, found.tensor.label) == (mutant.section, mutant.at)
+    assert found.ratio > 1e5
+    assert compared.odd_one_out == backend
+    # It is no excuse: the others are not taken for the same.
+    assert _where(compared) == (mutant.section, mutant.at)
 
 
 @pytest.mark.parametrize("equivalent", EQUIVALENTS, ids=lambda equivalent: equivalent.name)

@@ -101,10 +101,9 @@ def test_a_network_that_cannot_take_steps_is_refused(changes: dict[str, Any], sa
 def test_check_takes_the_steps_it_is_told_and_writes_what_it_found(tmp_path: Path) -> None:
     spec, out = tmp_path / "tiny.json", tmp_path / "out.json"
     spec.write_text(architectures.to_json(TINY))
-    options = ("--spec", spec, "--size", 32, "--mode", "steps", "--steps", 2)
-    done = run(
-        "check", *options, "--backends", "torch,keras", "--set", "lr=0.002", "--set", "nesterov=true", "--json", out
-    )
+    options = ("--spec", spec, "--size", 32, "--mode", "steps", "--backends", "torch,keras")
+    settings = ("--set", "steps=2", "--set", "lr=0.002", "--set", "nesterov=true")
+    done = run("check", *options, *settings, "--json", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 steps of sgd, learning_rate 0.002" in done.stdout
     found = json.loads(out.read_text())
@@ -135,6 +134,14 @@ def test_records_of_steps_made_one_by_one_compare_as_the_check_does(tmp_path: Pa
         (["--mode", "steps", "--recipe", "digit"], "did you mean 'digits'"),
         (["--mode", "steps", "--set", "momentum=2"], "momentum=2"),
         (["--mode", "steps", "--set", "speed=2"], "unknown field 'speed'"),
+        (
+            ["--mode", "steps", "--set", "batch_size=4"],
+            "--set batch_size means nothing in mode steps: every step takes",
+        ),
+        (["--mode", "steps", "--set", "seed=4"], "weights, crops and labels follow from --seed"),
+        (["--mode", "steps", "--set", "augmentation.flip=true"], "images are taken as they are"),
+        (["--mode", "steps", "--set", "epochs=2"], "--steps says how many"),
+        (["--mode", "steps", "--steps", "3", "--set", "steps=5"], "both --steps 3 and --set steps are given"),
         (["--mode", "steps", "--batch", "1", "--size", "32"], "leaves one value per channel"),
     ],
 )

@@ -241,12 +241,28 @@ def _case(
     )
 
 
+# Fields of a recipe that a check takes from elsewhere, or has no use for.
+_NOT_OF_STEPS = {
+    "batch_size": "every step takes --batch images",
+    "seed": "weights, crops and labels follow from --seed",
+    "epochs": "--steps says how many",
+    "augmentation": "images are taken as they are",
+}
+
+
 def _recipe(modes: Sequence[str], steps: int | None, name: str | None, settings: list[str] | None) -> TrainingRecipe:
     """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
     given = {"--steps": steps, "--recipe": name, "--set": settings}
     if unused := [option for option, value in given.items() if value and "steps" not in modes]:
         raise InputError(f"{' and '.join(unused)} say what mode steps does; add --mode steps")
-    return changed(recipes.find(name) if name else RECIPE, settings or []).replace(steps=steps or RECIPE.steps)
+    named = {setting.partition("=")[0].partition(".")[0] for setting in settings or []}
+    for field, instead in _NOT_OF_STEPS.items():
+        if field in named:
+            raise InputError(f"--set {field} means nothing in mode steps: {instead}")
+    if steps and "steps" in named:
+        raise InputError(f"both --steps {steps} and --set steps are given; give one of them")
+    recipe = changed(recipes.find(name) if name else RECIPE, settings or [])
+    return recipe if "steps" in named else recipe.replace(steps=steps or RECIPE.steps)
 
 
 def _size(text: str) -> tuple[int, int]:

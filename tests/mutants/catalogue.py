@@ -51,6 +51,25 @@ class OfTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfOrder:
+    """A defect that makes `backend` depend on the order of the batch, first in the array `at` of `section`."""
+
+    backend: str
+    plant: str
+    level: str
+    section: str
+    at: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.plant}"
+
+    @property
+    def path(self) -> str:
+        return f"tests.mutants.of_{self.backend}:{self.plant}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Equivalent:
     """A change that computes the same function, and why."""
 
@@ -145,6 +164,15 @@ MUTANTS = [
         ("variance_taken_for_deviation", "L1", "eval", "stem.norm"),
         ("dense_bias_shifted", "L0", "exact", "head.fc"),
     ),
+]
+
+# Of three images: what takes its neighbour's image in a ring is the same function of a batch that is rolled.
+IMAGES_OF_ORDER = 3
+OF_ORDER = [
+    OfOrder(backend="torch", plant="norm_over_half_the_batch", level="L1", section="train", at="stem.norm"),
+    OfOrder(backend="torch", plant="output_of_the_neighbour", level="L1", section="eval", at="stages.1.blocks.0.conv2"),
+    OfOrder(backend="keras", plant="dropout_left_on", level="L1", section="eval", at="stages.1.blocks.0.conv2"),
+    OfOrder(backend="flax", plant="float32_in_training_in_one_layer", level="L1", section="train", at="stem.norm"),
 ]
 
 # Changes to the recipe of the check. Every option that changes a step is in one of them.

@@ -52,6 +52,21 @@ def bfloat16_in_one_layer(backend: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def float32_in_training_in_one_layer(backend: Any) -> Iterator[None]:
+    """The stem's norm takes off the mean that float32 sums give."""
+
+    def narrowed(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        norm, y = context.module, call(*arguments, **options)
+        if norm.name != "bn_init" or norm.use_running_average or context.method_name != "__call__":
+            return y
+        x = arguments[0]
+        return y + x.mean((0, 1, 2)) - x.astype(jnp.float32).mean((0, 1, 2)).astype(x.dtype)
+
+    with nn.intercept_methods(narrowed):
+        yield
+
+
 fast_variance = replaced(layers, "BatchNorm", _with(layers.BatchNorm, use_fast_variance=True))
 
 

@@ -120,6 +120,31 @@ def dilation_forgotten(model: Any) -> None:
     conv.dilation = conv.padding = (1, 1)
 
 
+@after_build
+def norm_over_half_the_batch(model: Any) -> None:
+    """The statistics of the first images alone, as of one process of several that train together."""
+    if not isinstance(model.bn1, nn.BatchNorm2d):
+        return
+    norm, exact = model.bn1, model.bn1.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not norm.training:
+            return exact(x)
+        half = x[: len(x) // 2]
+        exact(half)
+        variance, mean = torch.var_mean(half.detach(), (0, 2, 3), correction=0)
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+    norm.forward = forward
+
+
+@after_build
+def output_of_the_neighbour(model: Any) -> None:
+    conv = model.layer2[0].conv2
+    if conv.weight.dtype == torch.float64:
+        conv.register_forward_hook(lambda module, inputs, output: output + 1e-9 * output.roll(1, 0))
+
+
 loss_is_the_sum = replaced(probe.F, "cross_entropy", lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, reduction="sum"))
 
 
