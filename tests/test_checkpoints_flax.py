@@ -192,7 +192,7 @@ def test_bfloat16_becomes_float32_exactly_with_a_note(tmp_path, writer):
     same(
         {"stem.norm.mean": found.weights["stem.norm.mean"]}, {"stem.norm.mean": tree["batch_stats"]["bn_init"]["mean"]}
     )
-    assert found.origin.notes == ("bfloat16 arrays are read as float32, exactly",)
+    assert found.origin.notes == (containers.BFLOAT16,)
 
 
 def test_arrays_in_pieces_load_bitwise(tmp_path, monkeypatch):

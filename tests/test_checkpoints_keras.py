@@ -238,7 +238,7 @@ def test_other_widths_of_numbers_read_bitwise(dtype: str, suffix: str, tmp_path:
         variable.assign(keras.random.normal(variable.shape, dtype="float32", seed=1))
     save(model, tmp_path / f"model{suffix}")
     found = checkpoints.read(tmp_path / f"model{suffix}")
-    assert ("bfloat16 read as float32, exactly" in found.origin.notes) == (dtype == "bfloat16")
+    assert ("bfloat16 is read as float32, exactly" in found.origin.notes) == (dtype == "bfloat16")
     names = KERAS_CLASSIC.arrays(BASIC)
     inside = {variable.path: variable for variable in model.variables}
     for name, array in found.weights.items():

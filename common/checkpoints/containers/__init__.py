@@ -3,11 +3,12 @@
 What the tensors are called, in which order they come and what stands beside them is the naming's; see `common.names`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -115,6 +116,36 @@ def stored(array: np.ndarray) -> Stored:
     return Stored(shape=array.shape, dtype=array.dtype.name, read=lambda: array)
 
 
-def widened_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16's bits, uint16: their upper half."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def source(
+    container: str,
+    tensors: Mapping[str, Stored],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    notes: Iterable[str] = (),
+) -> Source:
+    """A `Source` of NumPy's types alone: what is stored as bfloat16, and reads as its bits, is read as float32."""
+    narrow = {name: tensor for name, tensor in tensors.items() if tensor.dtype == "bfloat16"}
+    wide = {
+        name: Stored(shape=tensor.shape, dtype="float32", read=partial(_widened, tensor))
+        for name, tensor in narrow.items()
+    }
+    found = (*notes, *([BFLOAT16] if narrow else []))
+    return Source(container=container, tensors={**tensors, **wide}, metadata=metadata or {}, notes=found)
+
+
+BFLOAT16 = "bfloat16 is read as float32, exactly"
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of an element."""
+    return raw_type(dtype).itemsize
+
+
+def raw_type(dtype: str) -> np.dtype[Any]:
+    """The type as which NumPy reads what is stored: bits of a bfloat16, which it does not have."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def _widened(tensor: Stored) -> np.ndarray:
+    """A bfloat16 is the upper half of a float32."""
+    return (tensor.read().astype(np.uint32) << 16).view(np.float32)

@@ -21,7 +21,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 
 from common.architectures.layers import Shape
-from common.checkpoints.containers import Source, Stored, widened_bfloat16
+from common.checkpoints.containers import Source, Stored, source
 from common.checkpoints.containers.hdf5_text import text_attribute
 from common.errors import CheckpointError
 from common.files import reason, written
@@ -68,11 +68,7 @@ def read(path: Path) -> Source:
         found = _Datasets(file, content)
         keras_3 = any(name in file for name in _LAYERS)
         tensors = found.of_keras_3() if keras_3 else found.of_legacy()
-    return Source(
-        container="Keras archive" if archived else "Keras 3 weights" if keras_3 else "Keras legacy HDF5",
-        tensors=tensors,
-        notes=tuple(found.notes),
-    )
+    return source("Keras archive" if archived else "Keras 3 weights" if keras_3 else "Keras legacy HDF5", tensors)
 
 
 def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
@@ -93,7 +89,6 @@ class _Datasets:
     """Every dataset of a file, checked before any of it is read."""
 
     def __init__(self, file: h5py.File, content: np.ndarray) -> None:
-        self.notes: list[str] = []
         self._file = file
         self._content = content
         self._left = max(_EXPANSION * content.size, _ALWAYS)
@@ -183,19 +178,16 @@ class _Datasets:
             )
         if dataset.chunks is not None:
             _check_filters(name, dataset)
-        if bfloat16:
-            note = "bfloat16 read as float32, exactly"
-            self.notes += [] if note in self.notes else [note]
-        native = np.dtype(np.float32) if bfloat16 else dtype.newbyteorder("=")
-        return Stored(shape=dataset.shape, dtype=native.name, read=partial(_read, name, dataset, native, bfloat16))
+        stored = "bfloat16" if bfloat16 else dtype.newbyteorder("=").name
+        return Stored(shape=dataset.shape, dtype=stored, read=partial(_read, name, dataset, stored))
 
 
-def _read(name: str, dataset: h5py.Dataset, dtype: np.dtype, bfloat16: bool) -> np.ndarray:
+def _read(name: str, dataset: h5py.Dataset, stored: str) -> np.ndarray:
     with _damage():
         if dataset.chunks is not None:
             _check_chunks(name, dataset)
         array = np.asarray(dataset[()])
-        return widened_bfloat16(array.view(np.uint16)) if bfloat16 else array.astype(dtype, copy=False)
+        return array.view(np.uint16) if stored == "bfloat16" else array.astype(stored, copy=False)
 
 
 def _check_chunks(name: str, dataset: h5py.Dataset) -> None:

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 
 from common.architectures.layers import Shape
-from common.checkpoints.containers import Source, Stored
+from common.checkpoints.containers import Source, Stored, raw_type
 from common.checkpoints.containers.trees import DTYPES, variables
 from common.errors import CheckpointError
 from common.files import reason, written
@@ -173,8 +173,7 @@ def _listed(node: Any) -> list[Any]:
 
 def _read(pieces: list[_Array], shape: Shape) -> np.ndarray:
     """An array, a view of the bytes that were unpacked; only pieces must be copied together."""
-    dtype = np.dtype("uint16" if pieces[0].dtype == "bfloat16" else pieces[0].dtype)
-    flat = [np.frombuffer(piece.data, dtype) for piece in pieces]
+    flat = [np.frombuffer(piece.data, raw_type(piece.dtype)) for piece in pieces]
     return (flat[0] if len(flat) == 1 else np.concatenate(flat)).reshape(shape)
 
 

@@ -18,15 +18,13 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 
 from common.architectures.layers import Shape
-from common.checkpoints.containers import Source
+from common.checkpoints.containers import Source, item_size, raw_type, source
 from common.checkpoints.containers.pickled import MOST_BYTES, shown
 from common.checkpoints.containers.state_dict import (
     WRITTEN,
     Storage,
-    item_size,
     little,
     mapped,
-    raw_type,
     storage_type,
     tensors_in,
     unpickled,
@@ -77,7 +75,9 @@ def read(path: Path) -> Source:
     sign: Literal["<", ">"] = "<" if order == "little" else ">"
 
     # The pickle names a storage once for each of its views; its checksum is wanted once.
-    values = cache(lambda key, dtype: _data(file, entries[f"{folder}data/{key}"]).view(raw_type(dtype, sign)))
+    values = cache(
+        lambda key, dtype: _data(file, entries[f"{folder}data/{key}"]).view(raw_type(dtype).newbyteorder(sign))
+    )
 
     def persistent(identity: Any) -> Storage:
         match identity:
@@ -95,7 +95,7 @@ def read(path: Path) -> Source:
     if pickle.file_size > MOST_BYTES:
         raise CheckpointError(f"data.pkl has {pickle.file_size} bytes; no state_dict has more than {MOST_BYTES}")
     tensors, notes = tensors_in(unpickled(BytesIO(_data(file, pickle).data), persistent))
-    return Source(container="PyTorch zip", tensors=tensors, notes=notes)
+    return source("PyTorch zip", tensors, notes=notes)
 
 
 def _entries(path: Path, size: int) -> dict[str, ZipInfo]:

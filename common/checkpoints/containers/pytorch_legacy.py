@@ -12,13 +12,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from common.checkpoints.containers import Source
+from common.checkpoints.containers import Source, item_size, raw_type, source
 from common.checkpoints.containers.pickled import MOST_BYTES, shown
 from common.checkpoints.containers.state_dict import (
     Storage,
-    item_size,
     mapped,
-    raw_type,
     storage_type,
     tensors_in,
     unpickled,
@@ -60,7 +58,7 @@ def read(path: Path) -> Source:
     starts: dict[str, int] = {}
 
     def values(key: str, first: int, numel: int) -> np.ndarray:
-        dtype = raw_type(storages[key][0])
+        dtype = raw_type(storages[key][0]).newbyteorder("<")
         start = starts[key] + first * dtype.itemsize
         return file[start : start + numel * dtype.itemsize].view(dtype)
 
@@ -90,7 +88,7 @@ def read(path: Path) -> Source:
         raise CheckpointError("its list of storages is not that of its tensors; fetch or make the file again")
     starts |= _starts(file, stream, [str(key) for key in keys], storages)
     tensors, notes = tensors_in(root)
-    return Source(container="PyTorch, before 1.6", tensors=tensors, notes=notes)
+    return source("PyTorch, before 1.6", tensors, notes=notes)
 
 
 def _is_ours(head: bytes) -> bool:

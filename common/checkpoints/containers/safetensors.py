@@ -11,15 +11,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.checkpoints.containers import Source, Stored
+from common.checkpoints.containers import Source, Stored, raw_type, source
 from common.checkpoints.containers.pickled import shown
 from common.checkpoints.containers.state_dict import (
-    BFLOAT16,
+    aligned,
     little,
-    raw_type,
     renamed,
-    widened,
-    widened_type,
 )
 from common.errors import CheckpointError
 from common.files import DTYPES, Entry, entries, written
@@ -57,12 +54,10 @@ def read(path: Path) -> Source:
     if path.is_dir():
         path = path / SINGLE if (path / SINGLE).is_file() else path / INDEX
     sharded = _is_index(path)
-    stored, types, metadata = (_indexed if sharded else _tensors)(path)
+    stored, metadata = (_indexed if sharded else _tensors)(path)
     tensors, notes = renamed(stored)
-    if "BF16" in types:
-        notes = (BFLOAT16, *notes)
     container = "safetensors, sharded" if sharded else "safetensors"
-    return Source(container=container, tensors=tensors, metadata=metadata, notes=notes)
+    return source(container, tensors, metadata=metadata, notes=notes)
 
 
 def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
@@ -72,8 +67,8 @@ def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
         save_file({name: little(arrays[name], name) for name in arrays}, beside, dict(metadata))
 
 
-def _tensors(path: Path) -> tuple[dict[str, Stored], set[str], Mapping[str, str]]:
-    """Tensors, the types they are stored as, and metadata of one file."""
+def _tensors(path: Path) -> tuple[dict[str, Stored], Mapping[str, str]]:
+    """Tensors and metadata of one file."""
     found, metadata = entries(path, CheckpointError)
     for name, entry in found.items():
         if entry.dtype not in _TYPES:
@@ -84,18 +79,18 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], set[str], Mapping[str, str]
             raise CheckpointError(f"{shown(name)} has a shape that is none; fetch or make the file again")
     tensors = {
         name: Stored(
-            shape=entry.shape, dtype=widened_type(_TYPES[entry.dtype]), read=partial(_read, entry, _TYPES[entry.dtype])
+            shape=entry.shape, dtype=_TYPES[entry.dtype], read=partial(_read, entry, raw_type(_TYPES[entry.dtype]))
         )
         for name, entry in found.items()
     }
-    return tensors, {entry.dtype for entry in found.values()}, metadata
+    return tensors, metadata
 
 
-def _read(entry: Entry, dtype: str) -> np.ndarray:
-    return widened(entry.raw.view(raw_type(dtype)).reshape(entry.shape), dtype)
+def _read(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    return aligned(entry.raw.view(dtype).reshape(entry.shape))
 
 
-def _indexed(path: Path) -> tuple[dict[str, Stored], set[str], Mapping[str, str]]:
+def _indexed(path: Path) -> tuple[dict[str, Stored], Mapping[str, str]]:
     """The tensors of all files that an index names, each in the file that it is listed in."""
     if path.stat().st_size > _MOST_JSON:
         raise CheckpointError(f"an index of more than {_MOST_JSON} bytes")
@@ -110,11 +105,10 @@ def _indexed(path: Path) -> tuple[dict[str, Stored], set[str], Mapping[str, str]
     if len(shards) > _MOST_SHARDS:
         raise CheckpointError(f"the index names {len(shards)} files; expected at most {_MOST_SHARDS}")
     tensors: dict[str, Stored] = {}
-    types: set[str] = set()
     metadata: dict[str, str] = {}
     for shard in shards:
         try:
-            inside, more, about = _tensors(_shard(path.parent, shard))
+            inside, about = _tensors(_shard(path.parent, shard))
         except CheckpointError as error:
             raise CheckpointError(f"{shown(shard)}: {error}") from None
         here = {name for name, file_name in listed.items() if file_name == shard}
@@ -122,9 +116,8 @@ def _indexed(path: Path) -> tuple[dict[str, Stored], set[str], Mapping[str, str]
             some = ", ".join(map(shown, sorted(here ^ inside.keys())[:4]))
             raise CheckpointError(f"the index and {shown(shard)} do not agree on what is in it: {some}")
         tensors |= inside
-        types |= more
         metadata |= about
-    return {name: tensors[name] for name in listed}, types, metadata
+    return {name: tensors[name] for name in listed}, metadata
 
 
 def _shard(folder: Path, name: str) -> Path:

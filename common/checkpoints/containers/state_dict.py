@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 
 from common.architectures.layers import Shape
-from common.checkpoints.containers import Stored, pickled, widened_bfloat16
+from common.checkpoints.containers import Stored, pickled
 from common.checkpoints.containers.pickled import Data, Inert, shown
 from common.errors import CheckpointError
 from common.files import reason
@@ -155,28 +155,6 @@ def storage_type(named: object) -> str:
     return dtype
 
 
-def item_size(dtype: str) -> int:
-    """Bytes of an element."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-
-def raw_type(dtype: str, order: Literal["<", ">"] = "<") -> np.dtype[Any]:
-    """The type as which elements are stored, in a byte order."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder(order)
-
-
-def widened(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored elements as NumPy's own type: aligned, of this machine's byte order, bfloat16 exactly as float32."""
-    array = np.require(array, requirements=["A"])
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return widened_bfloat16(array) if dtype == "bfloat16" else array
-
-
-def widened_type(dtype: str) -> str:
-    """NumPy's name of what `widened` returns."""
-    return "float32" if dtype == "bfloat16" else dtype
-
-
 def tensors_in(root: object) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """The weights in a pickled object, and notes on what was around them.
 
@@ -189,13 +167,14 @@ def tensors_in(root: object) -> tuple[dict[str, Stored], tuple[str, ...]]:
     if left := [shown(name) for name in state if name not in found]:
         notes.append(f"left out what is no tensor: {_some(left)}")
     tensors = {str(name): _stored(str(name), tensor) for name, tensor in found.items()}
-    if any(tensor.storage.dtype == "bfloat16" for tensor in found.values()):
-        notes.append(BFLOAT16)
     tensors, more = renamed(tensors)
     return tensors, (*notes, *more)
 
 
-BFLOAT16 = "bfloat16 was widened to float32, which is exact"
+def aligned(array: np.ndarray) -> np.ndarray:
+    """Stored elements in this machine's byte order, where it can compute with them."""
+    array = np.require(array, requirements=["A"])
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def renamed(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], tuple[str, ...]]:
@@ -264,7 +243,7 @@ def _stored(name: str, tensor: _Tensor) -> Stored:
         raise CheckpointError(f"{shown(name)} reaches element {end} of a storage with {storage.numel}")
     if size > max(storage.numel, _MOST_EXPANDED):
         raise CheckpointError(f"{shown(name)} claims {size} elements of a storage with {storage.numel}; refused")
-    return Stored(shape=tensor.shape, dtype=widened_type(storage.dtype), read=partial(_read, tensor))
+    return Stored(shape=tensor.shape, dtype=storage.dtype, read=partial(_read, tensor))
 
 
 def _read(tensor: _Tensor) -> np.ndarray:
@@ -274,7 +253,7 @@ def _read(tensor: _Tensor) -> np.ndarray:
     axes = zip(tensor.shape, tensor.strides, strict=True)
     strides = [stride * flat.itemsize if length > 1 else 0 for length, stride in axes]
     view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-    return widened(view, storage.dtype)
+    return aligned(view)
 
 
 def little(array: np.ndarray, name: str) -> np.ndarray:

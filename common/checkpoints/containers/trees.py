@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from common.checkpoints.containers import Source, Stored, widened_bfloat16
+from common.checkpoints.containers import Source, Stored, source
 from common.errors import CheckpointError
 from common.names.roles import FLAX
 
@@ -32,18 +32,10 @@ def variables(leaves: Mapping[str, Stored | None], container: str, notes: Iterab
         if name in tensors:
             raise CheckpointError(f"{name} is there twice, inside and outside {prefix.removesuffix('/')!r}")
         if leaf is not None and leaf.dtype in DTYPES:
-            tensors[name] = _readable(leaf)
+            tensors[name] = leaf
         elif name.partition("/")[0] in _COLLECTIONS:
             what = "no array" if leaf is None else f"of dtype {leaf.dtype}"
             raise CheckpointError(
                 f"{path} is {what}; expected an array of float32 or another type of NumPy, or bfloat16"
             )
-    if any(leaf is not None and leaf.dtype == "bfloat16" for leaf in leaves.values()):
-        found.append("bfloat16 arrays are read as float32, exactly")
-    return Source(container=container, tensors=tensors, notes=tuple(found))
-
-
-def _readable(leaf: Stored) -> Stored:
-    if leaf.dtype != "bfloat16":
-        return leaf
-    return Stored(shape=leaf.shape, dtype="float32", read=lambda: widened_bfloat16(leaf.read()))
+    return source(container, tensors, notes=found)
