@@ -79,7 +79,8 @@ def test_resnet50_is_one_function_in_three_frameworks(session: Session) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", architectures.variants())
 def test_every_named_variant_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
-    result = check(session, name, SMALL.get(name, 64))
+    size = architectures.find(name).input_size or (SMALL.get(name, 64),) * 2
+    result = check(session, name, size)
     assert result.passed, explain(result)
 
 
