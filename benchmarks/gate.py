@@ -37,7 +37,7 @@ from common.parity.session import Session
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 from mutants.bench import Bench  # noqa: E402
-from mutants.catalogue import BASE, MUTANTS, SIZE  # noqa: E402
+from mutants.catalogue import MUTANTS  # noqa: E402
 
 COLUMNS = ("torch", "keras:tensorflow", "flax")
 PAIRS = tuple(combinations(range(len(COLUMNS)), 2))
@@ -212,9 +212,8 @@ def show_mutants() -> None:
         for mutant in MUTANTS:
             if mutant.level != "L1" or mutant.section == "weights":
                 continue
-            spec = BASE.replace(**mutant.changes)
             photos = tuple(sample_photos())
-            case = Case(variant="mutant", spec=spec, size=SIZE, photos=photos, dtypes=("float64",))
+            case = Case(variant="mutant", spec=mutant.spec, size=mutant.size, photos=photos, dtypes=("float64",))
             (compared,) = (c for c in bench.check(case, mutant.backend, mutant.path) if c.level == "L1")
             backend = ALIASES.get(mutant.backend, mutant.backend)
             there = [

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from mutants.bench import Bench
@@ -19,6 +18,7 @@ from mutants.catalogue import (
     OfOrder,
 )
 
+from common.architectures import Spec
 from common.backends.columns import ALIASES
 from common.images import sample_photos
 from common.parity.case import DTYPES, Case
@@ -32,9 +32,8 @@ def bench(session: Session) -> Iterator[Bench]:
         yield Bench(session, stack)
 
 
-def _case(changes: dict[str, Any], dtypes: tuple[str, ...]) -> Case:
-    spec = BASE.replace(**changes)
-    return Case(variant="mutant", spec=spec, size=SIZE, photos=tuple(sample_photos()), dtypes=dtypes)
+def _case(spec: Spec, size: tuple[int, int], dtypes: tuple[str, ...]) -> Case:
+    return Case(variant="mutant", spec=spec, size=size, photos=tuple(sample_photos()), dtypes=dtypes)
 
 
 def _where(compared: Comparison) -> tuple[str, str]:
@@ -51,7 +50,7 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
 ) -> None:
     # Float32 is needed for what only float32 shows.
     dtypes = DTYPES if mutant.level == "L2" else ("float64",)
-    compared = bench.check(_case(mutant.changes, dtypes), mutant.backend, mutant.path)
+    compared = bench.check(_case(mutant.spec, mutant.size, dtypes), mutant.backend, mutant.path)
     failed = [comparison for comparison in compared if not comparison.passed]
     assert failed, "the defect was not caught"
     assert (failed[0].level, *_where(failed[0])) == (mutant.level, mutant.section, mutant.at)
@@ -60,7 +59,7 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
 
 @pytest.mark.parametrize("mutant", OF_ORDER, ids=lambda mutant: mutant.name)
 def test_what_depends_on_the_order_of_the_batch_is_a_finding_of_its_own(bench: Bench, mutant: OfOrder) -> None:
-    case = replace(_case({}, ("float64",)), batch=IMAGES_OF_ORDER)
+    case = replace(_case(BASE, SIZE, ("float64",)), batch=IMAGES_OF_ORDER)
     compared = next(c for c in bench.check(case, mutant.backend, mutant.path) if not c.passed)
     (found,) = compared.order_dependent
     backend = ALIASES.get(mutant.backend, mutant.backend)
@@ -74,7 +73,7 @@ def test_what_depends_on_the_order_of_the_batch_is_a_finding_of_its_own(bench: B
 
 @pytest.mark.parametrize("equivalent", EQUIVALENTS, ids=lambda equivalent: equivalent.name)
 def test_a_change_that_computes_the_same_function_is_not_a_defect(bench: Bench, equivalent: Equivalent) -> None:
-    compared = bench.check(_case(equivalent.changes, DTYPES), equivalent.backend, equivalent.path)
+    compared = bench.check(_case(BASE.replace(**equivalent.changes), SIZE, DTYPES), equivalent.backend, equivalent.path)
     assert all(comparison.passed for comparison in compared), equivalent.why
 
 

@@ -3,12 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.architectures import Spec
 from common.architectures.resnet import ResNetSpec
+from common.architectures.vgg import VGGSpec
 
 # Small enough to run in a second and with everything a large one has: a stage that strides, blocks with and without
 # projection, the pool. Size 32 is even, so that SAME padding is not symmetric.
 BASE = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(8, 16), stem_width=8, classes=10)
 SIZE = (32, 32)
+# Maps of 17 by 15 pixels before the last pool and of 8 by 7 behind it: windows that overlap, and a pixel left over.
+VGG = VGGSpec(convs=(1, 2), widths=(8, 12), hidden=(16, 12), dropout=(0.5, 0.25), classes=10, map_size=(3, 3))
+VGG_SIZE = (34, 30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,7 @@ class Mutant:
     level: str
     section: str
     at: str
+    base: Spec = BASE
     changes: dict[str, Any] = field(default_factory=dict)  # to the spec
 
     @property
@@ -29,6 +35,14 @@ class Mutant:
     @property
     def path(self) -> str:
         return f"tests.mutants.of_{self.backend}:{self.plant}"
+
+    @property
+    def spec(self) -> Spec:
+        return self.base.replace(**self.changes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return VGG_SIZE if self.base is VGG else SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +101,12 @@ class Equivalent:
         return f"tests.mutants.of_{self.backend}:{self.plant}"
 
 
-def _of(backend: str, *rows: tuple[str, str, str, str] | tuple[str, str, str, str, dict[str, Any]]) -> list[Mutant]:
+Row = tuple[str, str, str, str] | tuple[str, str, str, str, dict[str, Any]]
+
+
+def _of(backend: str, *rows: Row, base: Spec = BASE) -> list[Mutant]:
     return [
-        Mutant(backend=backend, plant=plant, level=level, section=section, at=at, changes=dict(*changes))
+        Mutant(backend=backend, plant=plant, level=level, section=section, at=at, base=base, changes=dict(*changes))
         for plant, level, section, at, *changes in rows
     ]
 
@@ -163,6 +180,30 @@ MUTANTS = [
         ("last_gammas_stay_zero", "L1", "weights", "stages.0.blocks.0.norm3.scale"),
         ("variance_taken_for_deviation", "L1", "eval", "stem.norm"),
         ("dense_bias_shifted", "L0", "exact", "head.fc"),
+    ),
+    *_of(
+        "torch",
+        ("dense_rows_channels_first", "L0", "exact", "head.fc1"),
+        ("adaptive_pool_resized", "L1", "eval", "head.pool"),
+        ("no_relu_between_dense_layers", "L0", "exact", "head.relu1"),
+        ("dropout_left_on", "L1", "eval", "head.dropout1"),
+        ("softmax_twice", "L1", "eval", "head.softmax", {"head": "softmax"}),
+        base=VGG,
+    ),
+    *_of(
+        "keras",
+        ("adaptive_pool_by_strides", "L0", "exact", "head.pool"),
+        ("pool_keeps_the_last_pixel", "L0", "exact", "blocks.1.pool"),
+        ("no_bias_under_a_norm", "L0", "exact", "blocks.0.conv1", {"norm": True}),
+        ("dropout_does_not_scale", "L1", "train", "head.dropout1"),
+        base=VGG,
+    ),
+    *_of(
+        "flax",
+        ("adaptive_windows_do_not_overlap", "L0", "exact", "head.pool"),
+        ("one_rate_for_every_dropout", "L1", "train", "head.dropout2"),
+        ("dense_layers_share_the_first_bias", "L0", "exact", "head.fc2", {"hidden": (16, 16), "dropout": (0.5, 0.25)}),
+        base=VGG,
     ),
 ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet
+from resnet_flax import layers, resnet, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -88,6 +88,20 @@ def variance_taken_for_deviation(weights: dict[str, Any]) -> dict[str, Any]:
 @in_loading
 def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
+
+
+# VGG.
+
+adaptive_windows_do_not_overlap = replaced(
+    layers, "adaptive_windows", lambda size, cells: [(i * size // cells, (i + 1) * size // cells) for i in range(cells)]
+)
+_dropout = nn.Dropout
+one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _with(_dropout, rate=0.5))
+
+
+@in_loading
+def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]:
+    return weights | {"head.fc2.bias": weights["head.fc1.bias"]}
 
 
 # Equivalents.

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from resnet_keras import layers as own
 from resnet_keras import resnet
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
@@ -123,6 +124,37 @@ def bias_not_loaded(weights: dict[str, Any]) -> dict[str, Any]:
 @in_loading
 def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
+
+
+# VGG.
+
+
+def _strided(size: int, cells: int) -> list[tuple[int, int]]:
+    """Windows of one size at one stride, which end where the map does."""
+    stride = size // cells
+    return [(i * stride, i * stride + size - (cells - 1) * stride) for i in range(cells)]
+
+
+adaptive_pool_by_strides = replaced(own, "adaptive_windows", _strided)
+
+
+@after_build
+def pool_keeps_the_last_pixel(model: Any) -> None:
+    """What ceil mode does where a pixel is left over: it gets a window of its own."""
+    for pool in _all(model, layers.MaxPooling2D):
+        pool.padding = "same"
+
+
+@after_build
+def no_bias_under_a_norm(model: Any) -> None:
+    for conv in _all(model, layers.Conv2D):
+        conv.use_bias = False
+
+
+@after_build
+def dropout_does_not_scale(model: Any) -> None:
+    for dropout in _all(model, layers.Dropout):
+        dropout.rate = 0.0
 
 
 # Equivalents.

@@ -199,6 +199,42 @@ def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
 
 
+# VGG.
+
+
+@in_loading
+def dense_rows_channels_first(weights: dict[str, Any]) -> dict[str, Any]:
+    """Rows in the order of channel, height and width, as PyTorch flattens, where they are of height, width, channel."""
+    kernel = weights["head.fc1.kernel"]
+    rows = kernel.reshape(9, -1, kernel.shape[1]).swapaxes(0, 1)
+    return weights | {"head.fc1.kernel": rows.reshape(kernel.shape)}
+
+
+@after_build
+def adaptive_pool_resized(model: Any) -> None:
+    """An interpolation to the same size."""
+    if isinstance(model.avgpool, nn.AdaptiveAvgPool2d):
+        model.avgpool.forward = lambda x: F.interpolate(x, (3, 3), mode="bilinear")
+
+
+@after_build
+def no_relu_between_dense_layers(model: Any) -> None:
+    model.classifier[1] = nn.Identity()
+
+
+@after_build
+def dropout_left_on(model: Any) -> None:
+    for module in model.classifier:
+        if isinstance(module, nn.Dropout):
+            module.register_forward_pre_hook(lambda module, inputs: module.train() and None)
+
+
+@after_build
+def softmax_twice(model: Any) -> None:
+    if model.softmax is not None:
+        model.softmax = nn.Sequential(nn.Softmax(dim=1), nn.Softmax(dim=1))
+
+
 # Equivalents.
 
 
