@@ -186,7 +186,6 @@ MUTANTS = [
         ("dense_rows_channels_first", "L0", "exact", "head.fc1"),
         ("adaptive_pool_resized", "L1", "eval", "head.pool"),
         ("no_relu_between_dense_layers", "L0", "exact", "head.relu1"),
-        ("dropout_left_on", "L1", "eval", "head.dropout1"),
         ("softmax_twice", "L1", "eval", "head.softmax", {"head": "softmax"}),
         base=VGG,
     ),
@@ -196,6 +195,7 @@ MUTANTS = [
         ("pool_keeps_the_last_pixel", "L0", "exact", "blocks.1.pool"),
         ("no_bias_under_a_norm", "L0", "exact", "blocks.0.conv1", {"norm": True}),
         ("dropout_does_not_scale", "L1", "train", "head.dropout1"),
+        ("dropout_left_on", "L1", "eval", "head.dropout1"),
         base=VGG,
     ),
     *_of(

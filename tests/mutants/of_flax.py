@@ -95,8 +95,15 @@ def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
 adaptive_windows_do_not_overlap = replaced(
     layers, "adaptive_windows", lambda size, cells: [(i * size // cells, (i + 1) * size // cells) for i in range(cells)]
 )
-_dropout = nn.Dropout
-one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _with(_dropout, rate=0.5))
+
+
+class _OneRate(nn.Dropout):
+    def __post_init__(self) -> None:
+        self.rate = 0.5
+        super().__post_init__()
+
+
+one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _OneRate)
 
 
 @in_loading

@@ -145,16 +145,22 @@ def pool_keeps_the_last_pixel(model: Any) -> None:
         pool.padding = "same"
 
 
-@after_build
-def no_bias_under_a_norm(model: Any) -> None:
-    for conv in _all(model, layers.Conv2D):
-        conv.use_bias = False
+@in_loading
+def no_bias_under_a_norm(weights: dict[str, Any]) -> dict[str, Any]:
+    """As in a port whose convolutions have none where a norm follows: in training mode it makes no difference."""
+    return {name: array * 0 if ".conv" in name and name.endswith("bias") else array for name, array in weights.items()}
 
 
 @after_build
 def dropout_does_not_scale(model: Any) -> None:
     for dropout in _all(model, layers.Dropout):
         dropout.rate = 0.0
+
+
+@after_build
+def dropout_left_on(model: Any) -> None:
+    for dropout in _all(model, layers.Dropout):
+        dropout.call = lambda inputs, training=None, own=dropout.call: own(inputs, training=True)
 
 
 # Equivalents.

@@ -223,13 +223,6 @@ def no_relu_between_dense_layers(model: Any) -> None:
 
 
 @after_build
-def dropout_left_on(model: Any) -> None:
-    for module in model.classifier:
-        if isinstance(module, nn.Dropout):
-            module.register_forward_pre_hook(lambda module, inputs: module.train() and None)
-
-
-@after_build
 def softmax_twice(model: Any) -> None:
     if model.softmax is not None:
         model.softmax = nn.Sequential(nn.Softmax(dim=1), nn.Softmax(dim=1))
