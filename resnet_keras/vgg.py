@@ -12,6 +12,7 @@ from keras import layers
 
 from common.architectures.vgg import CONVENTIONS, VARIANTS, VGGSpec
 from common.checkpoints import Given
+from common.names.vgg import KERAS_APPLICATIONS
 from resnet_keras import applications
 from resnet_keras.layers import AdaptivePooling2D, UnbiasedBatchNormalization, channel_axis
 
@@ -55,20 +56,7 @@ def _vgg(x: Any, spec: VGGSpec, data_format: str, kernel_initializer: Any) -> An
 
 def layer_names(spec: VGGSpec) -> dict[str, str]:
     """Name of the Keras layer for every layer of the walk, by canonical path."""
-    names = {"pool": "pool", "flatten": "flatten", "fc": "predictions", "softmax": "predictions_softmax"}
-    table: dict[str, str] = {}
-    for layer in spec.layers:
-        where, *block, part = layer.path.split(".")
-        kind = part.rstrip("0123456789")
-        if where == "blocks":
-            part = part.replace("norm", "bn")
-            table[layer.path] = f"block{int(block[0]) + 1}_{part}"
-        elif part in names:
-            table[layer.path] = names[part]
-        else:
-            number = part.removeprefix(kind)
-            table[layer.path] = f"fc{number}" if kind == "fc" else f"fc{number}_{kind}"
-    return table
+    return dict(KERAS_APPLICATIONS.layers(spec))
 
 
 def from_spec(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.architectures.vgg import VARIANTS, VGGSpec
 from common.checkpoints import Given, adopt, weights_for
+from common.names.vgg import TORCHVISION
 from resnet_torch.layers import Node, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_weights
 
@@ -100,33 +101,9 @@ def _classifier(spec: VGGSpec) -> nn.Sequential:
 
 def nodes(spec: VGGSpec) -> dict[str, Node]:
     """Canonical path of every layer of the walk -> its node; `Node.module` names the module that holds its arrays."""
-    names = {
-        "head.pool": Node("avgpool", "avgpool"),
-        # Before it, while the axes are there to be put in canonical order.
-        "head.flatten": Node("flatten", "avgpool"),
-        "head.softmax": Node("softmax", "softmax"),
-    }
-    table: dict[str, Node] = {}
-    feature = 0
-    for layer in spec.layers:
-        where, _, part = layer.path.partition(".")
-        if where == "blocks":
-            table[layer.path] = Node(f"features.{feature}", f"features.{feature}")
-            feature += 1
-        elif layer.path in names:
-            table[layer.path] = names[layer.path]
-        else:
-            name = f"classifier.{classifier_index(part, len(spec.hidden))}"
-            table[layer.path] = Node(name, name)
-    return table
-
-
-def classifier_index(part: str, hidden: int) -> int:
-    """Number of the module in `VGG.classifier` for a part of the head: ``fc1``, ``relu1``, ``dropout1``, …, ``fc``."""
-    if part == "fc":
-        return 3 * hidden
-    kind = part.rstrip("0123456789")
-    return 3 * (int(part.removeprefix(kind)) - 1) + ("fc", "relu", "dropout").index(kind)
+    table = {path: Node(name, name) for path, name in TORCHVISION.layers(spec).items()}
+    # What is flattened, while its axes are there to be put in canonical order.
+    return table | {layer.path: Node("flatten", "avgpool") for layer in spec.layers if layer.kind == "flatten"}
 
 
 def from_spec(spec: VGGSpec, *, weights: Given | None = None, init_weights: bool = True) -> VGG:

@@ -29,7 +29,7 @@ class KnownWeights:
         """The network these weights belong to, under the convention they were trained with."""
         named = self.variant if self.convention == "torchvision" else f"{self.variant}.{self.convention}"
         spec = architectures.find(named)
-        return spec.replace(head="none") if self.reference.endswith(":notop") else spec
+        return spec.with_head(head="none", pool="average") if self.reference.endswith(":notop") else spec
 
 
 @cache
