@@ -7,16 +7,22 @@ import sys
 from dataclasses import replace
 from math import prod
 
+import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from common import architectures
+from common import architectures, checkpoints
+from common import weights as canonical
 from common.architectures.layers import AdaptivePool, adaptive_windows, multiply_adds, output_shapes
 from common.architectures.vgg import VARIANTS, VGGSpec
-from common.errors import SpecError
-from common.images import sample_photos
+from common.checkpoints import Checkpoint
+from common.errors import CheckpointError, SpecError, WeightsError
+from common.images import PRESETS, sample_photos
+from common.names.vgg import KERAS_APPLICATIONS
 from common.parity.case import Case
 from common.parity.session import Session
+from common.sources.known_weights import table
 from tests.test_parity import explain
 
 PHOTOS = tuple(sample_photos())
@@ -422,3 +428,119 @@ def test_windows_cover_the_map_and_are_the_identity_where_there_are_as_many():
 def test_every_kind_of_vgg_is_one_function_in_three_frameworks(session: Session, spec: VGGSpec) -> None:
     result = session.check(Case(variant=KINDS[spec], spec=spec, size=(64, 65), photos=PHOTOS, dtypes=("float64",)))
     assert result.passed, explain(result)
+
+
+def checkpoint(spec: VGGSpec) -> Checkpoint:
+    return Checkpoint(spec=spec, weights=canonical.randomize(spec, 0), preprocessing=PRESETS["torchvision"])
+
+
+def arrays(weights):
+    return {name: np.array(weights[name]) for name in weights}
+
+
+class TestNames:
+    # Foreign names show a depth that has a name, at any width.
+    PLAIN = VGGSpec(convs=(1, 1, 2, 2, 2), widths=(4, 5, 6, 7, 8), hidden=(12, 9), classes=7)
+    NORMED = PLAIN.replace(norm=True)
+
+    @pytest.mark.parametrize(
+        ("name", "to"),
+        [
+            ("a.pth", "torchvision"),
+            ("a.safetensors", "torchvision"),
+            ("a.safetensors", "timm"),
+            ("a.safetensors", "canonical"),
+            ("a.msgpack", "flax"),
+        ],
+    )
+    def test_a_file_in_any_names_gives_back_the_spec_and_every_bit(self, tmp_path, name, to):
+        made = checkpoint(self.NORMED)
+        checkpoints.write(tmp_path / name, made, to)
+        found = checkpoints.read(tmp_path / name)
+        assert (found.spec, found.origin.format) == (self.NORMED, to)
+        for array, values in arrays(found.weights).items():
+            assert np.array_equal(values, made.weights[array]), array
+
+    @pytest.mark.parametrize("name", ["a.h5", "a.weights.h5"])
+    def test_files_of_keras_applications_end_in_a_softmax_of_a_flattened_map(self, tmp_path, name):
+        spec = architectures.find("vgg16.keras_applications").replace(widths=(4,) * 5, hidden=(6, 5), classes=3)
+        made = checkpoint(spec)
+        checkpoints.write(tmp_path / name, made, "keras_applications")
+        found = checkpoints.read(tmp_path / name)
+        assert found.spec == spec
+        assert found.preprocessing == PRESETS["keras_caffe"]
+        assert all(np.array_equal(found.weights[array], made.weights[array]) for array in made.weights)
+
+    def test_a_keras_model_of_another_size_is_read_once_its_size_is_said(self, tmp_path):
+        spec = architectures.find("vgg16.keras_applications").replace(widths=(4,) * 5, hidden=(6, 5), classes=3)
+        spec = spec.replace(input_size=(32, 64))
+        checkpoints.write(tmp_path / "a.h5", checkpoint(spec), "keras_applications")
+        with pytest.raises(CheckpointError, match="fc1/kernel has shape"):
+            checkpoints.read(tmp_path / "a.h5")
+        assert checkpoints.read(tmp_path / "a.h5", changes={"input_size": (32, 64)}).spec == spec
+
+    def test_timm_stores_the_first_dense_layers_as_convolutions(self, tmp_path):
+        made = checkpoint(self.NORMED)
+        checkpoints.write(tmp_path / "a.safetensors", made, "timm")
+        stored = load_file(tmp_path / "a.safetensors")
+        assert stored["pre_logits.fc1.weight"].shape == (12, 8, 7, 7)
+        assert stored["pre_logits.fc2.weight"].shape == (9, 12, 1, 1)
+        rows = made.weights["head.fc1.kernel"].reshape(7, 7, 8, 12)
+        assert np.array_equal(stored["pre_logits.fc1.weight"], rows.transpose(3, 2, 0, 1))
+        assert stored["head.fc.weight"].shape == (7, 9)
+
+    def test_the_rows_of_torchvisions_first_dense_layer_go_by_channel(self, tmp_path):
+        made = checkpoint(self.NORMED)
+        checkpoints.write(tmp_path / "a.safetensors", made, "torchvision")
+        stored = load_file(tmp_path / "a.safetensors")
+        rows = made.weights["head.fc1.kernel"].reshape(7, 7, 8, 12)
+        assert np.array_equal(stored["classifier.0.weight"], rows.transpose(3, 2, 0, 1).reshape(12, -1))
+
+    def test_names_of_keras_1_are_read(self, tmp_path):
+        spec = architectures.find("vgg16.keras_applications").replace(widths=(4,) * 5, hidden=(6, 5), classes=3)
+        made, layers = checkpoint(spec), KERAS_APPLICATIONS.layers(spec)
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            for layer in spec.layers:
+                name = layers[layer.path]
+                group = file.create_group(name)
+                for array in layer.arrays:
+                    old = "W" if array.endswith("kernel") else "b"
+                    group[f"{name}_{old}_1:0"] = made.weights[array]
+        found = checkpoints.read(tmp_path / "a.h5")
+        assert found.spec == spec
+        assert all(np.array_equal(found.weights[array], made.weights[array]) for array in made.weights)
+
+    @pytest.mark.parametrize("name", ["a.pth", "a.h5", "a.msgpack"])
+    def test_a_file_without_dense_layers_is_a_network_without_them(self, tmp_path, name):
+        bare = self.NORMED.with_head(head="none", pool="average")
+        checkpoints.write(tmp_path / name, checkpoint(bare))
+        assert checkpoints.read(tmp_path / name).spec.replace(running_variance="unbiased") == bare
+
+    def test_a_new_number_of_classes_keeps_fc6_and_fc7(self, tmp_path):
+        made = checkpoint(self.NORMED)
+        changed = made.with_classes(3)
+        assert changed.spec == self.NORMED.replace(classes=3)
+        for array in ("head.fc1.kernel", "head.fc2.kernel", "blocks.1.norm2.var"):
+            assert np.array_equal(changed.weights[array], made.weights[array])
+        assert changed.weights["head.fc.kernel"].shape == (9, 3)
+
+    def test_the_weights_of_the_other_family_are_refused_in_one_line_that_names_both(self, tmp_path):
+        resnet = architectures.find("resnet20")
+        checkpoints.write(tmp_path / "vgg.pth", checkpoint(self.PLAIN))
+        made = Checkpoint(spec=resnet, weights=canonical.randomize(resnet, 0), preprocessing=PRESETS["torchvision"])
+        checkpoints.write(tmp_path / "resnet.safetensors", made)
+        for spec, file, there, here in (
+            (resnet, "vgg.pth", "vgg", "resnet"),
+            (SMALL, "resnet.safetensors", "resnet", "vgg"),
+        ):
+            with pytest.raises(WeightsError) as caught:
+                checkpoints.read_for(spec, tmp_path / file)
+            message = str(caught.value)
+            assert f"these are the weights of a {there}, and the network is a {here}" in message
+            assert "\n" not in message
+
+    def test_published_weights_name_every_variant_that_has_some(self):
+        known = [entry for entry in table() if entry.spec.family == "vgg"]
+        assert {entry.variant for entry in known} == {*PUBLISHED, *NORMED}
+        assert all(entry.preprocessing == "keras_caffe" for entry in known if entry.reference.startswith("keras:"))
+        assert [entry.spec.head for entry in known if entry.reference == "keras:vgg19:imagenet:notop"] == ["none"]
