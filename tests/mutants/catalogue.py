@@ -195,7 +195,7 @@ MUTANTS = [
         ("pool_keeps_the_last_pixel", "L0", "exact", "blocks.1.pool"),
         ("no_bias_under_a_norm", "L0", "exact", "blocks.0.conv1", {"norm": True}),
         ("dropout_does_not_scale", "L1", "train", "head.dropout1"),
-        ("dropout_left_on", "L1", "eval", "head.dropout1"),
+        ("dropout_of_the_head_left_on", "L1", "eval", "head.dropout1"),
         base=VGG,
     ),
     *_of(

@@ -158,7 +158,7 @@ def dropout_does_not_scale(model: Any) -> None:
 
 
 @after_build
-def dropout_left_on(model: Any) -> None:
+def dropout_of_the_head_left_on(model: Any) -> None:
     for dropout in _all(model, layers.Dropout):
         dropout.call = lambda inputs, training=None, own=dropout.call: own(inputs, training=True)
 
