@@ -21,7 +21,7 @@ class Column:
     requires: tuple[str, ...]  # modules that must be installed
     extra: str  # of the distribution, that installs them
     environment: Mapping[str, str] = field(default_factory=dict)
-    # False where the framework itself computes parts of a float64 network in float32 (NUMERICS: Keras 3 caps
+    # False where the framework itself computes parts of a float64 network in float32 (docs/checks.md: Keras 3 caps
     # backend.result_type at 32 bits on its jax and torch backends). Such a column is held to level L2.
     float64: bool = True
 
