@@ -9,6 +9,7 @@ for each network: what is in it is not run again, so that a run can be broken of
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,18 +22,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
+from common import architectures, weights
 from common.architectures.resnet import ResNetSpec
 from common.backends.columns import ALIASES, cores
 from common.backends.process import BackendProcess
 from common.images import sample_photos
 from common.parity.case import Case, Inputs, Task
-from common.parity.gate import Gate
-from common.parity.levels import DRAWS, ORDERS, RESPONSE_FACTOR
+from common.parity.levels import DRAWS, ORDERS, RESPONSE_FACTOR, UNIT, floor
+from common.parity.names import KINDS, ArrayName
 from common.parity.orders import orders
-from common.parity.record import Record, distance, norm
+from common.parity.record import distance, norm
 from common.parity.recording import RecordNetwork
 from common.parity.session import Session
+from common.parity.subjects import Keep, SpecPasses, arrays_of_passes
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
@@ -91,58 +95,84 @@ def random_case(number: int) -> Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByOrder:
-    """A record, and the response to every order by itself, which a record does not keep."""
+class Measured:
+    """What a column computed of a network, and the largest change of every array by ulps and by each order."""
 
-    made: RecordNetwork
-    images: int
-
-    def perform(self, backend: Any, clock: Any) -> None:
-        for number in range(1, len(orders(self.images)) + 1):
-            # The last one is the record itself, with the response.
-            last = number == len(orders(self.images))
-            output = self.made.output.with_suffix(f".{number}")
-            replace(self.made, output=output, orders=number, draws=self.made.draws if last else 0).perform(
-                backend, clock
-            )
+    arrays: dict[ArrayName, np.ndarray]
+    response: dict[ArrayName, float]
+    orders: list[dict[ArrayName, float]]
 
 
-class Lane:
-    """A process of each column, of one thread each."""
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """As `RecordNetwork`, with the response to every order by itself."""
 
-    def __init__(self) -> None:
-        self.processes = {column: BackendProcess(column, threads=1) for column in COLUMNS}
+    request: RecordNetwork
 
-    def measure(self, number: int) -> dict[str, Any]:
-        """What the table needs of one network, of every array: distances by pair, the one-ulp response with its floor,
-        and the response of every column to 1, 2 … orders."""
-        case = random_case(number)
-        with TemporaryDirectory() as folder:
-            task = Task(name="float64", dtype="float64", values="float64", modes=case.modes, orders=ORDERS)
-            inputs = Inputs(case, Path(folder), [task])
-            records: dict[str, list[Record]] = {}
-            for column, process in self.processes.items():
-                output = Path(folder) / column.replace(":", "-")
-                wanted = replace(task, draws=DRAWS if column == COLUMNS[0] else 0)
-                process.ask(ByOrder(made=inputs.request(wanted, column, 1, output), images=case.batch))
-                records[column] = [Record(output.with_suffix(f".{n + 1}")) for n in range(len(orders(case.batch)))]
-            return rows(records)
+    def perform(self, backend: Any, clock: Any) -> Measured:
+        batch = load_file(self.request.inputs)
+        subject = SpecPasses(
+            backend,
+            architectures.from_dict(dict(self.request.subject)),
+            weights.mapped(self.request.weights),
+            batch["images"],
+            batch["labels"],
+            self.request.modes,
+            0,
+            clock,
+        )
+        arrays: dict[ArrayName, np.ndarray] = {}
+        subject.run(arrays.__setitem__)
+        names = {ArrayName.parse(array.name) for array in subject.arrays}
+        arrays = {name: array for name, array in arrays.items() if name in names}
+
+        def largest(changes: dict[ArrayName, float]) -> Keep:
+            def keep(name: ArrayName, array: np.ndarray) -> None:
+                if name in arrays:
+                    changes[name] = max(changes.get(name, 0.0), distance(array, arrays[name]))
+
+            return keep
+
+        by_order: list[dict[ArrayName, float]] = [{} for _ in orders(len(batch["labels"]))]
+        for order, changes in zip(orders(len(batch["labels"])), by_order, strict=True):
+            subject.run(largest(changes), order=order)
+        response: dict[ArrayName, float] = {}
+        for draw in range(self.request.draws):
+            subject.run(largest(response), draw=draw)
+        return Measured(arrays=arrays, response=response, orders=by_order)
 
 
-def rows(records: dict[str, list[Record]]) -> dict[str, Any]:
-    last = {column: made[-1] for column, made in records.items()}
-    reference = last[COLUMNS[0]]
-    norms = {name: norm(reference[name]) for name in reference.arrays}
-    gate = Gate("L1", reference, None, last, frozenset(), reference.arrays, norms)
-    return {
-        str(name): {
+def measure(processes: dict[str, BackendProcess], number: int) -> dict[str, Any]:
+    """What the table needs of every array of one network: distances by pair, the one-ulp response with its floor, and
+    the response of every column to 1, 2 … orders."""
+    case = random_case(number)
+    terms = {ArrayName.parse(a.name): a.terms for a in arrays_of_passes(case.spec, case.modes, shape_of(case))}
+    with TemporaryDirectory() as folder:
+        task = Task(name="float64", dtype="float64", values="float64", modes=case.modes)
+        inputs = Inputs(case, Path(folder), [task])
+        found = {}
+        for column, process in processes.items():
+            wanted = replace(task, draws=DRAWS if column == COLUMNS[0] else 0)
+            found[column] = process.ask(Measure(request=inputs.request(wanted, column, 1, Path(folder) / "unused")))
+    reference = found[COLUMNS[0]]
+    rows = {}
+    for name, summed in terms.items():
+        size = norm(reference.arrays[name])
+        least = floor(summed * KINDS[name.kind].power) * UNIT["float64"] * size
+        rows[str(name)] = {
             "norm": size,
-            "response": gate.least(name, "L1"),
-            "distances": [distance(last[COLUMNS[a]][name], last[COLUMNS[b]][name]) for a, b in PAIRS],
-            "orders": [[r.order_response[name] for r in records[column]] for column in COLUMNS],
+            "response": max(reference.response[name], least),
+            "distances": [distance(found[COLUMNS[a]].arrays[name], found[COLUMNS[b]].arrays[name]) for a, b in PAIRS],
+            "orders": [
+                np.maximum.accumulate([changes[name] for changes in found[column].orders]).tolist()
+                for column in COLUMNS
+            ],
         }
-        for name, size in norms.items()
-    }
+    return rows
+
+
+def shape_of(case: Case) -> tuple[int, ...]:
+    return (case.batch, *case.size, case.spec.in_channels)
 
 
 def run(count: int, path: Path) -> list[dict[str, Any]]:
@@ -152,15 +182,16 @@ def run(count: int, path: Path) -> list[dict[str, Any]]:
     with path.open("a") as file, ThreadPoolExecutor(cores()) as pool:
 
         def work(lane: int) -> None:
-            mine = Lane()
-            for number in left:
-                entry = {"number": number, "arrays": mine.measure(number)}
-                done.append(entry)
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                if len(done) % 10 == 0:
-                    each = (time.perf_counter() - started) / (len(done) - before)
-                    print(f"{len(done)} of {count} networks, {each:.2f} s each", file=sys.stderr, flush=True)
+            with ExitStack() as stack:
+                processes = {c: stack.enter_context(BackendProcess(c, threads=1)) for c in COLUMNS}
+                for number in left:
+                    entry = {"number": number, "arrays": measure(processes, number)}
+                    done.append(entry)
+                    file.write(json.dumps(entry) + "\n")
+                    file.flush()
+                    if len(done) % 10 == 0:
+                        each = (time.perf_counter() - started) / (len(done) - before)
+                        print(f"{len(done)} of {count} networks, {each:.2f} s each", file=sys.stderr, flush=True)
 
         list(pool.map(work, range(cores())))
     return [entry for entry in done if entry["number"] < count]
@@ -230,6 +261,18 @@ def show_mutants() -> None:
 
 
 def main() -> None:
+    with TemporaryDirectory() as compiled:
+        # Operation by operation, each compiled once, by whichever process comes first.
+        os.environ |= {
+            "RESNET_PARITY_JIT": "0",
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        _main()
+
+
+def _main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     show(run(count, Path(sys.argv[2] if len(sys.argv) > 2 else "gate.jsonl")))
     show_mutants()
