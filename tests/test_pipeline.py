@@ -223,6 +223,27 @@ class TestEvaluation:
         with pytest.raises(RecipeError, match="validation=100; numbers has 100 training images in all"):
             pipeline.evaluation_batches(DATA, PLAIN.replace(validation=COUNT))
 
+    @pytest.mark.parametrize("augmentation", [{"size": 4}, {"size": 4, "resized_crop": True}, {"size": 7}])
+    def test_the_words_for_a_preprocessing_prepare_what_the_recipe_prepares(self, augmentation):
+        recipe = PLAIN.replace(augmentation=augmentation)
+        said = pipeline.preprocessing(DATA, recipe)
+        assert (said.crop, said.mean, said.std) == (augmentation["size"], DATA.mean, DATA.std)
+        by_recipe, by_words = (
+            list(pipeline.evaluation_batches(DATA, recipe, preprocessing=how)) for how in (None, said)
+        )
+        assert same(by_words, by_recipe)
+
+    def test_images_are_prepared_as_the_weights_want_them(self):
+        wanted = images.PRESETS["keras_caffe"]
+        ((made, labels), _) = pipeline.evaluation_batches(DATA, PLAIN, preprocessing=wanted)
+        pictures = [Image.fromarray(DATA.test[int(label)][0]) for label in labels]
+        assert np.array_equal(made, np.stack([images.preprocess(picture, wanted) for picture in pictures]))
+
+    def test_what_photographs_have_no_words_for(self):
+        assert pipeline.preprocessing(DATA, PLAIN) is None  # 4 x 5 pixels
+        grey = Dataset(**(vars(DATA) | {"channels": 1, "mean": (0.5,), "std": (0.5,)}))
+        assert pipeline.preprocessing(grey, PLAIN.replace(augmentation={"size": 4})) is None
+
     def test_nothing_is_random(self):
         recipe = AUGMENTED.replace(augmentation={"pad": 2, "flip": True, "size": 4, "color_jitter": 0.5})
         assert same(

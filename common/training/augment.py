@@ -57,8 +57,7 @@ def _cut(image: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None
     """The image at its final size, in uint8."""
     side = augmentation.size
     if draws is None:
-        # What was trained on parts of images is tested on the middle of one, as 224 of 256.
-        return _middle(image, side, round(side * 8 / 7) if augmentation.resized_crop else side) if side else image
+        return _middle(image, side, resize_before_crop(augmentation)) if side else image
     if augmentation.resized_crop:
         image = _part(image, (side, side) if side else image.shape[:2], draws)
     elif side:
@@ -70,6 +69,15 @@ def _cut(image: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None
     if augmentation.color_jitter:
         image = _jittered(image, augmentation.color_jitter, draws)
     return image
+
+
+def resize_before_crop(augmentation: Augmentation) -> int:
+    """What the shorter side of a test image is resized to, before the square of `size` is cut from its middle.
+
+    What was trained on parts of images is tested on the middle of one, as 224 of 256.
+    """
+    side = augmentation.size or 0
+    return round(side * 8 / 7) if augmentation.resized_crop else side
 
 
 def _middle(image: np.ndarray, side: int, shorter: int) -> np.ndarray:

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
 from common.errors import RecipeError
+from common.images import Preprocessing, preprocess
 from common.training import streams
-from common.training.augment import DRAWS, examples
+from common.training.augment import DRAWS, examples, resize_before_crop
 from common.training.loaders import Team
 from common.training.recipe import Augmentation, TrainingRecipe, shared
 from common.training.trainer import SINGLE, Replica
@@ -82,15 +84,18 @@ def evaluation_batches(
     replica: Replica = SINGLE,
     workers: int = 0,
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
 ) -> Iterator[Arrays]:
     """This replica's part of the test images in order, or of those held out where the recipe holds some out, in batches
     of the recipe's size. All replicas have equally many; the last is filled up with zeros of label -1.
 
-    Raises as `training_batches`.
+    They are prepared as the recipe says, or by `preprocessing`. Raises as `training_batches`.
     """
     share = shared(recipe.batch_size, replica.count, "processes")
     _, tested = _parts(dataset, recipe)
-    load = _load(dataset, recipe, tested, dtype, key=None)
+    load: _Load | _Prepared = _load(dataset, recipe, tested, dtype, key=None)
+    if preprocessing is not None:
+        load = _Prepared(tested, preprocessing, dtype)
     count = -(-len(tested) // recipe.batch_size)
     return _prepared(_Test(load, recipe.batch_size, replica.rank * share, share), range(count), workers)
 
@@ -111,6 +116,20 @@ class _Load:
         draws = None if self.key is None else draws_at(self.key, position, len(indices))
         images = self.examples.images(indices)
         values = examples(images, self.augmentation, self.mean, self.std, draws)
+        return values.astype(self.dtype, copy=False), self.examples.labels[indices]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Examples by number, prepared as photographs are for a network that says how it wants them."""
+
+    examples: Examples
+    preprocessing: Preprocessing
+    dtype: str
+
+    def __call__(self, indices: np.ndarray, position: int) -> Arrays:
+        pictures = (Image.fromarray(image) for image in self.examples.images(indices))
+        values = np.stack([preprocess(picture, self.preprocessing) for picture in pictures])
         return values.astype(self.dtype, copy=False), self.examples.labels[indices]
 
 
@@ -136,7 +155,7 @@ class _Train:
 class _Test:
     """Batch k into this replica's part of it."""
 
-    load: _Load
+    load: _Load | _Prepared
     batch_size: int
     offset: int
     share: int
@@ -150,6 +169,22 @@ class _Test:
         missing = self.share - len(indices)
         filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
         return filled, np.concatenate([labels, np.full(missing, -1, np.int64)])
+
+
+def preprocessing(dataset: Dataset, recipe: TrainingRecipe) -> Preprocessing | None:
+    """How `evaluation_batches` prepares an image, in the words of photographs; None where these cannot say it."""
+    augmentation = recipe.augmentation
+    height, width = (augmentation.size,) * 2 if augmentation.size else dataset.size or (0, 1)
+    if dataset.channels != 3 or height != width:
+        return None
+    before_crop = resize_before_crop(augmentation) if augmentation.size else height
+    mean, std = (augmentation.mean or dataset.mean), (augmentation.std or dataset.std)
+    return Preprocessing(crop=height, resize=before_crop, mean=_three(mean), std=_three(std))
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def draws_at(key: np.ndarray, position: int, count: int) -> np.ndarray:
