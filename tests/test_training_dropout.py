@@ -183,6 +183,6 @@ def test_a_run_that_goes_on_drops_what_it_would_have_dropped_in_every_framework(
         whole, stopped = (load_file(folder / name / "final.safetensors") for name in ("whole", "stopped"))
         assert all(np.array_equal(whole[name], stopped[name]) for name in whole)
         losses[column] = [line["loss"] for line in metrics.read(folder / "whole") if line["kind"] == "train"]
-    # float32: in float64 the steps are proved. A mask that one has to itself shows in the second digit.
+    # float32: in float64 the steps are proved. Other masks change these losses by 1e-3.
     for column in ("keras", "flax"):
-        assert losses[column] == pytest.approx(losses["torch"], rel=1e-4)
+        assert losses[column] == pytest.approx(losses["torch"], rel=1e-5)

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,12 @@ from common import architectures, checkpoints, datasets
 from common.architectures import Spec
 from common.backends.columns import COLUMNS, cores, resolve, start_here
 from common.backends.protocol import Backend
+from common.checkpoints import Checkpoint
 from common.commands.options import grouped
 from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
 from common.datasets import Dataset
 from common.errors import InputError
+from common.images import Preprocessing
 from common.training import recipe as recipes
 from common.training import run as runs
 from common.training.recipe import PRESETS, TrainingRecipe
@@ -113,8 +115,13 @@ def train(
     column = resolve(engine.name)
     dataset = material.open()
     before = runs.facts(output) if keeping.resume and (output / runs.FILE).exists() else None
-    recipe = material.by(recipes.from_dict(before["recipe"]) if before else dataset.recipe)
+    earlier = recipes.from_dict(before["recipe"]) if before else None
+    recipe = material.by(earlier or dataset.recipe)
     begun_with = Path(before["init"]) if before and before["init"] else None
+    if begun_with and earlier:
+        recipe = _normalised(recipe, earlier.augmentation.mean, earlier.augmentation.std)
+    elif init:
+        recipe = _normalised_for(init, recipe, dataset)
     plan = Plan(
         variant=variant,
         spec=_fitting(architectures.find(variant), variant, dataset, recipe),
@@ -164,20 +171,27 @@ def evaluate(
     engine: Engine,
     material: Material,
 ) -> None:
-    """Measure loss and accuracy of any checkpoint on a data set's test images, resized and normalised by a recipe."""
+    """Measure loss and accuracy of any checkpoint on a data set's test images.
+
+    They are resized and normalised as the checkpoint says, or by a recipe where one is given or it says nothing.
+    """
     column = resolve(engine.name)
     dataset = material.open()
     # Of the test images, even where a training by this recipe holds some others out.
     recipe = material.by(dataset.recipe, validation=0)
     found = checkpoints.read(weights)
-    _check_fits(found.spec, weights, dataset)
+    _check_fits(found, weights, dataset)
+    preprocessing = _own(found, material, dataset)
+    if preprocessing is not None:
+        _say(f"images prepared as {weights} says: {preprocessing}")
     started, _ = engine.start(column)
     trainer = started.trainer(found.spec, recipe, "float32")
     trainer.load(found.weights)
     clock = time.perf_counter()
     # Of a batch that is larger than all test images, the rest would be padding.
     sized = recipe.replace(batch_size=min(recipe.batch_size, recipe.validation or len(dataset.test)))
-    measured = trainer.evaluate(runs.evaluation(dataset, sized, workers=engine.workers))
+    batches = runs.evaluation(dataset, sized, workers=engine.workers, preprocessing=preprocessing)
+    measured = trainer.evaluate(batches)
     seconds = time.perf_counter() - clock
     out().print(
         f"{weights} on {dataset.name} by {column}: accuracy {measured.accuracy:.2%} "
@@ -223,8 +237,9 @@ def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe)
     return spec.with_head(classes=len(dataset.classes)).replace(in_channels=dataset.channels)
 
 
-def _check_fits(spec: Spec, weights: str, dataset: Dataset) -> None:
-    """Raise `InputError` unless the network takes the data's channels and tells as many classes apart."""
+def _check_fits(found: Checkpoint, weights: str, dataset: Dataset) -> None:
+    """Raise `InputError` unless the network takes the data's channels and tells the same classes apart."""
+    spec = found.spec
     if spec.in_channels != dataset.channels:
         raise InputError(
             f"{weights} takes {spec.in_channels} channels; {dataset.name} has {dataset.channels}: "
@@ -237,6 +252,41 @@ def _check_fits(spec: Spec, weights: str, dataset: Dataset) -> None:
             f"{weights} tells {spec.classes} classes apart; {dataset.name} has {len(dataset.classes)}: "
             "choose other data"
         )
+    if found.class_names != dataset.classes and sorted(found.class_names) == sorted(dataset.classes):
+        place = next(n for n, name in enumerate(dataset.classes) if found.class_names[n] != name)
+        raise InputError(
+            f"{weights} has the classes of {dataset.name} in another order: class {place} is "
+            f"{found.class_names[place]!r} there and {dataset.classes[place]!r} here; choose other data"
+        )
+
+
+def _own(found: Checkpoint, material: Material, dataset: Dataset) -> Preprocessing | None:
+    """How a checkpoint wants its images, where the user says nothing of it and they are photographs.
+
+    A foreign format only guesses it, from what its community does with photographs of any size.
+    """
+    asked = material.recipe or any(setting.startswith("augmentation.") for setting in material.settings or [])
+    guessed = found.origin.format != checkpoints.CANONICAL and dataset.size is not None
+    return None if asked or guessed or dataset.channels != 3 else found.preprocessing
+
+
+def _normalised_for(init: Path, recipe: TrainingRecipe, dataset: Dataset) -> TrainingRecipe:
+    """The recipe with the normalisation that the weights to begin with want, where it says nothing itself."""
+    wanted = checkpoints.read(init).preprocessing
+    if wanted is None or recipe.augmentation.mean or dataset.channels != 3:
+        return recipe
+    if wanted.channel_order != "RGB" or wanted.scale != 255:
+        _say(f"{init} wants its images {wanted}; a recipe has no words for that, and normalises as {dataset.name} does")
+        return recipe
+    return _normalised(recipe, wanted.mean, wanted.std)
+
+
+def _normalised(recipe: TrainingRecipe, mean: tuple[float, ...], std: tuple[float, ...]) -> TrainingRecipe:
+    """The recipe with this normalisation, where it says nothing itself."""
+    augmentation = recipe.augmentation
+    if augmentation.mean:
+        return recipe
+    return recipe.replace(augmentation=asdict(replace(augmentation, mean=mean, std=std)))
 
 
 def _join(column: str) -> Replica:

@@ -20,10 +20,11 @@ from common import architectures, checkpoints
 from common import weights as canonical
 from common.architectures import Spec
 from common.backends.protocol import Backend
-from common.checkpoints import Checkpoint
+from common.checkpoints import Checkpoint, Origin
 from common.datasets import Dataset, Examples
 from common.errors import TrainingError
 from common.files import reason, written
+from common.images import Preprocessing
 from common.training import dropout, pipeline
 from common.training import recipe as recipes
 from common.training.metrics import Metrics, read
@@ -279,11 +280,29 @@ class Run:
         weights = self._trainer.export()
         averaged = self._trainer.export(ema=True) if self._averaged else None
         if self._leading:
-            checkpoints.write(path, Checkpoint(spec=self.plan.spec, weights=weights))
+            checkpoints.write(path, self._checkpoint(weights))
             if averaged is not None:
-                averaged_path = self.folder / "final-ema.safetensors"
-                checkpoints.write(averaged_path, Checkpoint(spec=self.plan.spec, weights=averaged))
+                checkpoints.write(self.folder / "final-ema.safetensors", self._checkpoint(averaged))
         return path
+
+    def _checkpoint(self, weights: canonical.Weights) -> Checkpoint:
+        """What was trained, with the classes of the data, how its images were prepared, and where it came from."""
+        plan = self.plan
+        begun = Origin(reference=f"{plan.variant}, initial weights of seed {plan.recipe.seed}")
+        if plan.init is not None:
+            begun = checkpoints.read_for(plan.spec, plan.init).origin
+        while begun.before is not None:
+            begun = begun.before
+        trained = f"trained for {self._steps} steps on {plan.dataset.name} by {plan.backend}"
+        # A folder may have a name that no file of weights may hold.
+        named = all(name.isprintable() for name in plan.dataset.classes)
+        return Checkpoint(
+            spec=plan.spec,
+            weights=weights,
+            preprocessing=pipeline.preprocessing(plan.dataset, plan.recipe),
+            class_names=plan.dataset.classes if named else (),
+            origin=replace(begun, path=self.folder, notes=(*begun.notes, trained)),
+        )
 
     def _diverged(self, step: int, loss: float) -> TrainingError:
         """The error of a step whose loss is not finite, with the place where it began.
@@ -305,10 +324,17 @@ class Run:
 
 
 def evaluation(
-    dataset: Dataset, recipe: TrainingRecipe, replica: Replica = SINGLE, workers: int = 0
+    dataset: Dataset,
+    recipe: TrainingRecipe,
+    replica: Replica = SINGLE,
+    workers: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> Iterator[Minibatch]:
-    """The test images, or the training images that the recipe holds out, in order."""
-    for images, labels in pipeline.evaluation_batches(dataset, recipe, replica=replica, workers=workers):
+    """The test images, or the training images that the recipe holds out, in order; prepared as the recipe says, or by
+    `preprocessing`."""
+    for images, labels in pipeline.evaluation_batches(
+        dataset, recipe, replica=replica, workers=workers, preprocessing=preprocessing
+    ):
         yield Minibatch(images=images, labels=labels)
 
 
