@@ -27,6 +27,8 @@ def package(request):
         ("resnet50", "ResNet50"),
         ("wide_resnet50_2", "WideResNet50_2"),
         ("resnext101_64x4d", "ResNeXt101_64x4d"),
+        ("vgg", "VGG"),
+        ("vgg16_bn", "VGG16_bn"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

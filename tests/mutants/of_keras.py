@@ -66,8 +66,8 @@ def _named(model: Any, name: str) -> Any:
 
 
 def _same_padded(conv: Any) -> Any:
-    def padded(x: Any, filters: int, kernel_size: int, name: str, spec: Any, **options: Any) -> Any:
-        return conv(x, filters, kernel_size, name, spec, **(options | {"padding": "same"}))
+    def padded(x: Any, filters: int, kernel_size: int, name: str, style: Any, **options: Any) -> Any:
+        return conv(x, filters, kernel_size, name, style, **(options | {"padding": "same"}))
 
     return padded
 
