@@ -70,7 +70,7 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
             taken = taken.replace(input_size=size)
         if isinstance(weights, Checkpoint):
             # What the arguments above say, the weights need not.
-            weights = read_for(taken, weights, free=("head", "input_size") if include_top else ("head", "head_pool"))
+            weights = read_for(taken, weights, free=("head", "input_size"))
         options = {"input_shape": shape, "data_format": data_format, "weights": weights, "name": name}
         model = resnet_keras.from_spec(taken, input_tensor=input_tensor, **options)
         if not include_top or activation in (keras.activations.softmax, keras.activations.linear):

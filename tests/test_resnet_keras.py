@@ -590,7 +590,8 @@ def test_a_constructor_reads_a_canonical_file(tmp_path: Path) -> None:
     save_weights(path, spec, weights)
     model = resnet_keras.ResNet18(weights=path, classes=3)
     backbone = resnet_keras.ResNet18(weights=path, include_top=False)
-    for made in (model, backbone):
+    pooled = resnet_keras.ResNet18(weights=path, include_top=False, pooling="max")
+    for made in (model, backbone, pooled):
         exported = resnet_keras.export_weights(made)
         assert all(np.array_equal(exported[name], weights[name]) for name in exported)
     with pytest.raises(WeightsError, match="classes is 3 there and 1000 here"):

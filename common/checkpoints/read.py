@@ -73,23 +73,23 @@ def read_for(spec: Spec, given: Reference | Checkpoint, *, free: Collection[str]
     """The weights of a checkpoint for a network that is known: `spec`, fields in `free` aside.
 
     A canonical file states its spec and is held to it. A foreign one states none: what its shapes show must be
-    `spec`'s, and the rest is taken from `spec`. With ``head`` among the free fields, a classifier is left off where
-    `spec` has none. Fields that the marks of the spec call free are free. Raises `WeightsError` naming the fields that
-    differ.
+    `spec`'s, and the rest is taken from `spec`. With ``head`` among the free fields, a classifier and pools are left
+    off where `spec` has no classifier. Fields that the marks of the spec call free are free. Raises `WeightsError`
+    naming the fields that differ.
     """
     found = given if isinstance(given, Checkpoint) else read(given)
     check_family(spec, found)
-    there = found.spec
-    if "head" in free and spec.head == "none" != there.head:
-        there = there.with_head(head="none")
+    here, there = spec, found.spec
+    if "head" in free and spec.head == "none":
+        here, there = here.with_head(head="none"), there.with_head(head="none")  # however they pool: that has no arrays
     open_ = {*free, *marked(spec, Mark.FREE)}
     if found.origin.format != CANONICAL:
         # Shapes do show whether there is a classifier.
         open_ |= set(marked(spec, Mark.UNSEEN)) - (
             {"head"} if (spec.head == "none") != (there.head == "none") else set()
         )
-    ours, theirs = architectures.to_dict(spec), architectures.to_dict(there)
-    differing = [name for name in ours if name not in open_ and _matters(there, name, spec, ours, theirs)]
+    ours, theirs = architectures.to_dict(here), architectures.to_dict(there)
+    differing = [name for name in ours if name not in open_ and _matters(there, name, here, ours, theirs)]
     if differing:
         told = ", ".join(f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in differing)
         raise WeightsError(f"{found.origin}: these are the weights of another network: {told}")
