@@ -384,6 +384,12 @@ def test_evaluate_refuses_a_network_that_tells_other_classes_apart_whatever_its_
     ):
         spec = TINY.replace(in_channels=1).with_head(classes=classes, head=head, pool="average")
         path = tmp_path / f"{head}.safetensors"
-        weights.save(path, spec, weights.randomize(spec, dtype="float32"))
+        save_weights(path, spec, weights.randomize(spec, dtype="float32"))
         done = run("evaluate", "--weights", path, "--data", "digits", cwd=tmp_path)
         refused(done, f"{path} {says}")
+
+
+def test_train_refuses_images_of_another_size_than_the_one_the_network_takes(tmp_path: Path) -> None:
+    done = run("train", "vgg16.paper", "--data", "digits", "--out", tmp_path / "run", cwd=tmp_path)
+    refused(done, "8x8; vgg16.paper takes 224x224 alone: resize them, as --set augmentation.size=224")
+    assert not (tmp_path / "run").exists()
