@@ -30,8 +30,6 @@ WRITTEN = {
 }
 # What a framework alone can write, from a network of its own (see `native`): the backend that does. A folder is orbax'.
 BY_FRAMEWORK = {".keras": "keras", "": "flax"}
-# Those that hold metadata; the others leave them out.
-WITH_METADATA = ("safetensors",)
 _LIBRARIES = {name: (name, "checkpoints") for name in ("h5py", "tensorstore", "msgpack")}
 
 
@@ -70,7 +68,10 @@ class Writer(Protocol):
     """A module that writes one kind of file."""
 
     def write(self, path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
-        """Write `tensors` as they are and in their order, beside `path`, and rename. Raises `CheckpointError`."""
+        """Write `tensors` as they are and in their order, beside `path`, and rename. Raises `CheckpointError`.
+
+        Safetensors alone keep `metadata`.
+        """
         ...
 
 
