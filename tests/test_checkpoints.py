@@ -1,16 +1,23 @@
 """Public checkpoints as a whole: every pair of formats, what shapes show, adaptation, and files that are none."""
 
+import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
+import xxhash
+from safetensors.numpy import save_file
 from written import save_weights
 
 from common import architectures, checkpoints, names
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import containers, inference
+from common.checkpoints import Checkpoint, Origin, containers, inference
+from common.checkpoints.canonical import metadata_of
+from common.checkpoints.containers import pytorch
 from common.errors import CheckpointError, SpecError, WeightsError
+from common.images import PRESETS
 
 BOTTLENECK = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
 BASIC = ResNetSpec(block="basic", blocks=(2, 1), widths=(4, 8), stem_width=4, classes=7, in_channels=1)
@@ -265,6 +272,38 @@ class TestForAKnownNetwork:
         with pytest.raises(WeightsError, match="stride_in is 'conv2' there and 'conv1' here"):
             checkpoints.read_for(BOTTLENECK.replace(stride_in="conv1"), path)
 
+    def test_a_canonical_file_is_held_to_all_but_the_fields_that_are_free(self, tmp_path):
+        weights = canonical.randomize(BOTTLENECK)
+        path = written(tmp_path, ("canonical", "w.safetensors"), BOTTLENECK, weights)
+        for changes in ({"bn_momentum": 0.5}, {"running_variance": "biased"}, {"head": "softmax"}):
+            with pytest.raises(WeightsError, match=f"{next(iter(changes))} is .* there and .* here"):
+                checkpoints.read_for(BOTTLENECK.replace(**changes), path)
+        finer = BOTTLENECK.replace(replace_stride_with_dilation=(True,))
+        same(dict(checkpoints.read_for(finer, path).weights), weights)
+        headless = BOTTLENECK.with_head(head="none")
+        with pytest.raises(WeightsError, match="head is 'logits' there and 'none' here"):
+            checkpoints.read_for(headless, path)
+        bare = checkpoints.read_for(headless, path, free=("head",))
+        assert bare.spec == headless
+        assert bare.weights.keys() == canonical.shapes(headless).keys()
+
+    @pytest.mark.parametrize("format_", [("canonical", "w.safetensors"), ("torchvision", "w.pth")], ids=":".join)
+    def test_another_family_is_refused_by_both_names(self, tmp_path, format_):
+        vgg = architectures.find("vgg11").replace(widths=(2, 2, 2, 2, 2), hidden=(3, 3))
+        path = written(tmp_path, format_, vgg, canonical.randomize(vgg))
+        with pytest.raises(WeightsError, match="the weights of a vgg, and the network is a resnet"):
+            checkpoints.read_for(BOTTLENECK, path)
+        with pytest.raises(WeightsError, match="the weights of a vgg, and the network is a resnet"):
+            checkpoints.adopt(BOTTLENECK, path, "resnet50")
+
+    def test_a_file_is_parsed_once(self, tmp_path, monkeypatch):
+        path = written(tmp_path, ("torchvision", "w.pth"), BOTTLENECK, canonical.randomize(BOTTLENECK))
+        parsed, read_zip = [], pytorch.read
+        monkeypatch.setattr(pytorch, "read", lambda path: parsed.append(path) or read_zip(path))
+        spec, found = checkpoints.adopt(KERAS, path, "resnet50")
+        checkpoints.weights_for(spec.replace(head="logits"), found)
+        assert parsed == [path]
+
     def test_a_builder_adopts_the_conventions_of_foreign_weights_alone(self, tmp_path):
         own = KERAS.replace(classes=9)
         weights = canonical.randomize(BOTTLENECK)
@@ -286,3 +325,93 @@ def test_formats_say_the_same_digest_as_the_command_line_shows(given):
     assert architectures.to_dict(checkpoints.read(paths["canonical", "w.safetensors"]).spec) == architectures.to_dict(
         BOTTLENECK
     )
+
+
+def test_a_canonical_file_carries_what_is_known_beside_the_weights(tmp_path):
+    weights = canonical.randomize(KERAS, dtype="float32")
+    foreign = written(tmp_path, ("keras_applications", "w.weights.h5"), KERAS, weights)
+    found = checkpoints.read(foreign)
+    assert found.preprocessing == PRESETS["keras_caffe"]
+    names_ = ("a", "b", "ü", "d", "e")
+    for name in ("one.safetensors", "two.safetensors"):
+        checkpoints.write(tmp_path / name, replace(found, class_names=names_))
+        found = checkpoints.read(tmp_path / name)
+        assert (found.preprocessing, found.class_names) == (PRESETS["keras_caffe"], names_)
+        # Where they came from first, whatever they went through since.
+        assert found.origin.before == Origin(
+            reference=str(foreign),
+            format="keras_applications",
+            container="Keras 3 weights",
+            assumed=found.origin.before.assumed,
+        )
+        assert found.origin.before.assumed["stride_in"] == "conv1"
+    made_here = written(tmp_path, ("canonical", "here.safetensors"), KERAS, weights)
+    assert checkpoints.read(made_here).origin.before is None
+    assert checkpoints.read(made_here).preprocessing is None
+
+
+def test_another_number_of_classes_takes_their_names_away():
+    found = Checkpoint(spec=BASIC, weights=canonical.randomize(BASIC), class_names=tuple("abcdefg"))
+    assert found.with_classes(7).class_names == found.class_names
+    assert found.with_classes(3).class_names == ()
+    with pytest.raises(CheckpointError, match="there is no classifier"):
+        Checkpoint(spec=BASIC.with_head(head="none"), weights={}).with_classes(3)
+
+
+def test_a_canonical_file_of_the_format_before_still_reads(tmp_path):
+    weights = canonical.randomize(BASIC, dtype="float32")
+    path = written(tmp_path, ("canonical", "w.safetensors"), BASIC, weights)
+    told = metadata_of(Checkpoint(spec=BASIC, weights=weights))
+    old = {"format": "resnet-parity weights 2", "spec": told["spec"], "checksums": told["checksums"]}
+    checksum = xxhash.xxh3_128(json.dumps([old[key] for key in ("format", "spec", "checksums")]).encode()).hexdigest()
+    save_file(weights, path, old | {"header_checksum": checksum})
+    same(dict(checkpoints.read(path).weights), weights)
+
+
+def test_two_spellings_of_one_name_are_refused(tmp_path):
+    tensors = native(BOTTLENECK, names.find("resnet", "keras_applications"))
+    tensors["probs/kernel"] = tensors["predictions/kernel"]
+    with pytest.raises(
+        CheckpointError,
+        match="are two spellings of one name",
+    ):
+        inference.infer(containers.Source(container="test", tensors=tensors))
+
+
+class TestVGG:
+    """A second family, of whose names and shapes nothing outside its own modules knows."""
+
+    SPEC = architectures.find("vgg11_bn").replace(widths=(2, 3, 4, 5, 6), hidden=(7, 8), classes=9)
+    FORMATS = (
+        ("canonical", "w.safetensors"),
+        ("torchvision", "w.pth"),
+        ("timm", "w.pth"),
+        ("keras_applications", "w.h5"),
+        ("keras_applications", "w.weights.h5"),
+        ("flax", "w.msgpack"),
+    )
+
+    @pytest.mark.parametrize("head", ["logits", "none"])
+    @pytest.mark.parametrize("format_", FORMATS, ids=":".join)
+    def test_every_format_comes_back_bitwise(self, tmp_path, format_, head):
+        spec = self.SPEC.with_head(head=head)
+        weights = canonical.randomize(spec, dtype="float32")
+        found = checkpoints.read_for(spec, written(tmp_path, format_, spec, weights))
+        same(dict(found.weights), weights)
+        assert found.spec == spec
+
+    def test_timm_keeps_dense_layers_as_convolutions_over_the_map(self, tmp_path):
+        weights = canonical.randomize(self.SPEC, dtype="float32")
+        tensors = names.find("vgg", "timm").tensors(self.SPEC, weights.__getitem__)
+        torchvision = names.find("vgg", "torchvision").tensors(self.SPEC, weights.__getitem__)
+        assert tensors["pre_logits.fc1.weight"]().shape == (7, 6, 7, 7)
+        assert tensors["pre_logits.fc2.weight"]().shape == (8, 7, 1, 1)
+        # Rows in the order channel, height, width are what makes the two the same numbers in the same order.
+        rows = torchvision["classifier.0.weight"]()
+        assert np.array_equal(tensors["pre_logits.fc1.weight"]().reshape(7, -1), rows)
+
+    def test_a_new_head_keeps_the_other_dense_layers(self):
+        weights = canonical.randomize(self.SPEC, dtype="float32")
+        found = Checkpoint(spec=self.SPEC, weights=weights).with_classes(3)
+        changed = {name for name in weights if not np.array_equal(found.weights[name], weights[name])}
+        assert changed == {"head.fc.kernel", "head.fc.bias"}

@@ -12,7 +12,7 @@ from written import save_weights
 from common import checkpoints
 from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.images import sample_photos
+from common.images import PRESETS, Preprocessing, sample_photos
 
 SPEC = ResNetSpec(block="bottleneck", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=1000)
 
@@ -77,6 +77,49 @@ def test_convert_adapts_head_and_stem_and_says_so(pth: Path, tmp_path: Path) -> 
     assert checkpoints.read(tmp_path / "w.safetensors").spec == SPEC.replace(classes=4, in_channels=1)
 
 
+KERAS = SPEC.replace(**CONVENTIONS["keras_applications"])
+NAMES = tuple(f"kind {number}" for number in range(1000))
+
+
+@pytest.mark.slow
+def test_the_preprocessing_of_keras_goes_with_its_weights(tmp_path: Path) -> None:
+    """From a Keras file through canonical to .pth, which cannot hold it and says which option restores it."""
+    given, between, end = (tmp_path / name for name in ("w.weights.h5", "w.safetensors", "w.pth"))
+    save_weights(given, KERAS, canonical.randomize(KERAS, dtype="float32"))
+    first = run("convert", given, between)
+    assert first.returncode == 0, first.stderr
+    assert "--preprocess" not in first.stderr
+    assert checkpoints.read(between).preprocessing == PRESETS["keras_caffe"]
+    assert "made from " in " ".join(run("inspect", between).stdout.split())
+
+    photo = sample_photos()[0]
+    shown = run("predict", photo, "--weights", between)
+    assert "preprocessing: keras_caffe, resized to 224 x 224" in shown.stdout
+
+    second = run("convert", between, end)
+    assert second.stderr.count("--preprocess keras_caffe") == 1
+    options = second.stderr.rpartition("read it with: ")[2].split()
+    again = run("predict", photo, "--weights", end, *options)
+    assert again.stdout == shown.stdout, again.stderr
+
+
+def test_class_names_and_a_preprocessing_of_ones_own_are_kept(pth: Path, tmp_path: Path) -> None:
+    listed, between = tmp_path / "names.txt", tmp_path / "w.safetensors"
+    listed.write_text("\n".join(NAMES))
+    options = ["--class-names", listed, "--preprocess", '{"crop": 64, "resize": 64}']
+    done = run("convert", pth, between, *options)
+    assert done.returncode == 0, done.stderr
+    found = checkpoints.read(between)
+    assert found.class_names == NAMES
+    assert found.preprocessing == Preprocessing(crop=64, resize=64)
+    # Once more through a canonical file, and then to one that holds neither.
+    assert run("convert", between, tmp_path / "again.safetensors").stderr == ""
+    assert checkpoints.read(tmp_path / "again.safetensors").class_names == NAMES
+    lost = run("convert", between, tmp_path / "lost.pth").stderr
+    assert "nor the names of the classes" in lost
+    assert """--preprocess '{"crop": 64, "resize": 64}' --class-names FILE""" in lost
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,6 +133,14 @@ def test_convert_adapts_head_and_stem_and_says_so(pth: Path, tmp_path: Path) -> 
         (["convert", "given.pth", "out.xyz"], "no format goes by '.xyz'"),
         (["convert", "given.pth", "no/out.pth"], "cannot be written"),
         (["convert", "given.pth", "out.pth", "--to", "onnx"], "unknown format 'onnx'"),
+        (
+            ["convert", "given.pth", "out.safetensors", "--to", "torchvision:legacy"],
+            "unknown format 'torchvision:legacy'",
+        ),
+        (["convert", "given.pth", "out.pth", "--to", "timm:legacy"], "unknown format"),
+        (["convert", "given.pth", "out.safetensors", "--class-names", "none.txt"], "none.txt: cannot be read"),
+        (["convert", "given.pth", "out.safetensors", "--class-names", "text.pth"], "1 names; the network tells 1000"),
+        (["convert", "given.pth", "out.safetensors", "--preprocess", '{"crop": 0}'], "crop=0 is not allowed"),
         (["predict", "given.pth", "--weights", "given.pth"], "given.pth: not an image"),
         (["predict", "none.jpg", "--weights", "given.pth"], "none.jpg: the image cannot be read"),
         (["predict", "none.jpg", "--weights", "given.pth", "--backend", "mxnet"], "unknown backend 'mxnet'"),
