@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from common import checkpoints
-from common.checkpoints import canonical
+from common import weights as canonical
+from common.errors import WeightsError
 
 # Beyond what the libraries themselves take: a header that claims more must not be believed.
 MEMORY = 6 * 2**30
@@ -58,7 +59,7 @@ def outcome(path: Path, expected: str) -> str:
     try:
         found = checkpoints.read(path)
         digest = canonical.digest({name: found.weights[name] for name in found.weights})
-    except checkpoints.WeightsError as error:
+    except WeightsError as error:
         message = str(error)
         return "refused" if "\n" not in message and len(message) < 2000 else f"a message of more than a line: {message}"
     except Exception as error:  # the very thing that must not happen
