@@ -202,7 +202,7 @@ def test_there_is_a_tap_of_the_right_shape_for_every_layer(spec, size):
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     flags = {"training": True, "gradients": True}
     labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-    results = jax.eval_shape(partial(probe._pass, spec, module, **flags), variables, images, labels)
+    results = jax.eval_shape(partial(probe._pass, spec, module, **flags), variables, images, labels, {})
     expected = output_shapes(spec.layers, (*size, spec.in_channels))
     taps = {f"tap/{path}": (2, *shape) for path, shape in expected.items() if path != "input"}
     assert {name: array.shape for name, array in results.items() if name.startswith("tap/")} == taps
