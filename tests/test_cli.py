@@ -17,6 +17,7 @@ from written import save_weights
 
 from common import architectures, weights
 from common.architectures.resnet import ResNetSpec
+from common.checkpoints import Checkpoint, Origin, canonical
 
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
@@ -182,6 +183,7 @@ def _broken(path: Path, how: str) -> Path:
         good[name] = np.ascontiguousarray(good[name].transpose(3, 2, 0, 1))
     elif how == "nan":
         good[name][0, 0, 0, 0] = np.nan
+        metadata = canonical.metadata_of(Checkpoint(spec=TINY, weights=good, origin=Origin()))
     elif how == "foreign":
         other = TINY.replace(bn_eps=1e-3)
         save_weights(target, other, good)
@@ -195,7 +197,7 @@ def _broken(path: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("truncated", "no room for it"),
+        ("truncated", "incomplete metadata, file not fully covered"),  # the library's own words
         ("empty", "not a checkpoint of a known format"),
         ("missing", "missing stages.1.blocks.0.conv1.kernel"),
         ("extra", "unexpected stem.extra"),

@@ -13,7 +13,7 @@ from common.errors import CheckpointError
 MOST_BYTES = 2**23  # of a pickle; a state_dict with optimiser state of ResNet-152 has some 300,000
 # Opcodes that plain data never needs: BYTEARRAY8 makes as much room as it claims before anything is read, the EXTs ask
 # a registry of this process.
-_LEFT_OUT = (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ)
+_LEFT_OUT = (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
 
 @dataclass
@@ -105,6 +105,9 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], Inert):
             self.stack[-1].build(state)
 
+    def _instance(self) -> None:
+        raise CheckpointError(f"carries code: makes an instance of a class; refused. {self._advice}")
+
     dispatch: ClassVar[dict[int, Any]] = {
         **{code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in _LEFT_OUT},
         pickle.EMPTY_DICT[0]: _empty_dict,
@@ -112,5 +115,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.EMPTY_SET[0]: _empty_set,
         pickle.FROZENSET[0]: _frozen_set,
         pickle.BUILD[0]: _build,
+        pickle.INST[0]: _instance,
+        pickle.OBJ[0]: _instance,
         pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],  # a call like any other
     }
