@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from mutants.planting import Chatter, Crash, Fail
 
 from common.architectures.resnet import ResNetSpec
 from common.backends.columns import resolve
@@ -19,6 +18,7 @@ from common.parity.case import Case
 from common.parity.session import Session
 from common.report import json as json_report
 from common.report import junit as junit_report
+from tests.mutants.planting import Chatter, Crash, Fail
 
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)

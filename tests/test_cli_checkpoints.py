@@ -193,6 +193,7 @@ def test_a_builder_given_foreign_weights_takes_their_conventions(tmp_path: Path,
     check = f"""
 import sys
 from common import checkpoints
+from common import weights as canonical
 P = sys.argv[1]
 {script}
 f = checkpoints.read(P)

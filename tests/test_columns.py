@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from mutants.bench import Bench
 from test_parity import PHOTOS, check, explain
 
 from common import architectures
@@ -12,6 +11,7 @@ from common.architectures.resnet import ResNetSpec
 from common.backends.columns import COLUMNS
 from common.parity.case import Case
 from common.parity.session import Session
+from tests.mutants.bench import Bench
 
 
 @pytest.fixture(scope="module")

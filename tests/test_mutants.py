@@ -5,8 +5,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from mutants.bench import Bench
-from mutants.catalogue import (
+
+from common.architectures import Spec
+from common.backends.columns import ALIASES
+from common.images import sample_photos
+from common.parity.case import DTYPES, Case
+from common.parity.compare import Comparison
+from common.parity.session import Session
+from tests.mutants.bench import Bench
+from tests.mutants.catalogue import (
     BASE,
     EQUIVALENTS,
     IMAGES_OF_ORDER,
@@ -17,13 +24,6 @@ from mutants.catalogue import (
     Mutant,
     OfOrder,
 )
-
-from common.architectures import Spec
-from common.backends.columns import ALIASES
-from common.images import sample_photos
-from common.parity.case import DTYPES, Case
-from common.parity.compare import Comparison
-from common.parity.session import Session
 
 
 @pytest.fixture(scope="module")

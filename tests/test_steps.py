@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutants.bench import Bench
-from mutants.catalogue import OF_TRAINING, RECIPES, OfTraining
 from test_cli import refused, run
 from test_parity import explain
 
@@ -21,6 +19,8 @@ from common.images import sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from common.parity.steps import RECIPE
+from tests.mutants.bench import Bench
+from tests.mutants.catalogue import OF_TRAINING, RECIPES, OfTraining
 
 BLOCKS = {
     block: ResNetSpec(block=block, blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)

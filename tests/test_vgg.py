@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_parity import explain
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -23,7 +24,6 @@ from common.names.vgg import KERAS_APPLICATIONS
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
-from tests.test_parity import explain
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, those of its convolutions, multiply-adds at 224, tensors in torchvision's file
