@@ -65,30 +65,47 @@ def run_torch(model: Any, output: Callable[[Any], Any] = lambda result: result) 
     return run
 
 
+def _torchvision(name: str) -> Any:
+    import torchvision
+    from torch import nn
+
+    if not name.startswith("vgg"):
+        return torchvision.models.get_model(name, weights=None)
+    model = torchvision.models.get_model(name, weights=None, init_weights=False)
+    # As wide as it is it takes half a gigabyte.
+    for index, width in ((0, (25088, 256)), (3, (256, 128)), (6, (128, 1000))):
+        model.classifier[index] = nn.Linear(*width)
+    return model
+
+
 def make_torchvision(name: str, path: Path) -> None:
     import torch
-    import torchvision
 
-    model = torchvision.models.get_model(name, weights=None)
+    model = _torchvision(name)
     randomize_torch(model)
     torch.save(model.state_dict(), path)
 
 
 def load_torchvision(name: str, path: Path) -> Run:
     import torch
-    import torchvision
 
-    model = torchvision.models.get_model(name, weights=None)
+    model = _torchvision(name)
     model.load_state_dict(torch.load(path, weights_only=True), strict=True)
     return run_torch(model)
 
 
+def _timm(name: str) -> Any:
+    import timm
+
+    narrow = {"mlp_ratio": 1 / 16} if name.startswith("vgg") else {}
+    return timm.create_model(name, pretrained=False, **narrow)
+
+
 def make_timm(name: str, path: Path) -> None:
     import safetensors.torch
-    import timm
     import torch
 
-    model = timm.create_model(name, pretrained=False)
+    model = _timm(name)
     randomize_torch(model)
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(model.state_dict(), path)
@@ -99,7 +116,7 @@ def make_timm(name: str, path: Path) -> None:
 def load_timm(name: str, path: Path) -> Run:
     import timm
 
-    model = timm.create_model(name, pretrained=False)
+    model = _timm(name)
     timm.models.load_checkpoint(model, str(path), strict=True)
     return run_torch(model)
 
@@ -163,8 +180,8 @@ def _keras_of_any_size(name: str, dtype: str) -> Any:
 
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
-    # With its top, keras.applications wants a size; the top itself takes any.
-    tensor = keras.Input((None, None, 3))
+    # With its top, keras.applications wants a size; the top itself takes any, but for one that flattens.
+    tensor = keras.Input((*((64, 32) if name.startswith("VGG") else (None, None)), 3))
     return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
 
 
