@@ -38,10 +38,10 @@ from common.parity.recording import RecordNetwork
 from common.parity.session import Session
 from common.parity.subjects import Keep, SpecPasses, arrays_of_passes
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mutants.bench import Bench  # noqa: E402
-from mutants.catalogue import MUTANTS  # noqa: E402
+from tests.mutants.bench import Bench  # noqa: E402
+from tests.mutants.catalogue import MUTANTS  # noqa: E402
 
 COLUMNS = ("torch", "keras:tensorflow", "flax")
 PAIRS = tuple(combinations(range(len(COLUMNS)), 2))

@@ -82,6 +82,8 @@ def main() -> None:
             if backend is None:
                 with clock.step("import"):
                     backend = importlib.import_module(COLUMNS[name].backend).start(threads)
+                gc.collect()
+                gc.freeze()  # a framework is a million objects that live as long as the process
             answer = request.perform(backend, clock)
         except Exception as error:
             if not isinstance(error, ParityError):

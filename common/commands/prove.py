@@ -36,7 +36,12 @@ Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
 Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps.", show_default="20")]
 RecipeName = Annotated[
-    str | None, typer.Option(metavar="FILE|PRESET", help="What mode steps trains by.", show_default="one for the check")
+    str | None,
+    typer.Option(
+        metavar="FILE|PRESET",
+        help="What mode steps trains by; its batch size, epochs and augmentation are not used there.",
+        show_default="one for the check",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
