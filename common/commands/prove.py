@@ -1,6 +1,7 @@
 """The commands that prove: check, record, compare, and list and show what there is to prove."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from common import architectures, checkpoints, images
 from common.architectures import Spec
 from common.backends.columns import COLUMNS
+from common.commands.options import grouped
 from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
 from common.errors import InputError, SpecError
 from common.parity.case import DTYPES, Case
@@ -29,32 +31,78 @@ _MODES = (*MODES, "steps")
 _USUAL_SIZE = (64, 64)  # cheap, and 2x2 pixels at the end of a network of stride 32
 _SPEC = "A specification as a JSON file, instead of a named variant."
 _SIZE = "Height and width of the images."
-Size = Annotated[
-    str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="64, or the one size that the network takes")
-]
-Batch = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
-Modes = Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps.", show_default="20")]
-RecipeName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|PRESET",
-        help="What mode steps trains by; its batch size, epochs and augmentation are not used there.",
-        show_default="one for the check",
-    ),
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
-]
-ImageFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--image", metavar="FILE", help="A photograph; may be repeated.", show_default="two"),
-]
+# Fields of a recipe that a check takes from elsewhere, or has no use for.
+_NOT_OF_STEPS = {
+    "batch_size": "every step takes --batch images",
+    "seed": "weights, crops and labels follow from --seed",
+    "epochs": "--steps says how many",
+    "augmentation": "images are taken as they are",
+}
 SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE", help=_SPEC)]
-WeightsFile = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="Canonical weights.", show_default="random ones")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How networks are run: on which weights, images and labels, in which modes."""
+
+    mode: Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")] = _USUAL_MODES
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="64, or the one size that the network takes")
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 2
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A photograph; may be repeated.", show_default="two"),
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Canonical weights.", show_default="random ones")
+    ] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of mode steps.", show_default="20")] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|PRESET",
+            help="What mode steps trains by; its batch size, epochs and augmentation are not used there.",
+            show_default="one for the check",
+        ),
+    ] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe; may be repeated.")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")] = 0
+
+    @property
+    def modes(self) -> list[str]:
+        return choices("mode", self.mode, _MODES)
+
+    def case(self, name: str, spec: Spec, dtypes: Sequence[str]) -> Case:
+        """The case of one network. Raises `InputError` or `RecipeError` for options that do not fit it."""
+        return Case(
+            variant=name,
+            spec=spec,
+            size=_size(self.size) if self.size is not None else spec.default_size if spec.input_size else _USUAL_SIZE,
+            batch=max(self.batch, len(self.image or [])),
+            photos=tuple(self.image or images.sample_photos()),
+            weights=checkpoints.read_for(spec, self.weights).weights if self.weights else None,
+            seed=self.seed,
+            dtypes=tuple(dtypes),
+            modes=tuple(self.modes),  # type: ignore[arg-type]
+            recipe=self._training(),
+        )
+
+    def _training(self) -> TrainingRecipe:
+        """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
+        given = {"--steps": self.steps, "--recipe": self.recipe, "--set": self.settings}
+        if unused := [option for option, value in given.items() if value and "steps" not in self.modes]:
+            raise InputError(f"{' and '.join(unused)} say what mode steps does; add --mode steps")
+        named = {setting.partition("=")[0].partition(".")[0] for setting in self.settings or []}
+        for field, instead in _NOT_OF_STEPS.items():
+            if field in named:
+                raise InputError(f"--set {field} means nothing in mode steps: {instead}")
+        if self.steps and "steps" in named:
+            raise InputError(f"both --steps {self.steps} and --set steps are given; give one of them")
+        recipe = changed(recipes.find(self.recipe) if self.recipe else RECIPE, self.settings or [])
+        return recipe if "steps" in named else recipe.replace(steps=self.steps or RECIPE.steps)
 
 
 @app.command(
@@ -65,22 +113,16 @@ Seed = Annotated[int, typer.Option(min=0, help="Of random weights, crops and lab
         "resnet-parity check resnet18 --mode steps --steps 20 --set optimizer=adamw",
     ),
 )
+@grouped
 def check(
     variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT", help="Named variants.")] = None,
     backends: Annotated[str, typer.Option(help=f"Of {', '.join(COLUMNS)}, separated by commas.")] = "torch,keras,flax",
     dtype: Annotated[
         str | None, typer.Option(help="Of float64,float32.", show_default="both; float64 with mode steps")
     ] = None,
-    mode: Modes = _USUAL_MODES,
-    size: Size = None,
-    batch: Batch = 2,
-    image: ImageFiles = None,
     spec: SpecFile = None,
-    weights: WeightsFile = None,
-    steps: Steps = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
-    seed: Seed = 0,
+    *,
+    conditions: Conditions,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JUnit XML.")] = None,
     timings: Annotated[bool, typer.Option("--timings", help="Show where the time went.")] = False,
@@ -92,13 +134,8 @@ def check(
     names = choices("backends", backends, None)
     if len(names) < 2:
         raise InputError(f"--backends {backends} names one backend; a comparison needs at least two")
-    modes = choices("mode", mode, _MODES)
-    dtypes = choices("dtype", dtype, DTYPES) if dtype else DTYPES[:1] if "steps" in modes else DTYPES
-    training = _recipe(modes, steps, recipe, settings)
-    cases = [
-        _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
-        for name, found in _specs(variants or [], spec)
-    ]
+    dtypes = choices("dtype", dtype, DTYPES) if dtype else DTYPES[:1] if "steps" in conditions.modes else DTYPES
+    cases = [conditions.case(name, found, dtypes) for name, found in _specs(variants or [], spec)]
     for path in (json, junit):
         check_writable(path)
     results: list[CheckResult] = []
@@ -123,21 +160,15 @@ def check(
     rich_help_panel=_PANEL,
     epilog=examples("resnet-parity record torch resnet50 -o before.safetensors"),
 )
+@grouped
 def record(
     backend: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
-    mode: Modes = _USUAL_MODES,
-    size: Size = None,
-    batch: Batch = 2,
-    image: ImageFiles = None,
     spec: SpecFile = None,
-    weights: WeightsFile = None,
-    steps: Steps = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
-    seed: Seed = 0,
+    *,
+    conditions: Conditions,
     response: Annotated[
         bool, typer.Option(help="Measure the one-ulp response; one of the records that are compared needs it.")
     ] = True,
@@ -147,9 +178,7 @@ def record(
     dtypes = choices("dtype", dtype, DTYPES)
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
-    modes = choices("mode", mode, _MODES)
-    training = _recipe(modes, steps, recipe, settings)
-    case = _case(name, found, size, batch, image, weights, seed, dtypes, modes, training)
+    case = conditions.case(name, found, dtypes)
     check_writable(output)
     with progress_bar(name, None) as progress:
         made = make_record(case, backend, output, response=response, progress=progress)
@@ -218,56 +247,6 @@ def _one_spec(variant: str | None, path: Path | None) -> tuple[str, Spec]:
         raise SpecError(f"both variant {variant} and --spec {path} are given; give one of them")
     ((name, spec),) = _specs([variant] if variant else [], path)
     return name, spec
-
-
-def _case(
-    name: str,
-    spec: Spec,
-    size: str | None,
-    batch: int,
-    photos: list[Path] | None,
-    weights: Path | None,
-    seed: int,
-    dtypes: Sequence[str],
-    modes: Sequence[str],
-    recipe: TrainingRecipe,
-) -> Case:
-    return Case(
-        variant=name,
-        spec=spec,
-        size=_size(size) if size is not None else spec.default_size if spec.input_size else _USUAL_SIZE,
-        batch=max(batch, len(photos or [])),
-        photos=tuple(photos if photos else images.sample_photos()),
-        weights=checkpoints.read_for(spec, weights).weights if weights else None,
-        seed=seed,
-        dtypes=tuple(dtypes),
-        modes=tuple(modes),  # type: ignore[arg-type]
-        recipe=recipe,
-    )
-
-
-# Fields of a recipe that a check takes from elsewhere, or has no use for.
-_NOT_OF_STEPS = {
-    "batch_size": "every step takes --batch images",
-    "seed": "weights, crops and labels follow from --seed",
-    "epochs": "--steps says how many",
-    "augmentation": "images are taken as they are",
-}
-
-
-def _recipe(modes: Sequence[str], steps: int | None, name: str | None, settings: list[str] | None) -> TrainingRecipe:
-    """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
-    given = {"--steps": steps, "--recipe": name, "--set": settings}
-    if unused := [option for option, value in given.items() if value and "steps" not in modes]:
-        raise InputError(f"{' and '.join(unused)} say what mode steps does; add --mode steps")
-    named = {setting.partition("=")[0].partition(".")[0] for setting in settings or []}
-    for field, instead in _NOT_OF_STEPS.items():
-        if field in named:
-            raise InputError(f"--set {field} means nothing in mode steps: {instead}")
-    if steps and "steps" in named:
-        raise InputError(f"both --steps {steps} and --set steps are given; give one of them")
-    recipe = changed(recipes.find(name) if name else RECIPE, settings or [])
-    return recipe if "steps" in named else recipe.replace(steps=steps or RECIPE.steps)
 
 
 def _size(text: str) -> tuple[int, int]:
