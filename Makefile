@@ -26,11 +26,12 @@ test-long: .venv/installed
 test-training: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m training
 
+# What other libraries warn of is theirs.
 test-peers: .venv-peers/installed
-	$(PEERS)/pytest -n 2 tests/peers -m "not long"
+	$(PEERS)/pytest -n 2 tests/peers -W default -m "not long"
 
 test-peers-all: .venv-peers/installed
-	$(PEERS)/pytest -n 2 tests/peers
+	$(PEERS)/pytest -n 2 tests/peers -W default
 
 fast: .venv/installed
 	$(BIN)/pytest -m "not slow and not training and not long"

@@ -40,8 +40,8 @@ from common.parity.subjects import Keep, SpecPasses, arrays_of_passes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.mutants.bench import Bench  # noqa: E402
-from tests.mutants.catalogue import MUTANTS  # noqa: E402
+from tests.mutants.bench import Bench
+from tests.mutants.catalogue import MUTANTS
 
 COLUMNS = ("torch", "keras:tensorflow", "flax")
 PAIRS = tuple(combinations(range(len(COLUMNS)), 2))

@@ -16,6 +16,9 @@ from common.parity.session import Session
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
+# Nobody reads where in our code an operation stands, and finding it out is a seventh of all that Flax takes here.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # And what one process of this run has compiled, the others read: the same program for the same input to the compiler.
 # Set here, since the workers of this run and all that they start inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -32,7 +35,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 LONGEST = (
     *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py"),
     *("test_parity.py", "test_mutants.py", "test_properties.py", "test_checkpoints_keras.py", "test_columns.py"),
-    *("test_steps.py", "test_training_keras.py", "test_training_flax.py", "test_training_torch.py"),
+    *("test_vgg.py", "test_steps.py", "test_resnet_keras.py", "test_checkpoints.py", "test_cli.py"),
+    *("test_training_keras.py", "test_training_flax.py", "test_training_torch.py"),
 )
 
 

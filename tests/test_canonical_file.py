@@ -214,6 +214,14 @@ class TestFile:
         join(path, header, bytes(end))
         assert f"is stored as {dtype}" in refused(path)
 
+    @pytest.mark.parametrize("key", ["checksums", "class_names", "origin"])
+    def test_a_header_with_a_renamed_entry_is_refused(self, tmp_path, key):
+        save_weights(tmp_path / "w.safetensors", SMALL, weights.init(SMALL))
+        raw = (tmp_path / "w.safetensors").read_bytes()
+        (tmp_path / "w.safetensors").write_bytes(raw.replace(f'"{key}":'.encode(), f'"{key[:-1]}_":'.encode(), 1))
+        with pytest.raises(WeightsError, match=r"the header was changed|the metadata are damaged"):
+            checkpoints.read(tmp_path / "w.safetensors")
+
     @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
     @settings(max_examples=120, deadline=None)
     def test_changed_bytes_change_no_value_or_give_one_line(self, tmp_path_factory, changes, in_header):

@@ -262,6 +262,7 @@ def test_the_item_with_the_state_is_taken(tmp_path):
     same(checkpoints.read(tmp_path / "run").weights, weights_of(BASIC))
 
 
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated:DeprecationWarning")
 def test_the_checkpoints_of_flax_training_load(tmp_path):
     from flax.training import checkpoints as legacy
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from test_parity import PHOTOS, check, explain
+from test_parity import PHOTOS, check, explain, twin
 
 from common import architectures
 from common.architectures.resnet import ResNetSpec
@@ -20,11 +20,16 @@ def all_columns() -> Iterator[Session]:
         yield session
 
 
+WHOLE = architectures.find("resnet18.keras_applications")
+
+
 @pytest.mark.slow
-def test_keras_on_its_other_engines_is_float32_precise_and_named_where_it_rounds(all_columns: Session) -> None:
-    result = check(all_columns, "resnet18.keras_applications", 64, dtypes=("float64", "float32"))
+@pytest.mark.parametrize("spec", [twin(WHOLE), pytest.param(WHOLE, marks=pytest.mark.long)], ids=["twin", "whole"])
+def test_keras_on_its_other_engines_is_float32_precise_and_named_where_it_rounds(
+    all_columns: Session, spec: ResNetSpec
+) -> None:
+    result = check(all_columns, "resnet18.keras_applications", 64, spec=spec, dtypes=("float64", "float32"))
     assert result.passed, explain(result)
-    spec = architectures.find("resnet18.keras_applications")
     norms = [layer.path for layer in spec.layers if layer.kind == "norm"]
     pooled = [layer.path for layer in spec.layers if layer.kind == "global_pool"]
     dense = [layer.path for layer in spec.layers if layer.kind == "dense"]

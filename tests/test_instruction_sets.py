@@ -25,9 +25,9 @@ from common.parity.session import Session
 from test_parity import explain
 
 SPECS = [
-    ResNetSpec(block="basic", blocks=(1, 1), widths=(4, 8), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
+    ResNetSpec(block="basic", blocks=(1,), widths=(4,), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
                conv_bias=True, classes=7),
-    ResNetSpec(block="bottleneck", blocks=(1, 1), widths=(4, 8), expansion=2, stem_width=4, classes=7),
+    ResNetSpec(block="bottleneck", blocks=(1,), widths=(4,), expansion=2, stem_width=4, classes=7),
 ]
 with Session(["torch", "keras", "flax"]) as session:
     for spec, size, batch in zip(SPECS, (41, 50), (3, 2)):

@@ -1,5 +1,6 @@
 """The frameworks compute the same function: every named variant, at even and odd sizes, and who is wrong if not."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,11 @@ def kinds() -> dict[str, ResNetSpec]:
 
 
 KINDS = kinds()
+# Every value of every field that the twins differ in, in as few of them as have it.
+SHORT = (
+    *("resnext50_32x4d", "resnet20", "resnet50.paper", "resnet50.keras_applications", "resnet18.keras_classic"),
+    *("resnet18.flax_examples", "resnet18.d2l"),
+)
 
 
 def explain(result: CheckResult) -> str:
@@ -63,14 +69,23 @@ def check(session: Session, name: str, size: int | tuple[int, int], **options: o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in KINDS]
+)
 def test_every_kind_of_network_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
     """Even one way and odd the other: 65 = 1 mod 32, where every SAME padding is symmetric, and nowhere else."""
     result = check(session, name, (64, 65), spec=KINDS[name])
     assert result.passed, explain(result)
 
 
-@pytest.mark.slow
+def test_the_short_list_has_every_value_of_every_field() -> None:
+    def values(names: Iterable[str]) -> set[tuple[str, str]]:
+        return {(field, repr(value)) for name in names for field, value in architectures.to_dict(KINDS[name]).items()}
+
+    assert values(SHORT) == values(KINDS)
+
+
+@pytest.mark.long
 def test_resnet50_is_one_function_in_three_frameworks(session: Session) -> None:
     result = check(session, "resnet50", (64, 65))
     assert result.passed, explain(result)

@@ -64,7 +64,7 @@ def equal(a: Weights, b: Weights) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [VARIANTS[0], *(pytest.param(name, marks=pytest.mark.long) for name in VARIANTS[1:])])
 @pytest.mark.parametrize(("a", "b"), list(permutations(MODELS, 2)))
 def test_a_to_b_to_a_is_bitwise(a: str, b: str, name: str) -> None:
     spec = architectures.find(name)

@@ -361,7 +361,7 @@ print(keras.backend.backend(), checked)
 """
 
 
-@pytest.mark.parametrize("name", ["jax", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("jax", marks=pytest.mark.long), "torch"])
 def test_a_model_with_channels_first_computes_what_the_other_does(name: str) -> None:
     """TensorFlow's CPU has no convolution with channels first."""
     process = started(BOTH_FORMATS, KERAS_BACKEND=name)

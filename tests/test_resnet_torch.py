@@ -63,6 +63,11 @@ SPECS = {
     "feature map": SMALL.replace(head="none", head_pool="none", in_channels=1),
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+# A compiler takes a second for each.
+every_third_spec = pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=[pytest.mark.long] if i % 3 else [], id=name) for i, (name, s) in enumerate(SPECS.items())],
+)
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +401,7 @@ def agree(model, other, images):
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-13, atol=0)
 
 
-@each_spec
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@every_third_spec
 def test_scripting_computes_the_same(spec):
     model = random_model(spec)
     images = torch.tensor(batch(spec)[0]).permute(0, 3, 1, 2)
@@ -408,7 +412,7 @@ def test_scripting_computes_the_same(spec):
         torch.testing.assert_close(theirs, mine, rtol=1e-13, atol=1e-13)
 
 
-@each_spec
+@every_third_spec
 def test_export_computes_the_same(spec):
     model = random_model(spec)
     images = torch.tensor(batch(spec)[0]).permute(0, 3, 1, 2)

@@ -386,6 +386,7 @@ def run(*arguments, **more):
     return done.stdout
 
 
+@pytest.mark.training
 def test_processes_with_two_threads_take_the_same_bits(tmp_path):
     more = {"TF_ENABLE_ONEDNN_OPTS": "1"}  # as a training has it, and a check has not
     whole = run("-c", PROCESS, tmp_path, "whole", 2, **more)

@@ -341,6 +341,7 @@ def run(*arguments, **more):
     return done.stdout
 
 
+@pytest.mark.training
 def test_processes_with_the_same_threads_take_the_same_bits(tmp_path):
     whole = run("-c", PROCESS, tmp_path)
     assert run("-c", PROCESS, tmp_path, "restored") == whole

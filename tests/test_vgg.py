@@ -257,7 +257,8 @@ class TestFlax:
         import resnet_flax
 
         spec = SMALL.replace(widths=(32, 64), hidden=(200, 100))
-        params = resnet_flax.from_spec(spec).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)["params"]
+        init = jax.jit(resnet_flax.from_spec(spec).init, static_argnames="train")
+        params = init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)["params"]
         assert np.var(params["blocks.1.conv1"]["kernel"]) == pytest.approx(2 / (64 * 9), rel=0.05)
         assert np.std(params["head.fc1"]["kernel"]) == pytest.approx(0.01, rel=0.05)
         assert not np.any(params["head.fc1"]["bias"])
@@ -269,7 +270,7 @@ class TestFlax:
         import resnet_flax
 
         model, images = resnet_flax.from_spec(SMALL), jnp.zeros((1, 33, 20, 3))
-        variables = model.init(jax.random.key(0), images, train=False)
+        variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)
         _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         assert [x.shape for x in state["intermediates"]["stages"]] == [(1, 16, 10, 6), (1, 8, 5, 8)]
 
@@ -397,7 +398,13 @@ def pooled(images, slopes, cells, op):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("column", ["torch", "keras:tensorflow", "keras:jax", "keras:torch", "flax"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("torch", "keras:tensorflow", "flax"),
+        *(pytest.param(engine, marks=pytest.mark.long) for engine in ("keras:jax", "keras:torch")),
+    ],
+)
 def test_adaptive_pools_follow_the_definition_forwards_and_backwards(column):
     framework, _, engine = column.partition(":")
     network = "\n".join(f"        {line}" for line in POOLS[framework].splitlines())

@@ -73,7 +73,10 @@ def check(metadata: Mapping[str, str], weights: Weights) -> None:
     """Raise `CheckpointError` unless header and tensors are as they were written; every tensor is read for it."""
     if metadata.get("header_checksum") != _header_checksum(metadata):
         raise CheckpointError("the header was changed after it was written; fetch or make the file again")
-    expected = json.loads(metadata["checksums"])
+    try:
+        expected = dict(json.loads(metadata.get("checksums", "")))
+    except (ValueError, TypeError, RecursionError):  # of a file that somebody made to pass the line above
+        expected = {}
     changed = [name for name, checksum in _checksums(weights).items() if expected.get(name) != checksum]
     if changed:
         raise CheckpointError(
@@ -116,7 +119,7 @@ def _checksum(name: str, array: np.ndarray) -> str:
 
 
 def _header_checksum(metadata: Mapping[str, str]) -> str:
-    keys = ["format", "spec", "checksums"]
+    stated: list[Any] = [metadata.get(key, "") for key in ("format", "spec", "checksums")]
     if metadata.get("format") == FORMAT:
-        keys = sorted(metadata.keys() - {"header_checksum"})
-    return xxhash.xxh3_128(json.dumps([metadata.get(key, "") for key in keys]).encode()).hexdigest()
+        stated = sorted([key, value] for key, value in metadata.items() if key != "header_checksum")
+    return xxhash.xxh3_128(json.dumps(stated).encode()).hexdigest()
