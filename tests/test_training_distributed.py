@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from common.parity.levels import DECIDABLE
 from common.training import metrics
 
 pytestmark = pytest.mark.training
@@ -77,8 +78,9 @@ def test_two_processes_take_the_steps_of_one(backend, fsdp, tmp_path, monkeypatc
     assert alone.returncode == 0, alone.stderr
     two, one = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert len(two) == len(one) == 22
-    # float32: in float64 it is proved, framework by framework. Another batch, or statistics of half of it, is far off.
-    assert two[:6] == pytest.approx(one[:6], rel=1e-3)
+    # In float64 it is proved, framework by framework. This is float32, which decides as long as rounding has not grown
+    # beyond what level L2 gates: the first loss shows the batch and its statistics, the second the gradients.
+    assert two[:2] == pytest.approx(one[:2], rel=DECIDABLE["float32"])
     assert not [line for text in said for line in text.splitlines() if "Traceback" in line]
 
 

@@ -295,7 +295,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--set", "optimiser=sgd"], "did you mean optimizer?"),
+        (["--set", "optimiser=sgd"], "did you mean 'optimizer'?"),
         (["--set", "batch_size=4000"], "batch_size=4000"),
         (["--recipe", "digit"], "did you mean 'digits'?"),
         (["--data", "/nowhere"], "/nowhere"),

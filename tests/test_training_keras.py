@@ -641,12 +641,15 @@ def free_port():
         return listening.getsockname()[1]
 
 
+# XLA divides the threads of an operation among the devices: the bits are those of as many devices.
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
 @pytest.fixture(scope="module")
 def on_jax(tmp_path_factory):
     """What one process of one device does, and of two."""
     folder = tmp_path_factory.mktemp("jax")
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run("-c", ALONE, folder, KERAS_BACKEND="jax", **devices, **among(0, 1, free_port()))
+    run("-c", ALONE, folder, KERAS_BACKEND="jax", **TWO_DEVICES, **among(0, 1, free_port()))
     return folder
 
 
@@ -658,7 +661,7 @@ def test_two_devices_of_jax_take_the_steps_of_one(on_jax):
 
 @pytest.mark.training
 def test_another_process_goes_on_bit_by_bit_on_jax(on_jax):
-    run("-c", RESTORED_ALONE, on_jax, KERAS_BACKEND="jax")
+    run("-c", RESTORED_ALONE, on_jax, KERAS_BACKEND="jax", **TWO_DEVICES)
 
 
 @pytest.mark.training
