@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ class Conditions:
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Of random weights, crops and labels.")] = 0
 
-    @property
+    @cached_property
     def modes(self) -> list[str]:
         return choices("mode", self.mode, _MODES)
 
@@ -87,9 +88,10 @@ class Conditions:
             seed=self.seed,
             dtypes=tuple(dtypes),
             modes=tuple(self.modes),  # type: ignore[arg-type]
-            recipe=self._training(),
+            recipe=self._training,
         )
 
+    @cached_property  # one file to read, however many networks
     def _training(self) -> TrainingRecipe:
         """The recipe of mode steps, with as many as are to be taken: those of a preset may be a whole training's."""
         given = {"--steps": self.steps, "--recipe": self.recipe, "--set": self.settings}
