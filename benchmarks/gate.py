@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +47,7 @@ COLUMNS = ("torch", "keras:tensorflow", "flax")
 PAIRS = tuple(combinations(range(len(COLUMNS)), 2))
 # Few shapes, many networks: what JAX compiles for one serves the next.
 SHAPES = ((2, 50), (2, 33), (3, 41), (5, 33))  # images, pixels
+RENEWED = 60  # networks after which processes are renewed
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 WAYS = {
     "the larger": lambda response, a, b: np.maximum(response, np.maximum(a, b)),
@@ -182,16 +183,18 @@ def run(count: int, path: Path) -> list[dict[str, Any]]:
     with path.open("a") as file, ThreadPoolExecutor(cores()) as pool:
 
         def work(lane: int) -> None:
-            with ExitStack() as stack:
-                processes = {c: stack.enter_context(BackendProcess(c, threads=1)) for c in COLUMNS}
-                for number in left:
-                    entry = {"number": number, "arrays": measure(processes, number)}
-                    done.append(entry)
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                    if len(done) % 10 == 0:
-                        each = (time.perf_counter() - started) / (len(done) - before)
-                        print(f"{len(done)} of {count} networks, {each:.2f} s each", file=sys.stderr, flush=True)
+            # What JAX compiled for a network stays in its process, 20 MB each: processes are renewed.
+            while numbers := list(islice(left, RENEWED)):
+                with ExitStack() as stack:
+                    processes = {c: stack.enter_context(BackendProcess(c, threads=1)) for c in COLUMNS}
+                    for number in numbers:
+                        entry = {"number": number, "arrays": measure(processes, number)}
+                        done.append(entry)
+                        file.write(json.dumps(entry) + "\n")
+                        file.flush()
+                        if len(done) % 10 == 0:
+                            each = (time.perf_counter() - started) / (len(done) - before)
+                            print(f"{len(done)} of {count} networks, {each:.2f} s each", file=sys.stderr, flush=True)
 
         list(pool.map(work, range(cores())))
     return [entry for entry in done if entry["number"] < count]

@@ -40,7 +40,8 @@ class FlaxBackend:
     """One process's JAX. Made by `start`, which sets the global state it relies on.
 
     With `jit` a pass is compiled whole, anew for every model: the faster way for one network that is run a few times.
-    Without, operation by operation, each compiled once at every shape: the faster way for many similar networks.
+    Without, a pass is traced once and run operation by operation, each compiled once at every shape: the faster way for
+    many similar networks.
     """
 
     def __init__(self, *, jit: bool) -> None:
@@ -65,9 +66,8 @@ class FlaxBackend:
         size = spec.input_size or (16 * spec.output_stride,) * 2
         images = jax.ShapeDtypeStruct((1, *size, spec.in_channels), dtype)
         variables = jax.eval_shape(module.init, jax.random.key(0), images)
-        run: Callable[..., dict[str, Any]] = partial(_pass, spec, module)
-        if self._jit:
-            run = jax.jit(run, static_argnames=("training", "gradients"))
+        one_pass = partial(_pass, spec, module)
+        run = jax.jit(one_pass, static_argnames=("training", "gradients")) if self._jit else _op_by_op(one_pass)
         return Model(spec=spec, dtype=dtype, variables=variables, run=run)
 
     def load(self, model: Model, weights: Weights) -> None:
@@ -195,6 +195,28 @@ def _pass(
     differentiated = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
     (loss, results), (params, images) = differentiated(variables["params"], images)
     return {"loss": loss, "gradients": params, "grad/input": images} | results
+
+
+def _op_by_op(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays and of static keywords, traced once for every shape and then run operation by operation.
+
+    Calling it as it is does that too, but goes through Flax and the rules of differentiation each time, which takes
+    longer than the arithmetic of a small network.
+    """
+    import jax
+
+    traced: dict[Any, Any] = {}
+
+    def run(*arguments: Any, **static: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(static.items())
+        if key not in traced:
+            traced[key] = jax.make_jaxpr(partial(function, **static), return_shape=True)(*arguments)
+        program, shapes = traced[key]
+        results = jax.core.eval_jaxpr(program.jaxpr, program.consts, *leaves)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
 
 
 def _loss(spec: Spec, output: Any, labels: Any) -> Any:
