@@ -15,7 +15,7 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.training.recipe import TrainingRecipe, shared
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
 from common.weights import Weights
 from resnet_flax import framework, from_spec
 
@@ -184,14 +184,14 @@ class FlaxTrainer:
         params, batch_stats = self._params(ema), self._state.batch_stats
         return self._named("params", params) | self._named("batch_stats", batch_stats)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, kept: Kept = np.array) -> dict[str, np.ndarray]:
         state = self._state
         kinds = {"param": state.params} | ({} if state.ema is None else {"ema": state.ema})
         for native, kind in MOMENTS[self._recipe.optimizer].items():
             found = optax.tree_utils.tree_get(state.opt_state, native)
             kinds |= {} if found is None else {kind: found}
-        named = {kind: self._named("params", tree) for kind, tree in kinds.items()}
-        named["stat"] = self._named("batch_stats", state.batch_stats)
+        named = {kind: self._named("params", tree, kept) for kind, tree in kinds.items()}
+        named["stat"] = self._named("batch_stats", state.batch_stats, kept)
         return {f"{kind}/{name}": array for kind, arrays in named.items() for name, array in arrays.items()}
 
     def _begun(self, weights: Weights) -> TrainState:
@@ -221,9 +221,9 @@ class FlaxTrainer:
             raise TrainingError("there is no moving average of the weights; set ema_decay in the recipe")
         return self._state.ema
 
-    def _named(self, collection: str, tree: Any) -> dict[str, np.ndarray]:
+    def _named(self, collection: str, tree: Any, kept: Kept = np.array) -> dict[str, np.ndarray]:
         """Copies: the next step takes the buffers."""
-        return {name: array.copy() for name, array in from_collection(self._spec, collection, tree).items()}
+        return {name: kept(array) for name, array in from_collection(self._spec, collection, tree).items()}
 
     def _arguments(self, batch: Minibatch) -> Arguments:
         rate = np.asarray(batch.learning_rate, self._dtype)

@@ -23,7 +23,7 @@ from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training import dropout
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
 from resnet_keras import distributed
 from resnet_keras.layers import with_masks
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
@@ -131,13 +131,13 @@ class KerasTrainer:
         averages = self._by_name(self._optimizer.averages) if ema else {}
         return {name: _copied(averages.get(name, variable)) for name, variable in native.items()}
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, kept: Kept = np.array) -> dict[str, np.ndarray]:
         native = self._variables()
         parameters = self._by_name(self._model.trainable_variables)
         groups = {"param": parameters, "stat": {name: native[name] for name in native if name not in parameters}}
         groups |= {slot: self._by_name(found) for slot, found in self._optimizer.slots.items()}
         groups["ema"] = self._by_name(self._optimizer.averages)
-        return {f"{group}/{name}": _copied(found[name]) for group, found in groups.items() for name in found}
+        return {f"{group}/{name}": kept(read(found[name])) for group, found in groups.items() for name in found}
 
     def _check_averaged(self, ema: bool) -> None:
         if ema and not self._optimizer.use_ema:

@@ -13,7 +13,7 @@ from common.architectures import Spec, output
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
 from common.weights import Weights, check_names
 from resnet_torch import framework, from_spec
 
@@ -139,9 +139,9 @@ class TorchTrainer:
     def export(self, *, ema: bool = False) -> Weights:
         state = (self._averaged() if ema else self._model).state_dict()
         with together(self._replica):
-            return {name: _array(slot, state[slot.native]) for name, slot in slots(self._spec).items()}
+            return {name: _array(slot, state[slot.native]).copy() for name, slot in slots(self._spec).items()}
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, kept: Kept = np.array) -> dict[str, np.ndarray]:
         table, parameters = slots(self._spec), dict(self._model.named_parameters())
         kinds: dict[str, Mapping[str, Tensor]] = {"param": parameters}
         for key, kind in optimizers.MOMENTS[self._recipe.optimizer].items():
@@ -152,7 +152,7 @@ class TorchTrainer:
         kinds["stat"] = dict(self._model.named_buffers())
         with together(self._replica):
             return {
-                f"{kind}/{name}": _array(slot, tensors[slot.native])
+                f"{kind}/{name}": kept(_array(slot, tensors[slot.native]))
                 for kind, tensors in kinds.items()
                 for name, slot in table.items()
                 if slot.native in tensors
@@ -215,7 +215,7 @@ def _logits(model: nn.Module, spec: Spec) -> nn.Module:
 
 
 def _array(slot: Slot, tensor: Tensor) -> np.ndarray:
-    return canonical(slot, distributed.whole(tensor)).copy()
+    return canonical(slot, distributed.whole(tensor))
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -47,6 +47,11 @@ def sample(array: np.ndarray) -> np.ndarray:
     return sampled
 
 
+def kept(array: np.ndarray, *, whole: bool) -> np.ndarray:
+    """A copy of an array, or of a sample of one that is too large to be kept after every step."""
+    return np.array(array) if whole or array.size <= SAMPLE else sample(array)
+
+
 def moments(recipe: TrainingRecipe) -> tuple[str, ...]:
     """The kinds of arrays that the recipe's optimiser keeps beside the parameters."""
     if recipe.optimizer == "adamw":
@@ -95,10 +100,9 @@ def take(
         nonlocal done
         done += 1
         keep(ArrayName(done, "loss"), np.asarray(measured.loss, images.dtype))
-        for name, array in trainer.arrays().items():
-            sampled = done < last and array.size > SAMPLE
+        for name, array in trainer.arrays(lambda a: kept(a, whole=done == last)).items():
             kind, _, place = name.partition("/")
-            keep(ArrayName(done, kind, place), sample(array) if sampled else array)
+            keep(ArrayName(done, kind, place), array)
         return True
 
     trainer.fit(batches(), after)

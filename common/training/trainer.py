@@ -52,6 +52,7 @@ class Replica:
 
 
 SINGLE = Replica()
+Kept = Callable[[np.ndarray], np.ndarray]
 
 
 def check_trainable(spec: Spec) -> None:
@@ -99,9 +100,9 @@ class Trainer(Protocol):
         """Canonical weights; with `ema` the averaged parameters and the model's running statistics."""
         ...
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The state, copied, in canonical names and layouts and the dtype it was computed in: ``param/<name>``,
+    def arrays(self, kept: Kept = np.array) -> dict[str, np.ndarray]:
+        """The state in canonical names and layouts and the dtype it was computed in: ``param/<name>``,
         ``stat/<name>``, for every parameter ``velocity/<name>`` with sgd and momentum, ``moment1/<name>`` and
         ``moment2/<name>`` with adamw (as common/training/recipe.py defines them), ``ema/<name>`` where there is a
-        moving average."""
+        moving average. `kept` makes of each array, which the next step writes over, what is kept: a copy."""
         ...
