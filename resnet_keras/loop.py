@@ -60,7 +60,10 @@ class Feed:
         first = keras.tree.map_structure(
             lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), self._example(self._held[0])
         )
-        return tf.data.Dataset.from_generator(self._generate, output_signature=first).prefetch(2)
+        # There is nothing to tune, and the thread that would sleeps on for up to half a minute when all is done.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return tf.data.Dataset.from_generator(self._generate, output_signature=first).prefetch(2).with_options(options)
 
     def _example(self, batch: Minibatch) -> tuple[Any, np.ndarray]:
         masks = [batch.masks[path] for path in self._dropout]
