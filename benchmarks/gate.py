@@ -255,8 +255,10 @@ def show_mutants() -> None:
                 for d in compared.differences
                 if d.tensor.label == mutant.at and d.tensor.section == mutant.section
             ]
-            of_order = [found.ratio for found in compared.order_dependent if found.backend == backend]
-            found.append((max([*there, *of_order]) / RESPONSE_FACTOR, mutant.name))
+            there += [found.ratio for found in compared.order_dependent if found.backend == backend]
+            # An array of zeros is refused by itself, whatever its distance.
+            there += [np.inf for problem in compared.problems if problem.place == mutant.at]
+            found.append((max(there) / RESPONSE_FACTOR, mutant.name))
             print(f"{len(found)} mutants", file=sys.stderr, flush=True)
     print("\nplanted defects of level L1 nearest to the limit, in limits:")
     for ratio, name in sorted(found)[:8]:
