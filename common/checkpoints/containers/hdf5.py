@@ -3,6 +3,7 @@
 All are HDF5; ``.keras`` is a zip archive with such a file inside. Read with h5py and without Keras: nothing is built
 from a configuration, so that nothing in a file can be executed, lambda layers included. What leads out of the file
 (external links and storage, virtual datasets) is refused, and so is a file that claims much more than it holds.
+libhdf5 is asked for numbers only: see `hdf5_text`.
 """
 
 import io
@@ -21,6 +22,7 @@ import numpy as np
 
 from common.architectures.layers import Shape
 from common.checkpoints.containers import Source, Stored, source
+from common.checkpoints.containers.hdf5_text import text_attribute
 from common.errors import CheckpointError
 from common.files import reason, written
 from common.weights import Weights
@@ -60,11 +62,13 @@ def read(path: Path) -> Source:
             archived = start.read(4) == _ZIP
         if archived:
             member = _member(path)
-            found = _Datasets(h5py.File(io.BytesIO(member), "r"), len(member))
+            file, content = h5py.File(io.BytesIO(member), "r"), np.frombuffer(member, np.uint8)
         else:
-            found = _Datasets(h5py.File(path, "r"), path.stat().st_size)
-        tensors = found.of_keras_3() if found.keras_3 else found.of_legacy()
-    return source("Keras archive" if archived else "Keras 3 weights" if found.keras_3 else "Keras legacy HDF5", tensors)
+            file, content = h5py.File(path, "r"), np.memmap(path, np.uint8, "r")
+        found = _Datasets(file, content)
+        keras_3 = any(name in file for name in _LAYERS)
+        tensors = found.of_keras_3() if keras_3 else found.of_legacy()
+    return source("Keras archive" if archived else "Keras 3 weights" if keras_3 else "Keras legacy HDF5", tensors)
 
 
 def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
@@ -84,11 +88,10 @@ def write(path: Path, tensors: Weights, metadata: Mapping[str, str]) -> None:
 class _Datasets:
     """Every dataset of a file, checked before any of it is read."""
 
-    def __init__(self, file: h5py.File, size: int) -> None:
-        self.keras_3 = any(name in file for name in _LAYERS)
+    def __init__(self, file: h5py.File, content: np.ndarray) -> None:
         self._file = file
-        self._size = size
-        self._left = max(_EXPANSION * size, _ALWAYS)
+        self._content = content
+        self._left = max(_EXPANSION * content.size, _ALWAYS)
 
     def of_keras_3(self) -> dict[str, Stored]:
         """Layers are folders named by their class and a number; their own name is an attribute."""
@@ -97,7 +100,7 @@ class _Datasets:
         for path, group, arrays in self._groups():
             layer, roles = None, _ORDER.get(len(arrays), ())
             if arrays and path.partition("/")[0] in _LAYERS and path.endswith("/vars"):
-                layer = _text(group, "name")
+                layer = _text(group, "name", self._content)
                 named = named or layer is not None
             for name, dataset in arrays.items():
                 known = layer is not None and name.isdecimal() and len(name) < 3 and int(name) < len(roles)
@@ -165,13 +168,13 @@ class _Datasets:
             raise CheckpointError(f"{name} has no shape; expected an array of numbers")
         dtype = dataset.dtype
         # Keras says so in an attribute; HDF5 had no name for the type.
-        bfloat16 = dtype.itemsize == 2 and _text(dataset, "dtype") == "bfloat16"
+        bfloat16 = dtype.itemsize == 2 and _text(dataset, "dtype", self._content) == "bfloat16"
         if not bfloat16 and (dtype.kind not in "fiub" or dtype.itemsize > 8):
             raise CheckpointError(f"{name} has the HDF5 type {dtype}; expected an array of numbers")
         self._left -= max(_size(dataset.shape, dtype), _size(dataset.chunks or (), dtype))
         if self._left < 0:
             raise CheckpointError(
-                f"its datasets claim more than {_EXPANSION} times the {self._size} bytes that the file holds"
+                f"its datasets claim more than {_EXPANSION} times the {self._content.size} bytes that the file holds"
             )
         if dataset.chunks is not None:
             _check_filters(name, dataset)
@@ -231,10 +234,10 @@ def _member(path: Path) -> bytes:
             return file.read(entry.file_size + 1)  # to the end, where the checksum is looked at
 
 
-def _text(item: h5py.Group | h5py.Dataset, name: str) -> str | None:
+def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> str | None:
     """A text among the attributes, as Keras writes them; None where there is none."""
-    text = item.attrs.get(name)
-    if text is not None and not (isinstance(text, str) and text.isprintable()):
+    text = text_attribute(content, h5py.h5o.get_info(item.id).addr, name)
+    if text is not None and not text.isprintable():
         raise CheckpointError(f"{item.name} has an attribute {name} that Keras would not write; the file is damaged")
     return text
 
