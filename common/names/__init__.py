@@ -104,14 +104,14 @@ class Naming:
     def tensors(self, spec: Spec, name: Callable[[str], np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
         """What a file of a spec's weights holds, in the order that its readers expect: native name -> a getter of the
         array in native layout, and the counters that loaders ask for. `name` gives a canonical array."""
-        table = self.arrays(spec)
+        table, names = self.arrays(spec), self.layers(spec)
         getters: dict[str, Callable[[], np.ndarray]] = {}
         layers = model_order(spec.layers, self.shortcut_first) if self.roles is communities.KERAS else spec.layers
         for layer in layers:
             for array in layer.arrays:
                 getters[table[array][0]] = _converted(self, array, layer, name)
             if layer.kind in self.roles.counters:
-                getters[self.roles.counters[layer.kind].replace("{}", self.layers(spec)[layer.path])] = _zero
+                getters[self.roles.counters[layer.kind].replace("{}", names[layer.path])] = _zero
         return getters
 
     def found(self, shapes: Mapping[str, Shape], spec: Spec | None = None) -> dict[str, "Found"]:
