@@ -34,7 +34,7 @@ test-peers-all: .venv-peers/installed
 	$(PEERS)/pytest -n 2 tests/peers -W default
 
 fast: .venv/installed
-	$(BIN)/pytest -m "not slow and not training and not long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not training and not long"
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

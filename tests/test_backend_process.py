@@ -20,6 +20,8 @@ from common.report import json as json_report
 from common.report import junit as junit_report
 from tests.mutants.planting import Chatter, Crash, Fail
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax")

@@ -222,6 +222,7 @@ class TestFile:
         with pytest.raises(WeightsError, match=r"the header was changed|the metadata are damaged"):
             checkpoints.read(tmp_path / "w.safetensors")
 
+    @pytest.mark.slow
     @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
     @settings(max_examples=120, deadline=None)
     def test_changed_bytes_change_no_value_or_give_one_line(self, tmp_path_factory, changes, in_header):

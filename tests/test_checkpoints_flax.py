@@ -310,6 +310,7 @@ def test_views_that_are_not_contiguous_are_written_in_order(tmp_path):
     assert (tmp_path / "ours.msgpack").read_bytes() == serialization.msgpack_serialize(variables_of(TINY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", ["bottleneck", "no norm"])
 def test_our_folder_restores_by_orbax(tmp_path, kind, dtype):

@@ -495,6 +495,7 @@ class TestDamagedZip:
             path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
             refused(path, "fails its CRC")
 
+    @pytest.mark.slow
     def test_no_mutation_loads_with_another_value(self, path):
         expected = everything(path)
         raw, generator, refusals = path.read_bytes(), np.random.default_rng(3), 0

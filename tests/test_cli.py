@@ -19,6 +19,8 @@ from common import architectures, weights
 from common.architectures.resnet import ResNetSpec
 from common.checkpoints import Checkpoint, Origin, canonical
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
 

@@ -14,6 +14,8 @@ from common import weights as canonical
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.images import PRESETS, Preprocessing, sample_photos
 
+pytestmark = pytest.mark.slow
+
 SPEC = ResNetSpec(block="bottleneck", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=1000)
 
 
@@ -81,7 +83,6 @@ KERAS = SPEC.replace(**CONVENTIONS["keras_applications"])
 NAMES = tuple(f"kind {number}" for number in range(1000))
 
 
-@pytest.mark.slow
 def test_the_preprocessing_of_keras_goes_with_its_weights(tmp_path: Path) -> None:
     """From a Keras file through canonical to .pth, which cannot hold it and says which option restores it."""
     given, between, end = (tmp_path / name for name in ("w.weights.h5", "w.safetensors", "w.pth"))
@@ -160,7 +161,6 @@ def test_bad_input_is_one_line_and_exit_code_2(pth: Path, arguments: list[str], 
     assert sorted(pth.parent.iterdir()) == before
 
 
-@pytest.mark.slow
 def test_predict_shows_all_backends_side_by_side(pth: Path) -> None:
     photos = sample_photos()
     done = run("predict", *photos, "--weights", pth, "--backend", "all", "--top", 3)
@@ -178,7 +178,6 @@ def test_predict_shows_all_backends_side_by_side(pth: Path) -> None:
     assert 0 < float(apart[1]) < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "keras", "flax"])
 def test_a_builder_given_foreign_weights_takes_their_conventions(tmp_path: Path, backend: str) -> None:
     """A torchvision ResNet-18 into each community's own builder: the same function as the spec it came from."""

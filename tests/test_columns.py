@@ -13,6 +13,8 @@ from common.parity.case import Case
 from common.parity.session import Session
 from tests.mutants.bench import Bench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def all_columns() -> Iterator[Session]:
@@ -23,7 +25,6 @@ def all_columns() -> Iterator[Session]:
 WHOLE = architectures.find("resnet18.keras_applications")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", [twin(WHOLE), pytest.param(WHOLE, marks=pytest.mark.long)], ids=["twin", "whole"])
 def test_keras_on_its_other_engines_is_float32_precise_and_named_where_it_rounds(
     all_columns: Session, spec: ResNetSpec

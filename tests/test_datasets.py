@@ -284,6 +284,7 @@ class TestCifar:
         path.write_bytes(tar(files | {"again/test.bin": b"x"}))
         assert "holds test.bin twice" in refused(path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["member", "long name", "sparse"])
     def test_an_archive_that_unpacks_without_end_is_refused_in_bounded_memory(self, kind, tmp_path):
         path = tmp_path / "bomb.tar.gz"

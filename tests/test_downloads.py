@@ -456,6 +456,7 @@ def _fetch_in_process(url, start, results):
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_many_at_once_download_one_file_once(self, server, cache):
         server.replies["/some.pth"] = Reply(pause=0.01)
         context = multiprocessing.get_context("spawn")

@@ -24,6 +24,8 @@ from common.parity.case import Case
 from common.parity.session import Session
 from test_parity import explain
 
+pytestmark = pytest.mark.slow
+
 SPECS = [
     ResNetSpec(block="basic", blocks=(1,), widths=(4,), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
                conv_bias=True, classes=7),
@@ -39,7 +41,6 @@ with Session(["torch", "keras", "flax"]) as session:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "cpu"), [(AVX2, "AVX2"), (LOWEST, "DEFAULT")], ids=["avx2", "lowest"])
 def test_small_networks_agree_with_other_instructions(settings: dict[str, str], cpu: str) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -25,6 +25,8 @@ from tests.mutants.catalogue import (
     OfOrder,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench(session: Session) -> Iterator[Bench]:

@@ -117,6 +117,7 @@ def test_many_random_specs_sizes_and_batches_agree(session: Session, seed: int) 
     _agree(20, seed, st.one_of(LARGE, FEW))(session)
 
 
+@pytest.mark.slow
 def test_sums_of_equal_terms_are_no_difference(session: Session) -> None:
     # Below the average the gradient of a bias is a sum of thousands of equal terms: what `levels.floor` is for.
     spec = ResNetSpec(

@@ -23,6 +23,8 @@ from common.errors import WeightsError
 from resnet_keras import backend as probe
 from resnet_keras.resnet import block_names, layer_names
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = {"blocks": (2, 2), "widths": (8, 16), "stem_width": 8, "classes": 5}
 BASIC = ResNetSpec(block="basic", **TINY)

@@ -175,6 +175,7 @@ def test_every_tap_and_statistic_is_what_the_walk_defines(backend, spec, trainin
     assert results["loss"] == pytest.approx(loss, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["groups", "flattened head", "all SAME, biased", "zero-pad shortcut", "no norm"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_are_the_slope_of_the_loss_in_canonical_layout(backend, name, training):
@@ -429,6 +430,7 @@ def test_tracing_computes_the_same(spec):
 TINY = SPECS["all SAME, biased"].replace(blocks=(1, 1), widths=(4, 4))
 
 
+@pytest.mark.slow
 def test_export_takes_batches_and_sizes_it_was_not_traced_with():
     model = random_model(TINY).eval()
     auto = torch.export.Dim.AUTO
@@ -437,6 +439,7 @@ def test_export_takes_batches_and_sizes_it_was_not_traced_with():
     agree(model, exported.module(), torch.randn(5, 3, 48, 31, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compile_computes_the_same_without_a_graph_break():
     model = random_model(TINY.replace(head="softmax", blocks=(1,), widths=(4,)))
@@ -725,6 +728,7 @@ assert not others & set(sys.modules), others & set(sys.modules)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is one here")

@@ -22,6 +22,8 @@ from common.parity.steps import RECIPE
 from tests.mutants.bench import Bench
 from tests.mutants.catalogue import OF_TRAINING, RECIPES, OfTraining
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = {
     block: ResNetSpec(block=block, blocks=(1, 1), widths=(8, 16), stem_width=8, classes=10)
     for block in ("basic", "bottleneck")

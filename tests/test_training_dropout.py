@@ -15,6 +15,8 @@ from common import architectures
 from common.architectures.vgg import VGGSpec
 from common.training import dropout, metrics
 
+pytestmark = pytest.mark.slow
+
 SPEC = VGGSpec(convs=(1,), widths=(4,), hidden=(300, 200), dropout=(0.5, 0.2), classes=3, map_size=(1, 1))
 PLACES = np.arange(40, 48)
 

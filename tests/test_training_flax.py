@@ -25,6 +25,8 @@ from common.training.recipe import TrainingRecipe
 from common.training.trainer import Minibatch
 from resnet_flax import backend as probe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1,), widths=(8,), stem_width=4, in_channels=1, classes=5)
 

@@ -38,6 +38,8 @@ from resnet_keras import distributed
 from resnet_keras.layers import UnbiasedBatchNormalization
 from resnet_keras.weights import variables
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1, 1, 1), in_channels=1)
 STEPS = 5

@@ -158,6 +158,7 @@ def test_metrics_go_on_from_the_step_of_the_checkpoint(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_the_curves_of_a_resumed_run(tmp_path):
     for start, stop, loss in ((0, 5, 1.0), (3, 7, 2.0)):
         writer = metrics.Metrics(tmp_path, start)

@@ -30,6 +30,8 @@ from resnet_torch import distributed
 from resnet_torch.training import FILE
 from resnet_torch.weights import slots
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = find("resnet20").replace(blocks=(1, 1, 1), in_channels=1)
 BOTTLENECK = TINY.replace(block="bottleneck", running_variance="biased", bn_momentum=0.95)

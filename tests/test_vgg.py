@@ -197,6 +197,7 @@ class TestPyTorch:
         with torch.device("meta"):
             assert resnet_torch.vgg16_bn().spec == architectures.find("vgg16_bn")
 
+    @pytest.mark.slow
     def test_initialisation_is_torchvisions(self):
         import torch
 
@@ -250,6 +251,7 @@ class TestFlax:
                 expected[f"{where}/{layer.path}/{name.removeprefix(layer.path + '.')}"] = shape
         assert native == expected
 
+    @pytest.mark.slow
     def test_initialisation_is_torchvisions(self):
         import jax
         import jax.numpy as jnp
@@ -263,6 +265,7 @@ class TestFlax:
         assert np.std(params["head.fc1"]["kernel"]) == pytest.approx(0.01, rel=0.05)
         assert not np.any(params["head.fc1"]["bias"])
 
+    @pytest.mark.slow
     def test_stages_are_sown(self):
         import jax
         import jax.numpy as jnp

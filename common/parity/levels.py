@@ -22,8 +22,9 @@ ORDER_LIMIT = 1000.0
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
 
 # L1 and L2: ‖a-b‖ <= RESPONSE_FACTOR * ρ, see `rho`. Over all gradients and logits of ResNet-50 and -101 the ratio of
-# correct implementations has median 1.1 to 1.9 and maximum 3.1; over 1,000 random small networks the maximum is 5.3: 8 leaves
-# room and no more. FLOOR, in units of u ‖b‖, is for tensors that so few roundings reach that three draws may miss all.
+# correct implementations has median 1.1 to 1.9 and maximum 3.1; over 1,000 random small networks the maximum is 5.3: 8
+# leaves room and no more. FLOOR, in units of u ‖b‖, is for tensors that so few roundings reach that three draws may
+# miss all.
 RESPONSE_FACTOR = 8.0
 FLOOR = 4.0
 
