@@ -438,8 +438,13 @@ def average_pool2d(
     options = {"data_format": data_format, "name": name}
     if padding == "valid":
         return layers.AveragePooling2D(pool_size, strides, "valid", **options)(x)
-    if not count_padding and (padding == "same" or _like_same(padding, sides, strides)):
-        # Keras' own padding never counts.
+    # Keras' own padding never counts. But where it is not symmetric, Keras on PyTorch repeats pixels of the border.
+    uneven = padding == "same" and not _like_same("symmetric", sides, strides)
+    if (
+        not count_padding
+        and not (uneven and keras.backend.backend() == "torch")
+        and (padding == "same" or _like_same(padding, sides, strides))
+    ):
         return layers.AveragePooling2D(pool_size, strides, "same", **options)(x)
     if count_padding and (padding == "symmetric" or isinstance(padding, int)):
         reach = _static_padding(padding, sides, strides)

@@ -140,7 +140,9 @@ def in_keras(layer, inputs, arrays, slopes, mask):
     trained = [roles[id(variable)] for variable in model.trainable_variables]
     others = [variable.value for variable in model.non_trainable_variables]
 
-    def forward(parameters, images, *_):
+    def forward(parameters, first, *_):
+        # A backend differentiates in its parameters and one batch of images; here other inputs are among the first.
+        images = [first, *(parameters[f"input{i}"] for i in range(1, len(x)))]
         fed = fed_to(model, [*images, *(keras.ops.convert_to_tensor(one) for one in inputs[len(images) :])])
         y, _ = model.stateless_call([parameters[role] for role in trained], others, fed, training=True)
         return keras.ops.sum(y * keras.ops.convert_to_tensor(slopes)), y
@@ -150,8 +152,9 @@ def in_keras(layer, inputs, arrays, slopes, mask):
     adapter = {"tensorflow": backend._tensorflow, "jax": backend._jax, "torch": backend._torch}[keras.backend.backend()]
     images = [keras.ops.convert_to_tensor(one) for one in inputs[: len(x)]]
     values = {role: keras.ops.stop_gradient(variables[role].value) for role in trained}
-    _, y, (of_parameters, of_images) = adapter(forward, True)(values, images)
-    found = {"output": y, "eval": evaluated} | {f"input{i}": slope for i, slope in enumerate(of_images)} | of_parameters
+    values |= {f"input{i}": image for i, image in enumerate(images) if i}
+    _, y, (of_parameters, of_image) = adapter(forward, True)(values, images[0])
+    found = {"output": y.detach() if hasattr(y, "detach") else y, "eval": evaluated, "input0": of_image} | of_parameters
     found = {name: keras.ops.convert_to_numpy(one) for name, one in found.items()}
     if "kernel" in found:
         found["kernel"] = to_canonical(found["kernel"], layer, "kernel", "HWCM")
