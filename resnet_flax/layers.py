@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 
 from common.architectures import Spec
-from common.architectures.layers import Padding, RunningVariance, adaptive_windows
+from common.architectures.layers import Activation, Padding, RunningVariance, adaptive_windows, sides_of
 from common.errors import InputError
 
 ModuleDef = Callable[..., Any]
@@ -40,7 +40,7 @@ class BatchNorm(nn.BatchNorm):
 
 
 def native_masks(spec: Spec, masks: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
-    """Masks of dropout by the path of the module."""
+    """Masks of dropout and stochastic depth by the path of the module."""
     if not masks:
         return {}
     paths = import_module(f"{__package__}.{spec.family}").native_paths(spec)
@@ -50,7 +50,7 @@ def native_masks(spec: Spec, masks: Mapping[str, np.ndarray]) -> dict[tuple[str,
 def given_dropout(masks: Mapping[tuple[str, ...], jax.Array]) -> AbstractContextManager[None]:
     """While it lasts, each `nn.Dropout`, by its path, keeps in training the values where its mask is True.
 
-    A mask is of the shape of the layer's output.
+    A mask is of the shape of the layer's output, (N, 1, 1, 1) for stochastic depth.
     """
 
     def masked(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
@@ -90,27 +90,97 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def window_padding(padding: Padding, kernel: int, dilation: int = 1) -> str | list[tuple[int, int]]:
-    """The padding argument of `nn.Conv` and `nn.max_pool`."""
-    if padding == "symmetric":
-        return [(dilation * (kernel - 1) // 2,) * 2] * 2
-    if padding == "ceil":  # for a 3x3 window with stride 2: at odd sizes the extra row is never reached
-        return [(0, 1)] * 2
-    # SAME puts the odd row and column at the end: at even sizes a stride of 2 reads other pixels than symmetric does.
-    return padding.upper()
+def window_padding(
+    padding: Padding | int, kernel: int | tuple[int, int], stride: int, dilation: int = 1
+) -> str | list[tuple[int, int]]:
+    """The padding argument of `nn.Conv`, `nn.max_pool` and `nn.avg_pool`."""
+    sides = sides_of(kernel)
+    match padding:
+        case "symmetric":
+            return [(dilation * (side - 1) // 2,) * 2 for side in sides]
+        case "ceil":  # what lies beyond the last window is never reached, and no window begins beyond the map
+            return [(0, min(side, stride) - 1) for side in sides]
+        case "same" | "valid":
+            # SAME puts the odd row and column at the end: at even sizes a stride of 2 reads other pixels than
+            # symmetric does.
+            return padding.upper()
+    return [(padding, padding)] * 2
 
 
 def conv_layer(
-    filters: int, kernel: int, strides: int = 1, dilation: int = 1, *, padding: Padding, **kwargs: Any
+    filters: int,
+    kernel: int | tuple[int, int],
+    strides: int = 1,
+    dilation: int = 1,
+    *,
+    padding: Padding | int,
+    **kwargs: Any,
 ) -> nn.Conv:
-    """A square convolution; `kwargs` as in `nn.Conv`."""
-    pads = window_padding(padding, kernel, dilation)
+    """A convolution by a square window or one of (height, width); `kwargs` as in `nn.Conv`.
+
+    A depthwise one has `feature_group_count` equal to `filters`.
+    """
+    pads = window_padding(padding, kernel, strides, dilation)
     kwargs |= {"kernel_dilation": dilation, "conv_general_dilated_cls": lambda: convolve}
-    return nn.Conv(filters, (kernel, kernel), strides, pads, **kwargs)
+    return nn.Conv(filters, sides_of(kernel), strides, pads, **kwargs)
+
+
+def max_pool(x: jax.Array, kernel: int | tuple[int, int], stride: int, *, padding: Padding | int) -> jax.Array:
+    """The maximum over a window; padded with -inf."""
+    return nn.max_pool(x, sides_of(kernel), (stride, stride), window_padding(padding, kernel, stride))
+
+
+def avg_pool(
+    x: jax.Array, kernel: int | tuple[int, int], stride: int, *, padding: Padding | int, count_padding: bool
+) -> jax.Array:
+    """The average over a window; linen counts the padding unless it is told not to."""
+    counted = count_padding and padding != "ceil"
+    pads = window_padding(padding, kernel, stride)
+    averages = nn.avg_pool(x, sides_of(kernel), (stride, stride), pads, count_include_pad=counted)
+    return averages.astype(x.dtype)  # linen counts in its default type
+
+
+def local_response_norm(x: jax.Array, size: int, *, alpha: float, beta: float, k: float) -> jax.Array:
+    """x / (k + alpha * sum of squares over `size` channels) ** beta; linen has none."""
+    pads = [(0, 0)] * 3 + [(size // 2, (size - 1) // 2)]
+    squares = lax.reduce_window(x * x, 0.0, lax.add, (1, 1, 1, size), (1, 1, 1, 1), pads)
+    return x * (k + alpha * squares) ** -beta
+
+
+def scaled_tanh(x: jax.Array) -> jax.Array:
+    """1.7159 tanh(2 x / 3), of LeCun et al. 1998."""
+    return 1.7159 * jnp.tanh(x * (2 / 3))
+
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "tanh": nn.tanh,
+    "scaled_tanh": scaled_tanh,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+}
+
+
+def affine(x: jax.Array, scale: Sequence[float], shift: Sequence[float]) -> jax.Array:
+    """x * scale + shift for each channel."""
+    return x * jnp.asarray(scale, x.dtype) + jnp.asarray(shift, x.dtype)
+
+
+def stochastic_depth(rate: float, *, train: bool, name: str | None = None) -> nn.Dropout:
+    """Sets whole images (N, height, width, channels) to zero in training: a dropout of one draw an image."""
+    return nn.Dropout(rate, broadcast_dims=(1, 2, 3), deterministic=not train, name=name)
 
 
 def norm_layer(
-    *, train: bool, eps: float, momentum: float, running_variance: RunningVariance, axis_name: str | None, **dtypes: Any
+    *,
+    train: bool,
+    eps: float,
+    momentum: float,
+    running_variance: RunningVariance,
+    axis_name: str | None,
+    scale: bool = True,
+    **dtypes: Any,
 ) -> ModuleDef:
     """Makes batch norms; `momentum` is the share of the old value, as in a spec."""
     return partial(
@@ -119,6 +189,7 @@ def norm_layer(
         momentum=momentum,
         epsilon=eps,
         axis_name=axis_name,
+        use_scale=scale,
         use_fast_variance=False,  # E[x²] - E[x]² loses digits where a mean is large against its deviation
         # "At least float32" is exactly float32 for the initial running statistics, which double precision outgrows.
         force_float32_reductions=jnp.finfo(dtypes["param_dtype"]).bits <= 32,

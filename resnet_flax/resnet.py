@@ -139,7 +139,7 @@ class ResNet(nn.Module):
         x = tap(self, "relu", nn.relu(x))
         if spec.stem_pool:
             # Padded with -inf.
-            x = tap(self, "pool", nn.max_pool(x, (3, 3), (2, 2), window_padding(spec.pool_padding, 3)))
+            x = tap(self, "pool", nn.max_pool(x, (3, 3), (2, 2), window_padding(spec.pool_padding, 3, 2)))
 
         block_cls, dilation = BLOCKS[spec.block], 1
         for i, block_size in enumerate(spec.blocks):

@@ -136,7 +136,7 @@ class KerasBackend:
     ) -> dict[str, np.ndarray]:
         import keras
 
-        from resnet_keras.weights import variables
+        from resnet_keras.weights import in_canonical_order, variables
 
         dtype = model.dtype_policy.compute_dtype
         _set_dtype(dtype)
@@ -161,7 +161,9 @@ class KerasBackend:
             result |= {f"stat/{name}": _array(after[name]) for name in values if name in kept}
         if gradients:
             of_parameters, of_images = slopes
-            result |= {f"grad/{name}": _array(of_parameters[name]) for name in values if name not in kept}
+            turned = in_canonical_order(model.spec)
+            trained = (name for name in values if name not in kept)
+            result |= {f"grad/{name}": turned[name](_array(of_parameters[name])) for name in trained}
             result["grad/input"] = _array(of_images)
         return result
 

@@ -1,4 +1,5 @@
-"""What Keras has no layer for, on every one of its backends. Files saved with these need this package to load."""
+"""What Keras has no layer for, on every one of its backends; files saved with these need this package to load. And
+its own layers, padded by the names of the spec."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from common.architectures.layers import adaptive_windows
+from common.architectures.layers import Activation, Padding, adaptive_windows, sides_of, window_padding
 
 
 def from_channels_last(items: Iterable[Any], data_format: str) -> tuple[Any, ...]:
@@ -89,7 +90,8 @@ class UnbiasedBatchNormalization(layers.BatchNormalization):  # type: ignore[mis
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
 class GivenDropout(layers.Layer):  # type: ignore[misc]
-    """Dropout that is told what to keep: called with inputs and a mask of their shape, True where a value is kept."""
+    """Dropout that is told what to keep: called with inputs and a mask of their shape, or of one value an image for
+    stochastic depth; True where a value is kept."""
 
     def __init__(self, rate: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -114,7 +116,9 @@ def with_masks(model: keras.Model, names: Sequence[str]) -> keras.Model:
     """
     if not names:
         return model
-    inputs = {name: keras.Input(model.get_layer(name).output.shape[1:], dtype="bool") for name in names}
+    own = (model.get_layer(name) for name in names)
+    shapes = {layer.name: (layer.noise_shape or layer.output.shape)[1:] for layer in own}
+    inputs = {name: keras.Input(shape, dtype="bool") for name, shape in shapes.items()}
     anew: dict[int, Any] = {}
 
     def renewed(tensors: Any) -> Any:
@@ -194,6 +198,126 @@ class Subsample(_Strided):
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")
+class LowestPadding2D(layers.ZeroPadding2D):  # type: ignore[misc]
+    """Pads with what no maximum takes. Zeros are as good behind a ReLU, as in keras.applications, and only there."""
+
+    def call(self, inputs: Any) -> Any:
+        pads = from_channels_last(((0, 0), *self.padding, (0, 0)), self.data_format)
+        return ops.pad(inputs, pads, constant_values=-math.inf)
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class PaddedAveragePooling2D(layers.Layer):  # type: ignore[misc]
+    """Average pooling by any padding of the spec, which counts or does not: see
+    `common.architectures.layers.AveragePool`."""
+
+    def __init__(
+        self,
+        pool_size: Sequence[int],
+        strides: int,
+        padding: Padding | int,
+        count_padding: bool,
+        data_format: str = "channels_last",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.pool_size = tuple(pool_size)
+        self.strides = strides
+        self.padding = padding
+        self.count_padding = count_padding
+        self.data_format = data_format
+
+    def call(self, inputs: Any) -> Any:
+        averages = self._averages(inputs)
+        if self.count_padding and self.padding != "ceil":
+            return averages
+        return averages / self._averages(ops.ones_like(inputs[:1]))
+
+    def _averages(self, images: Any) -> Any:
+        _, *sizes, _ = to_channels_last(ops.shape(images), self.data_format)
+        pads = from_channels_last(((0, 0), *map(self._pads, sizes, self.pool_size), (0, 0)), self.data_format)
+        return ops.average_pool(
+            ops.pad(images, pads), self.pool_size, self.strides, padding="valid", data_format=self.data_format
+        )
+
+    def _pads(self, size: Any, side: int) -> tuple[Any, Any]:
+        return window_padding(size, side, self.strides, 1, self.padding)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        batch, *sizes, channels = to_channels_last(input_shape, self.data_format)
+        pooled = (
+            size and (size + sum(self._pads(size, side)) - side) // self.strides + 1
+            for size, side in zip(sizes, self.pool_size, strict=True)
+        )
+        return from_channels_last((batch, *pooled, channels), self.data_format)
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("pool_size", "strides", "padding", "count_padding", "data_format")
+        return super().get_config() | {name: getattr(self, name) for name in names}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class LocalResponseNormalization(layers.Layer):  # type: ignore[misc]
+    """x / (k + alpha * sum of squares over `size` channels) ** beta: see
+    `common.architectures.layers.LocalResponseNorm`. Keras has none, and TensorFlow's is of float32 alone."""
+
+    def __init__(
+        self, size: int, alpha: float, beta: float, k: float, data_format: str = "channels_last", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+        self.data_format = data_format
+
+    def call(self, inputs: Any) -> Any:
+        channels = inputs.shape[channel_axis(self.data_format)]
+        around = ((0, 0), (0, 0), (0, 0), (self.size // 2, (self.size - 1) // 2))
+        squares = ops.pad(ops.square(inputs), from_channels_last(around, self.data_format))
+        summed = 0
+        for first in range(self.size):
+            window = (slice(None), slice(None), slice(None), slice(first, first + channels))
+            summed = summed + squares[from_channels_last(window, self.data_format)]
+        return inputs / ops.power(self.k + self.alpha * summed, self.beta)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("size", "alpha", "beta", "k", "data_format")
+        return super().get_config() | {name: getattr(self, name) for name in names}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class Affine(layers.Layer):  # type: ignore[misc]
+    """x * scale + shift for each channel. `layers.Rescaling` reads the order of the axes from the user's keras.json,
+    and rounds lists to float32 in a float64 network."""
+
+    def __init__(
+        self, scale: Sequence[float], shift: Sequence[float], data_format: str = "channels_last", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.scale = tuple(scale)
+        self.shift = tuple(shift)
+        self.data_format = data_format
+
+    def call(self, inputs: Any) -> Any:
+        shape = from_channels_last((1, 1, 1, len(self.scale)), self.data_format)
+        scale, shift = (
+            ops.reshape(ops.convert_to_tensor(numbers, dtype=inputs.dtype), shape)
+            for numbers in (self.scale, self.shift)
+        )
+        return inputs * scale + shift
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"scale": self.scale, "shift": self.shift, "data_format": self.data_format}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
 class AdaptivePooling2D(layers.Layer):  # type: ignore[misc]
     """Average or maximum over windows that divide a map into `output_size` rows and columns: see
     `common.architectures.layers.AdaptivePool`. Keras' own layer needs a static size on TensorFlow."""
@@ -227,3 +351,149 @@ class AdaptivePooling2D(layers.Layer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         own = {"output_size": self.output_size, "op": self.op, "data_format": self.data_format}
         return super().get_config() | own
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")  # type: ignore[untyped-decorator]
+def scaled_tanh(x: Any) -> Any:
+    """1.7159 tanh(2 x / 3), of LeCun et al. 1998."""
+    return 1.7159 * ops.tanh(x * (2 / 3))
+
+
+# What `layers.Activation` takes.
+ACTIVATIONS: dict[Activation, Any] = {
+    "relu": "relu",
+    "relu6": "relu6",
+    "tanh": "tanh",
+    "scaled_tanh": scaled_tanh,
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+}
+
+
+def conv2d(
+    x: Any,
+    filters: int,
+    kernel_size: int | tuple[int, int],
+    strides: int = 1,
+    *,
+    padding: Padding | int,
+    dilation_rate: int = 1,
+    data_format: str,
+    name: str,
+    **options: Any,
+) -> Any:
+    """A convolution padded by name or number; `options` as in `layers.Conv2D`.
+
+    What pads and picks pixels before it is named after it: ``{name}_pad``, ``{name}_subsample``.
+    """
+    sides, layout = sides_of(kernel_size), {"data_format": data_format}
+    if strides > 1 and dilation_rate > 1 and max(sides) > 1:
+        # Conv2D takes a stride or a dilation, not both. Dilated windows at this stride read no other pixels than these.
+        same = padding == "same"
+        reach = _static_padding("symmetric" if same else padding, sides, strides, dilation_rate)
+        x = layers.ZeroPadding2D(reach, **layout, name=f"{name}_pad")(x)
+        x = Subsample(strides, same, **layout, name=f"{name}_subsample")(x)
+        strides, dilation_rate, padding = 1, dilation_rate // strides, "valid"
+    x, pads = _padded(x, sides, strides, padding, layers.ZeroPadding2D, data_format, name, dilation_rate)
+    options |= {"strides": strides, "padding": pads, "dilation_rate": dilation_rate, **layout, "name": name}
+    return layers.Conv2D(filters, kernel_size, **options)(x)
+
+
+def depthwise_conv2d(
+    x: Any,
+    kernel_size: int | tuple[int, int],
+    strides: int = 1,
+    *,
+    padding: Padding | int,
+    data_format: str,
+    name: str,
+    **options: Any,
+) -> Any:
+    """A depthwise convolution padded by name or number; `options` as in `layers.DepthwiseConv2D`."""
+    x, pads = _padded(x, sides_of(kernel_size), strides, padding, layers.ZeroPadding2D, data_format, name)
+    options |= {"strides": strides, "padding": pads, "data_format": data_format, "name": name}
+    return layers.DepthwiseConv2D(kernel_size, **options)(x)
+
+
+def max_pool2d(
+    x: Any, pool_size: int | tuple[int, int], strides: int, *, padding: Padding | int, data_format: str, name: str
+) -> Any:
+    """A max-pool padded by name or number, with what never wins."""
+    x, pads = _padded(x, sides_of(pool_size), strides, padding, LowestPadding2D, data_format, name)
+    return layers.MaxPooling2D(pool_size, strides, pads, data_format=data_format, name=name)(x)
+
+
+def average_pool2d(
+    x: Any,
+    pool_size: int | tuple[int, int],
+    strides: int,
+    *,
+    padding: Padding | int,
+    count_padding: bool,
+    data_format: str,
+    name: str,
+) -> Any:
+    """An average pool padded by name or number: of Keras' own layers wherever these can express it."""
+    sides = sides_of(pool_size)
+    options = {"data_format": data_format, "name": name}
+    if padding == "valid":
+        return layers.AveragePooling2D(pool_size, strides, "valid", **options)(x)
+    # Keras' own padding never counts. But where it is not symmetric, Keras on PyTorch repeats pixels of the border.
+    uneven = padding == "same" and not _like_same("symmetric", sides, strides)
+    if (
+        not count_padding
+        and not (uneven and keras.backend.backend() == "torch")
+        and (padding == "same" or _like_same(padding, sides, strides))
+    ):
+        return layers.AveragePooling2D(pool_size, strides, "same", **options)(x)
+    if count_padding and (padding == "symmetric" or isinstance(padding, int)):
+        reach = _static_padding(padding, sides, strides)
+        x = layers.ZeroPadding2D(reach, data_format=data_format, name=f"{name}_pad")(x)
+        return layers.AveragePooling2D(pool_size, strides, "valid", **options)(x)
+    return PaddedAveragePooling2D(sides, strides, padding, count_padding, **options)(x)
+
+
+def stochastic_depth(rate: float, name: str) -> Any:
+    """Sets whole images to zero in training, as keras.applications' EfficientNet: a dropout of one draw an image."""
+    return layers.Dropout(rate, noise_shape=(None, 1, 1, 1), name=name)
+
+
+def _padded(
+    x: Any,
+    sides: tuple[int, int],
+    strides: int,
+    padding: Padding | int,
+    layer: type[layers.Layer],
+    data_format: str,
+    name: str,
+    dilation_rate: int = 1,
+) -> tuple[Any, str]:
+    """`x`, padded by such a layer where a window has to be told so, and the padding that is left to Keras."""
+    if padding == "same" and sides != (1, 1):
+        return x, "same"
+    if _like_same(padding, sides, strides, dilation_rate):
+        return x, "same"  # and no padded copy of the input
+    # "same" would put the odd row and column after the image at even sizes.
+    reach = _static_padding(padding, sides, strides, dilation_rate)
+    if any(map(any, reach)):
+        x = layer(reach, data_format=data_format, name=f"{name}_pad")(x)
+    return x, "valid"
+
+
+def _like_same(padding: Padding | int, sides: tuple[int, int], strides: int, dilation_rate: int = 1) -> bool:
+    """Whether padding that is symmetric is what Keras calls "same"."""
+    symmetric = _static_padding("symmetric", sides, strides, dilation_rate)
+    odd = strides == 1 and max(sides) > 1 and all(side % 2 for side in sides)
+    return odd and padding not in ("same", "valid") and _static_padding(padding, sides, 1, dilation_rate) == symmetric
+
+
+def _static_padding(
+    padding: Padding | int, sides: tuple[int, int], strides: int, dilation_rate: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """((top, bottom), (left, right)) of what pads by its size alone."""
+    if isinstance(padding, int):
+        return ((padding, padding),) * 2
+    if padding == "ceil":  # what lies beyond the last window is never reached, and no window begins beyond the map
+        return tuple((0, min(side, strides) - 1) for side in sides)
+    reach = (dilation_rate * (side - 1) // 2 if padding == "symmetric" else 0 for side in sides)
+    return tuple((count, count) for count in reach)

@@ -12,11 +12,12 @@ from typing import Any
 import keras
 from keras import layers
 
+from common.architectures.layers import Padding
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints import Given
 from common.names.resnet import KERAS_CLASSIC, block_names
 from resnet_keras import applications
-from resnet_keras.layers import Subsample, UnbiasedBatchNormalization, ZeroPadShortcut, channel_axis
+from resnet_keras.layers import UnbiasedBatchNormalization, ZeroPadShortcut, channel_axis, conv2d
 
 
 @dataclass(frozen=True)
@@ -40,38 +41,24 @@ def _conv(
     name: str,
     style: Style,
     *,
-    padding: str,
+    padding: Padding,
     strides: int = 1,
     dilation_rate: int = 1,
     groups: int = 1,
 ) -> Any:
-    layout = {"data_format": style.data_format}
-    reach = dilation_rate * (kernel_size - 1) // 2
-    if kernel_size == 1:
-        padding = "valid"
-    elif strides > 1 and dilation_rate > 1:
-        # Conv2D takes a stride or a dilation, not both. Dilated windows at this stride read no other pixels than these.
-        x = layers.ZeroPadding2D(reach, **layout, name=f"{name}_pad")(x)
-        x = Subsample(strides, padding == "same", **layout, name=f"{name}_subsample")(x)
-        strides, dilation_rate, padding = 1, dilation_rate // strides, "valid"
-    elif padding == "symmetric" and strides > 1:
-        # "same" would put the odd row and column after the image at even sizes.
-        x = layers.ZeroPadding2D(reach, **layout, name=f"{name}_pad")(x)
-        padding = "valid"
-    elif padding == "symmetric":
-        padding = "same"  # equal at stride 1, and no padded copy of the input
-    return layers.Conv2D(
+    return conv2d(
+        x,
         filters,
         kernel_size,
-        strides=strides,
+        strides,
         padding=padding,
         dilation_rate=dilation_rate,
         groups=groups,
         use_bias=style.spec.conv_bias,
         kernel_initializer=style.kernel_initializer,
-        **layout,
+        data_format=style.data_format,
         name=name,
-    )(x)
+    )
 
 
 def _norm(x: Any, name: str, style: Style) -> Any:

@@ -29,7 +29,7 @@ from resnet_keras.layers import with_masks
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
 from resnet_keras.objective import CrossEntropy, Tally
 from resnet_keras.optimizers import SGD, AdamW
-from resnet_keras.weights import layer_names, read, variables
+from resnet_keras.weights import in_canonical_order, layer_names, read, variables
 
 _STATE = "state.keras"
 
@@ -129,7 +129,8 @@ class KerasTrainer:
         self._check_averaged(ema)
         native = self._variables()
         averages = self._by_name(self._optimizer.averages) if ema else {}
-        return {name: _copied(averages.get(name, variable)) for name, variable in native.items()}
+        turned = in_canonical_order(self._model.spec)
+        return {name: turned[name](_copied(averages.get(name, variable))) for name, variable in native.items()}
 
     def arrays(self, kept: Kept = np.array) -> dict[str, np.ndarray]:
         native = self._variables()
@@ -137,7 +138,12 @@ class KerasTrainer:
         groups = {"param": parameters, "stat": {name: native[name] for name in native if name not in parameters}}
         groups |= {slot: self._by_name(found) for slot, found in self._optimizer.slots.items()}
         groups["ema"] = self._by_name(self._optimizer.averages)
-        return {f"{group}/{name}": kept(read(found[name])) for group, found in groups.items() for name in found}
+        turned = in_canonical_order(self._model.spec)
+        return {
+            f"{group}/{name}": kept(turned[name](read(found[name])))
+            for group, found in groups.items()
+            for name in found
+        }
 
     def _check_averaged(self, ema: bool) -> None:
         if ema and not self._optimizer.use_ema:

@@ -1,10 +1,11 @@
-"""Canonical weights into a Keras model and out of it. Both keep kernels HWIO and (in, out): only names differ.
+"""Canonical weights into a Keras model and out of it. Names differ, and the layout of a depthwise kernel alone.
 
 Nothing here knows a family: a layer's native name comes from the `layer_names` of its family's module, and those of its
 arrays from the community's table of roles.
 """
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.architectures import Spec
 from common.architectures.layers import Layer
 from common.errors import WeightsError
 from common.names.roles import KERAS
+from common.weights.layouts import canonical_shape, to_canonical, to_native
 
 
 def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:
@@ -27,14 +29,16 @@ def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | No
     """
     targets = variables(model, spec)
     canonical.check_names("the weights are not this model's", weights, targets)
+    layers = {name: layer for layer, name, _ in canonical.layer_arrays(spec_of(model, spec))}
     if isinstance(weights, dict):
         for name, variable in targets.items():
-            _check_shape(name, weights[name], variable)
+            _check_shape(name, weights[name], variable, layers[name])
     for name, variable in targets.items():
-        array = weights[name]
-        _check_shape(name, array, variable)
+        array, layer = weights[name], layers[name]
+        _check_shape(name, array, variable, layer)
+        native = to_native(array, layer, canonical.role_of(name, layer), KERAS.layout)
         # `ops.array` copies on jax, where assigning a NumPy array would leave the variable sharing its memory.
-        variable.assign(keras.ops.array(array, dtype=variable.dtype))
+        variable.assign(keras.ops.array(native, dtype=variable.dtype))
 
 
 def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.Weights:
@@ -44,7 +48,20 @@ def export_weights(model: keras.Model, spec: Spec | None = None) -> canonical.We
     a model that was not made here but read from a file. Raises `WeightsError` where the model's layers are not the
     spec's.
     """
-    return canonical.LazyWeights({name: partial(read, variable) for name, variable in variables(model, spec).items()})
+    turned = in_canonical_order(spec_of(model, spec))
+
+    def getter(name: str, variable: Any) -> Callable[[], np.ndarray]:
+        return lambda: turned[name](read(variable))
+
+    return canonical.LazyWeights({name: getter(name, variable) for name, variable in variables(model, spec).items()})
+
+
+def in_canonical_order(spec: Spec) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """By canonical name, what puts the axes of an array that is laid out as the Keras variable into canonical order."""
+    return {
+        name: partial(to_canonical, layer=layer, role=canonical.role_of(name, layer), layout=KERAS.layout)
+        for layer, name, _ in canonical.layer_arrays(spec)
+    }
 
 
 def spec_of(model: keras.Model, spec: Spec | None = None) -> Spec:
@@ -87,8 +104,9 @@ def _variable(native: keras.layers.Layer, layer: Layer, name: str) -> Any:
     return variable
 
 
-def _check_shape(name: str, array: np.ndarray, variable: Any) -> None:
-    if array.shape != tuple(variable.shape):
+def _check_shape(name: str, array: np.ndarray, variable: Any, layer: Layer) -> None:
+    role = canonical.role_of(name, layer)
+    if array.shape != canonical_shape(tuple(variable.shape), layer.kind, role, KERAS.layout):
         raise WeightsError(f"{name} has shape {array.shape}; variable {variable.path} has {tuple(variable.shape)}")
 
 

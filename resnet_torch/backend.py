@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.architectures import Spec
-from common.architectures.layers import Layer
+from common.architectures.layers import GlobalPool, Layer
 from common.errors import BackendError
 from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
@@ -209,4 +209,5 @@ def _channels_last(value: Tensor, layer: Layer) -> Tensor:
     if value.ndim == 4:
         value = value.permute(0, 2, 3, 1)
     value = value.clone(memory_format=torch.contiguous_format)
-    return value.flatten(1) if layer.kind in ("global_pool", "flatten") else value
+    flat = layer.kind == "flatten" or (isinstance(layer, GlobalPool) and not layer.keep)
+    return value.flatten(1) if flat else value

@@ -167,7 +167,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training or mean is None or var is None or counter is None or momentum is None:
             return super().forward(input)
         count = input.numel() // input.size(1) * distributed.get_world_size()
-        output, batch_mean, batch_var = _Normalise.apply(input, self.weight, self.bias, self.eps, count)
+        weight: Tensor | None = self.weight  # none where a norm does not scale
+        weight = torch.ones_like(self.bias) if weight is None else weight
+        output, batch_mean, batch_var = _Normalise.apply(input, weight, self.bias, self.eps, count)
         with torch.no_grad():
             counter.add_(1)
             mean.lerp_(batch_mean, momentum)

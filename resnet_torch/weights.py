@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import architectures
-from common.architectures.layers import Dense, Layer, Shape
+from common.architectures.layers import Conv, Dense, Layer, Shape
 from common.errors import WeightsError
 from common.names.roles import PYTORCH
 from common.weights import LazyWeights, Weights, check_names, role_of
@@ -86,7 +86,7 @@ def _layout(layer: Layer, role: str, shape: Shape) -> tuple[Shape, Callable[[Ten
     """The native shape of an array and the view that puts its axes into canonical order."""
     if role != "kernel":
         return shape, _as_it_is
-    if layer.kind == "conv":
+    if isinstance(layer, Conv):
         height, width, inputs, outputs = shape
         return (outputs, inputs, height, width), _oihw_as_hwio
     if isinstance(layer, Dense) and layer.flattened is not None:

@@ -110,7 +110,7 @@ class Naming:
         for layer in layers:
             for array in layer.arrays:
                 getters[table[array][0]] = _converted(self, array, layer, name)
-            if layer.kind in self.roles.counters:
+            if layer.arrays and layer.kind in self.roles.counters:
                 getters[self.roles.counters[layer.kind].replace("{}", names[layer.path])] = _zero
         return getters
 

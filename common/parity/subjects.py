@@ -229,22 +229,23 @@ def _backward(layers: Iterable[Layer]) -> Iterator[tuple[Layer, str, Shape]]:
 
 
 def _terms(layers: Iterable[Layer], batch: Shape) -> dict[str, int]:
-    """How many terms the gradient of a bias sums over: one for every image and pixel of its layer's output."""
+    """How many terms the gradient of a bias sums over: one for every image and pixel of the outputs it is added to."""
     count, *image = batch
     shapes = output_shapes(layers, tuple(image))
-    return {
-        name: count * prod(shapes[layer.path][:-1])
-        for layer in layers
-        for name in layer.parameters
-        if name.endswith(".bias")
-    }
+    terms: dict[str, int] = {}
+    for layer in layers:
+        if (name := layer.uses.get("bias")) is not None:
+            terms[name] = terms.get(name, 0) + count * prod(shapes[layer.path][:-1])
+    return terms
 
 
 def _showing(layers: Iterable[Layer]) -> Iterator[tuple[str, str]]:
-    """By path of a layer that rounds, the parameter whose gradient shows a product before a bias is added."""
+    """By path of a layer that rounds, the parameter whose gradient shows a product before a bias is added: the first,
+    but for a norm that has a bias alone."""
     for layer in layers:
-        if layer.parameters and not layer.exact:
-            yield layer.path, next(iter(layer.parameters))
+        first = next(iter(layer.parameters), None)
+        if first is not None and first != layer.uses.get("bias") and not layer.exact:
+            yield layer.path, first
 
 
 def _lost(spec: Spec, weights: canonical.Weights, exported: Mapping[str, np.ndarray], dtype: str) -> list[str]:

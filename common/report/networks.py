@@ -6,7 +6,7 @@ from math import prod
 from rich.table import Table
 
 from common.architectures import Spec
-from common.architectures.layers import INPUT, output_shapes
+from common.architectures.layers import INPUT, Conv, Dense, DepthwiseConv, Layer, Window, output_shapes
 from common.architectures.layers import multiply_adds as multiply_adds_of
 
 
@@ -34,7 +34,7 @@ def _depth(spec: Spec) -> int:
     """The most convolutions and dense layers that an image passes through: the number in the names of networks."""
     depths = {INPUT: 0}
     for layer in spec.layers:
-        depths[layer.path] = max(depths[path] for path in layer.inputs) + (layer.kind in ("conv", "dense"))
+        depths[layer.path] = max(depths[path] for path in layer.inputs) + isinstance(layer, Conv | Dense)
     return max(depths.values())
 
 
@@ -62,17 +62,16 @@ def layers(spec: Spec, size: tuple[int, int]) -> Table:
     return table
 
 
-def _window(layer: object) -> str:
+def _window(layer: Layer) -> str:
     """Kernel, stride and what else is not the usual, in short."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
+    if not isinstance(layer, Window):
         return ""
-    parts = [f"{kernel}x{kernel}"]
+    height, width = layer.sides
+    parts = [f"{height}x{width}"]
     for name, usual in (("stride", 1), ("dilation", 1), ("groups", 1)):
         value = getattr(layer, name, usual)
-        if value != usual:
+        if value != usual and not (name == "groups" and isinstance(layer, DepthwiseConv)):  # its kind says it
             parts.append(f"{name} {value}")
-    padding = getattr(layer, "padding", "symmetric")
-    if kernel > 1 and padding != "symmetric":
-        parts.append(padding)
+    if max(layer.sides) > 1 and layer.padding != "symmetric":
+        parts.append(f"padding {layer.padding}" if isinstance(layer.padding, int) else layer.padding)
     return ", ".join(parts)

@@ -13,16 +13,17 @@ from common.architectures import Spec
 from common.architectures.layers import Dropout, Shape, output_shapes
 from common.training import streams
 
-Masks = Mapping[str, np.ndarray]  # by path of the layer: (N, H, W, C) or (N, features), True where a value is kept
+# By path of the layer: (N, H, W, C), (N, features), or (N, 1, 1, 1) of stochastic depth; True where a value is kept.
+Masks = Mapping[str, np.ndarray]
 
 
 def layers(spec: Spec) -> tuple[Dropout, ...]:
-    """The dropout of the walk, in order."""
+    """The dropout and the stochastic depth of the walk, in order."""
     return tuple(layer for layer in spec.layers if isinstance(layer, Dropout))
 
 
 def masks(spec: Spec, size: tuple[int, int], seed: int, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """A mask for every dropout of the walk and images of (height, width) = `size`.
+    """A mask for every dropout and stochastic depth of the walk and images of (height, width) = `size`.
 
     `positions` (N,) are those of the images in the training: image i of the batch of step k, counted from 0, stands at
     k * batch_size + i. An image's masks follow from the seed, the layer's path and its position alone, and so go with
@@ -34,8 +35,8 @@ def masks(spec: Spec, size: tuple[int, int], seed: int, positions: np.ndarray) -
     shapes = output_shapes(spec.layers, (*size, spec.in_channels))
     key = streams.key(seed, streams.DROPOUT)
     return {
-        layer.path: np.stack([_kept(key, layer, shapes[layer.path], int(position)) for position in positions])
-        for layer in found
+        layer.path: np.stack([_kept(key, layer, shape, int(position)) for position in positions])
+        for layer, shape in ((layer, layer.mask_shape(shapes[layer.path])) for layer in found)
     }
 
 

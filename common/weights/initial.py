@@ -41,9 +41,8 @@ def init(
         elif role in ("scale", "var"):
             value = np.full(shape, 0.0 if role == "scale" and layer.path in zeroed else 1.0)
         elif layer.kind == "dense" and scheme == "kaiming_fan_out":
-            value = generator_for(seed, name).uniform(-1, 1, shape) / sqrt(
-                fans(weights[f"{layer.path}.kernel"].shape)[0]
-            )
+            kernel = weights[f"{layer.path}.kernel"]
+            value = generator_for(seed, name).uniform(-1, 1, shape) / sqrt(fans(kernel.shape, layer)[0])
         else:
             value = np.zeros(shape)
         weights[name] = value.astype(dtype)
@@ -51,7 +50,7 @@ def init(
 
 
 def _initial_kernel(generator: np.random.Generator, layer: Layer, shape: Shape, scheme: Scheme) -> np.ndarray:
-    fan_in, fan_out = fans(shape)
+    fan_in, fan_out = fans(shape, layer)
     if scheme == "glorot_uniform":
         return generator.uniform(-1, 1, shape) * sqrt(6 / (fan_in + fan_out))
     if scheme == "lecun_normal":

@@ -1,7 +1,7 @@
 """How the axes of a kernel are laid out elsewhere, and the way to canonical kernels and back.
 
-Canonical are HWIO for convolutions and (in, out) for dense layers, whose rows come in the order height, width, channel
-where they read a flattened map.
+Canonical are HWIO for convolutions, so (height, width, 1, channels) for depthwise ones, and (in, out) for dense layers,
+whose rows come in the order height, width, channel where they read a flattened map.
 """
 
 from typing import Literal
@@ -10,12 +10,15 @@ import numpy as np
 
 from common.architectures.layers import Dense, Layer, Shape
 
-Layout = Literal["HWIO", "OIHW"]  # with the latter, a flattened map has its channels first too
+# With OIHW a flattened map has its channels first too. HWCM is TensorFlow's name for the kernel of a depthwise
+# convolution, a multiplier (here 1) behind the channels: all others are HWIO there.
+Layout = Literal["HWIO", "OIHW", "HWCM"]
 
 # Axes of a native kernel, put into canonical order.
 _AXES: dict[Layout, dict[str, tuple[int, ...]]] = {
-    "HWIO": {"conv": (0, 1, 2, 3), "dense": (0, 1)},
-    "OIHW": {"conv": (2, 3, 1, 0), "dense": (1, 0)},
+    "HWIO": {"conv": (0, 1, 2, 3), "depthwise": (0, 1, 2, 3), "dense": (0, 1)},
+    "OIHW": {"conv": (2, 3, 1, 0), "depthwise": (2, 3, 1, 0), "dense": (1, 0)},
+    "HWCM": {"conv": (0, 1, 2, 3), "depthwise": (0, 1, 3, 2), "dense": (0, 1)},
 }
 
 

@@ -7,12 +7,16 @@ from math import prod, sqrt
 import numpy as np
 
 from common.architectures import Spec
-from common.architectures.layers import INPUT, Dense, Layer, Shape, ZeroPadShortcut
+from common.architectures.layers import INPUT, Conv, Dense, DepthwiseConv, Dropout, Layer, Shape, ZeroPadShortcut
 from common.errors import WeightsError
 from common.weights.arrays import layer_arrays, role_of
 
 # Every integer up to here is a float32: sums that stay below are exact in any order.
 EXACT_INTEGER = 2**24
+# Mean square of an activation of standard normal values; of a sigmoid the variance, a seventh of it: what all images
+# have in common tells none apart.
+_MEAN_SQUARES = {"relu": 1 / 2, "relu6": 1 / 2, "tanh": 0.394, "scaled_tanh": 0.750, "sigmoid": 0.0434, "silu": 0.356}
+_OF_A_GATE = 0.293  # mean square of a sigmoid
 
 
 def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str, np.ndarray]:
@@ -21,7 +25,7 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
     Kernels keep the variance of what they read, so that the network neither dies out nor overflows at any depth.
     Values use all bits of float64: a backend that stores weights in float32 cannot hide.
     """
-    damped = before_addition(spec)
+    damped, squares = before_addition(spec), _mean_squares(spec)
     # What n branches add must not grow with n: the logits of ResNet-152 would leave nothing of a float32 softmax.
     damping = 1 / sqrt(max(len(damped), 1))
 
@@ -31,8 +35,9 @@ def randomize(spec: Spec, seed: int = 0, *, dtype: str = "float64") -> dict[str,
         factor = damping if layer.path in damped else 1.0
         match role_of(name, layer):
             case "kernel":
-                gain = 2 if layer.kind == "conv" else 1
-                value = generator.standard_normal(shape) * (sqrt(gain / fans(shape)[0]) * factor)
+                gain = 1 / squares[layer.inputs[0]]
+                gain = gain if isinstance(layer, Conv) else max(gain / 2, 1.0)
+                value = generator.standard_normal(shape) * (sqrt(gain / fans(shape, layer)[0]) * factor)
             case "scale":
                 value = generator.uniform(0.5, 1.5, shape) * factor
             case "var":
@@ -57,11 +62,15 @@ def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
     bounds: dict[str, np.ndarray] = {INPUT: np.full(spec.in_channels, 15.0)}
     weights: dict[str, np.ndarray] = {}
     branch_ends = before_addition(spec)
+    # Longer sums would lie beyond both ends of a ReLU6, and show nothing behind it.
+    clipped = {layer.inputs[0] for layer in spec.layers if layer.kind == "relu6"}
     for index, layer in enumerate(spec.layers):
         bound = bounds[layer.inputs[0]]
-        if layer.kind in ("conv", "dense"):
+        if layer.shares and isinstance(layer, Conv | Dense):
+            bounds[layer.path] = _reach(weights[layer.uses["kernel"]], bound) + 3
+        elif isinstance(layer, Conv | Dense):
             budget = 2 ** (4 + 18 * (index + 1) / len(spec.layers))
-            count = int(np.clip(budget // np.median(bound), 1, entries))
+            count = int(np.clip(budget // np.median(bound), 1, 1 if layer.path in clipped else entries))
             for name, shape in layer.arrays.items():
                 generator = generator_for(seed, name)
                 if not name.endswith(".kernel"):
@@ -73,13 +82,19 @@ def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
                 bounds[layer.path] = reach + 3
         elif layer.kind == "add":
             bounds[layer.path] = bound + bounds[layer.inputs[1]]
+        elif layer.kind == "concat":
+            bounds[layer.path] = np.concatenate([bounds[path] for path in layer.inputs])
+        elif layer.kind == "relu6":
+            bounds[layer.path] = np.minimum(bound, 6)
         elif isinstance(layer, ZeroPadShortcut):
             bounds[layer.path] = np.pad(bound, (0, layer.channels - bound.size))
         elif layer.kind == "flatten":
             pixels = next(x.in_features for x in spec.layers if isinstance(x, Dense) and layer.path in x.inputs)
             bounds[layer.path] = np.tile(bound, pixels // bound.size)
-        else:
+        elif layer.exact or getattr(layer, "op", None) == "max":
             bounds[layer.path] = bound
+        else:
+            raise WeightsError(f"{layer.path}, a layer of kind {layer.kind}, rounds integers; an exact twin has none")
     worst = max(bounds, key=lambda path: float(bounds[path].max()))
     if bounds[worst].max() >= limit:
         raise WeightsError(f"integer weights may reach {bounds[worst].max():.0f} at {worst}; the limit is {limit:.0f}")
@@ -91,15 +106,46 @@ def generator_for(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
 
 
-def fans(kernel: Shape) -> tuple[int, int]:
-    """(fan_in, fan_out) of an HWIO or (in, out) kernel; groups already shorten its input axis."""
+def fans(kernel: Shape, layer: Layer) -> tuple[int, int]:
+    """(fan_in, fan_out) of a layer's HWIO or (in, out) kernel; groups already shorten its input axis.
+
+    An input of a depthwise convolution feeds one channel, and its fan_out counts that one, as in Keras and timm;
+    PyTorch counts all channels, as for any groups.
+    """
     window = prod(kernel[:-2])
-    return window * kernel[-2], window * kernel[-1]
+    return window * kernel[-2], window * (1 if isinstance(layer, DepthwiseConv) else kernel[-1])
 
 
 def before_addition(spec: Spec) -> set[str]:
-    """The layers that end the residual branch of a block: the first of what an addition reads."""
-    return {layer.inputs[0] for layer in spec.layers if layer.kind == "add"}
+    """The layers that end the residual branch of a block: the first of what an addition reads, before its dropout."""
+    layers = {layer.path: layer for layer in spec.layers}
+    found = set()
+    for layer in spec.layers:
+        if layer.kind == "add":
+            path = layer.inputs[0]
+            while isinstance(last := layers.get(path), Dropout):
+                path = last.inputs[0]
+            found.add(path)
+    return found
+
+
+def _mean_squares(spec: Spec) -> dict[str, float]:
+    """About how large the squares are of what every layer gives, by path, where kernels keep the variance."""
+    found = {INPUT: 1 / 2}
+    for layer in spec.layers:
+        inputs = [found[path] for path in layer.inputs]
+        match layer.kind:
+            case kind if kind in _MEAN_SQUARES:
+                found[layer.path] = _MEAN_SQUARES[kind]
+            case "conv" | "depthwise" | "dense" | "norm" | "add":
+                found[layer.path] = 1.0
+            case "gate":
+                found[layer.path] = inputs[0] * _OF_A_GATE
+            case "concat":
+                found[layer.path] = sum(inputs) / len(inputs)
+            case _:
+                found[layer.path] = inputs[0]
+    return found
 
 
 def _integer_kernel(
@@ -123,3 +169,13 @@ def _integer_kernel(
         kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
         reach[outputs] += of_group[group, channels]
     return kernel.reshape(shape), reach
+
+
+def _reach(kernel: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """The bounds on the output channels of a kernel, without its bias."""
+    entries = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(axis=0)
+    groups, outputs = bound.size // kernel.shape[-2], kernel.shape[-1]
+    reach: np.ndarray = np.einsum(
+        "io,oi->o", entries, bound.reshape(groups, -1)[np.arange(outputs) * groups // outputs]
+    )
+    return reach

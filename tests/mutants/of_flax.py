@@ -31,7 +31,7 @@ always_running_average = replaced(layers, "BatchNorm", _with(layers.BatchNorm, u
 gelu = replaced(resnet.nn, "relu", nn.gelu)
 leaky_relu = replaced(resnet.nn, "relu", partial(nn.leaky_relu, negative_slope=1e-9))
 average_pool = replaced(resnet.nn, "max_pool", nn.avg_pool)
-same_padding = replaced(layers, "window_padding", lambda padding, kernel, dilation=1: "SAME")
+same_padding = replaced(layers, "window_padding", lambda *window: "SAME")
 
 
 def _stopped(x: Any, *arguments: Any, **options: Any) -> Any:
