@@ -758,11 +758,25 @@ class TestPrecision:
         assert [p.error for p in there] == pytest.approx([1e-4 * error for error in errors], rel=1e-6)
         assert len(compared.precision) == len(SPEC.layers) * len(errors)
 
+    @pytest.mark.parametrize(("error", "passed"), [(9.9, True), (10.1, False)])
+    def test_what_rounding_the_weights_does_is_no_lack_of_precision(self, write, error, passed):
+        # The median of few values may be small by luck; the network's own response is twice as large here.
+        norm = record.norm(arrays()[CONV])
+        response = responses(arrays(dtype="float32"), 2e-6)
+        records = [
+            write(b, {CONV: put(1e-6 * own * norm)}, dtype="float32", response=response)
+            for b, own in zip(FIVE, (1, 1, error), strict=False)
+        ]
+        compared = compare(records, truth=write("torch", name="truth"))
+        assert compared.passed == passed
+        assert [p.backend for p in compared.precision if not p.passed] == ([] if passed else [FIVE[2]])
+
     def test_errors_below_a_few_roundings_are_no_lack_of_precision(self, write):
         norm = record.norm(arrays()[CONV])
+        response = responses(arrays(dtype="float32"), UNIT["float32"])
         for error, passed in ((4.9, True), (5.1, False)):
             records = [
-                write("torch", dtype="float32"),
+                write("torch", dtype="float32", response=response),
                 write("flax", {CONV: put(error * UNIT["float32"] * norm)}, dtype="float32"),
             ]
             assert compare(records, truth=write("torch", name="truth")).passed == passed

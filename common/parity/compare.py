@@ -17,7 +17,7 @@ import numpy as np
 from common.backends.columns import COLUMNS, cores
 from common.errors import RecordError
 from common.parity.gate import Gate, Level, OrderDependence, Verdict
-from common.parity.levels import PRECISION_FACTOR, UNIT, ZERO_SHARE
+from common.parity.levels import DECIDABLE, PRECISION_FACTOR, UNIT, ZERO_SHARE
 from common.parity.names import ArrayName
 from common.parity.record import Array, Record, distance, norm
 
@@ -81,10 +81,16 @@ class Precision:
     tensor: ArrayName
     error: float
     median: float  # the lower median of all backends
+    response: float  # the float32 one-ulp response of the reference, relative as well
+
+    @property
+    def ratio(self) -> float:
+        """The error in medians, or in responses where those are larger."""
+        return self.error / max(self.median, self.response, UNIT["float32"])
 
     @property
     def passed(self) -> bool:
-        return self.error <= PRECISION_FACTOR * max(self.median, UNIT["float32"])
+        return self.ratio <= PRECISION_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +231,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         differences=judged,
         problems=tuple(problems),
         order_dependent=tuple(dependent),
-        precision=tuple(p for name, found in measured.items() for p in _precision(name, found.errors)),
+        precision=tuple(p for name, found in measured.items() for p in _precision(name, found, reference)),
         float32_inside={label: rounded_to_float32(labels[label]) for label in sorted(soft)},
     )
 
@@ -300,9 +306,15 @@ def _examine(record: Record, name: ArrayName, shape: tuple[int, ...]) -> tuple[s
     return None, array
 
 
-def _precision(name: ArrayName, errors: Mapping[str, float]) -> list[Precision]:
-    middle = median_low(errors.values()) if errors else 0.0
-    return [Precision(backend=b, tensor=name, error=error, median=middle) for b, error in errors.items()]
+def _precision(name: ArrayName, found: _Measured, reference: Record) -> list[Precision]:
+    middle = median_low(found.errors.values()) if found.errors else 0.0
+    response = reference.response.get(name, 0.0) / found.norm if found.norm else 0.0
+    if not response <= DECIDABLE["float32"]:
+        response = 0.0  # it would excuse anything
+    return [
+        Precision(backend=b, tensor=name, error=error, median=middle, response=response)
+        for b, error in found.errors.items()
+    ]
 
 
 def _labels(records: Sequence[Record]) -> dict[str, Record]:

@@ -152,10 +152,10 @@ def _explain(compared: Comparison) -> Iterable[Text]:
     imprecise = [p for p in compared.precision if not p.passed]
     if imprecise:
         worst = imprecise[0]
+        of_what = "median" if worst.median >= worst.response else "response"
         yield Text(
             f"imprecise: {worst.backend} at {worst.tensor.place} (eval): its own float32 error is "
-            f"{worst.error:.1e}, {worst.error / worst.median if worst.median else float('inf'):.3g} times the median; "
-            f"the limit is {PRECISION_FACTOR:g}",
+            f"{worst.error:.1e}, {worst.ratio:.3g} times the {of_what}; the limit is {PRECISION_FACTOR:g}",
             style="bold red",
         )
     elif compared.precision:
