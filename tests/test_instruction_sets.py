@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
 # The lowest level that each library knows.
 LOWEST = {
@@ -23,8 +25,6 @@ from common.images import sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from test_parity import explain
-
-pytestmark = pytest.mark.slow
 
 SPECS = [
     ResNetSpec(block="basic", blocks=(1,), widths=(4,), stem_kernel=3, stem_stride=1, stem_width=4, stem_pool=False,
