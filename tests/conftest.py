@@ -34,9 +34,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # The longest first, so that two workers end together.
 LONGEST = (
     *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py"),
-    *("test_parity.py", "test_mutants.py", "test_properties.py", "test_checkpoints_keras.py", "test_columns.py"),
-    *("test_vgg.py", "test_steps.py", "test_resnet_keras.py", "test_checkpoints.py", "test_cli.py"),
-    *("test_training_keras.py", "test_training_flax.py", "test_training_torch.py"),
+    *("test_properties.py", "test_mutants.py", "test_cli.py", "test_resnet_torch.py", "test_resnet_flax.py"),
+    *("test_resnet_keras.py", "test_checkpoints_keras.py", "test_columns.py", "test_checkpoints.py", "test_parity.py"),
+    *("test_vgg.py", "test_cli_checkpoints.py", "test_training_keras.py", "test_steps.py", "test_layers.py"),
+    *("test_checkpoints_fuzz.py", "test_backend_process.py", "test_instruction_sets.py", "test_training_flax.py"),
+    *("test_compare.py", "test_training_torch.py", "test_training_dropout.py"),
 )
 
 

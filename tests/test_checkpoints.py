@@ -81,6 +81,7 @@ def test_a_file_says_what_it_is_by_its_content(given, format_, tmp_path):
 MORE = [pytest.param(BASIC, marks=pytest.mark.long), pytest.param(KERAS, marks=pytest.mark.long)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [BOTTLENECK, *MORE], ids=["bottleneck", "basic", "biases"])
 @pytest.mark.parametrize(("a", "b"), list(product(WRITTEN_HERE, WRITTEN_HERE)), ids=":".join)
 def test_a_to_b_to_a_is_bitwise(tmp_path, a, b, spec):
@@ -125,6 +126,7 @@ def native(spec, naming):
     return {key: containers.stored(get()) for key, get in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["torchvision", "huggingface", "keras_applications", "keras_classic", "flax"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_and_shapes_show_every_named_network(variant, naming):

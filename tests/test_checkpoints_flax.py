@@ -33,6 +33,8 @@ from common.errors import CheckpointError
 from common.names.resnet import FLAX_EXAMPLE
 from resnet_flax.weights import variable_paths
 
+pytestmark = pytest.mark.slow
+
 TINY = ResNetSpec(
     block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5, **CONVENTIONS["flax_examples"]
 )
@@ -310,7 +312,6 @@ def test_views_that_are_not_contiguous_are_written_in_order(tmp_path):
     assert (tmp_path / "ours.msgpack").read_bytes() == serialization.msgpack_serialize(variables_of(TINY))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", ["bottleneck", "no norm"])
 def test_our_folder_restores_by_orbax(tmp_path, kind, dtype):

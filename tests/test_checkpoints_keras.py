@@ -27,6 +27,8 @@ from common.errors import CheckpointError
 from common.names.resnet import KERAS_APPLICATIONS, KERAS_CLASSIC, block_names
 from resnet_keras import backend as probe
 
+pytestmark = pytest.mark.slow
+
 BOTTLENECK = ResNetSpec(
     block="bottleneck",
     blocks=(1, 2),
@@ -161,7 +163,6 @@ def test_native_names_are_those_of_the_community() -> None:
         assert (today[name][0], classic[name][0]) == (new, old)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("builder", ["ResNet50", "ResNet152"])
 def test_native_names_are_all_the_layers_of_keras_applications(builder: str) -> None:
     with keras.device("cpu:0"):
@@ -174,7 +175,6 @@ def test_native_names_are_all_the_layers_of_keras_applications(builder: str) -> 
 # Reading what Keras wrote
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_file_of_our_keras_model_reads_bitwise(name: str, suffix: str, tmp_path: Path) -> None:
@@ -187,7 +187,6 @@ def test_a_file_of_our_keras_model_reads_bitwise(name: str, suffix: str, tmp_pat
     assert_same(found.weights, weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_of_keras_applications_reads_bitwise(resnet50: keras.Model, suffix: str, tmp_path: Path) -> None:
     save(resnet50, tmp_path / f"model{suffix}")
@@ -204,7 +203,6 @@ def test_a_model_without_its_top_reads(tmp_path: Path) -> None:
     assert checkpoints.read(tmp_path / "top.weights.h5").spec.head == "none"
 
 
-@pytest.mark.slow
 def test_optimiser_state_is_ignored_and_listed(tmp_path: Path) -> None:
     model, _ = ours(BASIC, input_shape=(32, 32, 3))
     model.compile("adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -385,7 +383,6 @@ def test_names_read_in_the_newer_form_of_hdf5_too(options: dict[str, Any], tmp_p
 # Written by us, read by Keras
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
 @pytest.mark.parametrize("name", SPECS)
 def test_our_keras_model_loads_what_we_wrote(name: str, suffix: str, tmp_path: Path) -> None:
@@ -397,7 +394,6 @@ def test_our_keras_model_loads_what_we_wrote(name: str, suffix: str, tmp_path: P
     assert_same(dict(resnet_keras.export_weights(model)), weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("builder", "suffix"), [("ResNet50", ".h5"), ("ResNet101", ".weights.h5")])
 def test_keras_applications_loads_what_we_wrote(builder: str, suffix: str, tmp_path: Path) -> None:
     model = applications(getattr(keras.applications, builder))
@@ -419,7 +415,6 @@ def test_a_legacy_file_loads_by_name(tmp_path: Path) -> None:
     assert_same(dict(resnet_keras.export_weights(model)), weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "naming"),
     [
@@ -443,14 +438,12 @@ def test_an_archive_is_a_model_that_keras_loads(name: str, naming: str, tmp_path
     assert layers <= {layer.name for layer in model.layers}
 
 
-@pytest.mark.slow
 def test_an_archive_keeps_the_width_of_numbers(tmp_path: Path) -> None:
     weights = canonical.randomize(BASIC, dtype="float64")
     save_weights(tmp_path / "model.keras", BASIC, weights)
     assert_same(checkpoints.read(tmp_path / "model.keras").weights, weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
 def test_every_spec_comes_back_bitwise(naming: str, suffix: str, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from resnet_flax.layers import convolve
 from resnet_flax.resnet import native_paths
 from resnet_flax.weights import variable_paths
 
+pytestmark = pytest.mark.slow
+
 TINY = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
 SMALL = TINY.replace(block="basic")
 
@@ -131,7 +133,6 @@ def test_builders_follow_the_flax_example_and_take_changes():
     assert all(getattr(resnet_flax, name) for name in resnet_flax.__all__)
 
 
-@pytest.mark.slow
 def test_initialisation_is_that_of_the_flax_example():
     module = resnet_flax.from_spec(SMALL.replace(blocks=(1,), widths=(64,), stem_width=64))
     block = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]["ResNetBlock_0"]
@@ -165,7 +166,6 @@ def test_every_layer_has_the_dtypes_asked_for(dtype, param_dtype, statistics):
     assert logits.dtype == dtype
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_tap_gradient_and_statistic_has_the_dtype_of_the_model(backend, dtype):
     results = run(backend, TINY, training=True, gradients=True, dtype=dtype)
@@ -271,7 +271,6 @@ def test_loss_is_the_cross_entropy_of_the_labels(backend, head):
     assert results["loss"] == pytest.approx(expected, rel=1e-13)
 
 
-@pytest.mark.slow
 def test_gradients_are_the_slopes_of_the_loss(backend):
     model = backend.build(TINY, "float64")
     weights = canonical.randomize(TINY)
@@ -349,7 +348,6 @@ def test_a_convolution_of_one_pixel_is_that_of_lax_with_its_slopes(strides, padd
 # Stage outputs and taps, natively
 
 
-@pytest.mark.slow
 def test_stage_outputs_on_request():
     module, variables, images = prepared(TINY, (64, 48))
     _, state = module.apply(variables, images, train=False, mutable=["intermediates"])
@@ -369,7 +367,6 @@ def test_initialisation_creates_variables_only():
 # JAX's transformations
 
 
-@pytest.mark.slow
 def test_jit_grad_and_vmap_agree_with_the_plain_call():
     module, variables, images = prepared(TINY, (32, 32), batch=4)
 
@@ -384,7 +381,6 @@ def test_jit_grad_and_vmap_agree_with_the_plain_call():
     np.testing.assert_allclose(gradient["params"]["Dense_0"]["bias"], np.full(5, 4.0))
 
 
-@pytest.mark.slow
 def test_pmap_and_shard_map_with_statistics_over_all_devices_equal_one_device():
     code = """
 import jax, jax.numpy as jnp, numpy as np
@@ -471,7 +467,6 @@ def test_wrong_variables_are_refused_by_name():
             resnet_flax.from_variables(TINY, unflatten_dict(changed))
 
 
-@pytest.mark.slow
 def test_a_file_of_weights_binds_the_module(tmp_path):
     path = tmp_path / "tiny.safetensors"
     weights = canonical.randomize(TINY, dtype="float32")

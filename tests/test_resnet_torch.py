@@ -402,6 +402,7 @@ def agree(model, other, images):
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-13, atol=0)
 
 
+@pytest.mark.slow
 @every_third_spec
 def test_scripting_computes_the_same(spec):
     model = random_model(spec)
@@ -413,6 +414,7 @@ def test_scripting_computes_the_same(spec):
         torch.testing.assert_close(theirs, mine, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow
 @every_third_spec
 def test_export_computes_the_same(spec):
     model = random_model(spec)
@@ -717,6 +719,7 @@ except BackendMissing as error:
     assert result.stdout == "PyTorch is not installed; run: pip install 'resnet-parity[torch]'\n", result.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_framework_and_building_no_other_one():
     code = """
 import sys
