@@ -30,8 +30,9 @@ def batch(
 ) -> Batch:
     """A batch of `count` crops of (height, width) from the photographs, and random labels below `classes`.
 
-    Each photograph's first crop is its centre; further ones are random. Values are normalised with ImageNet's mean
-    and deviation; channels beyond the third are those of further crops. Without photographs: normal noise.
+    Each photograph's first crop is its centre; further ones are random. The part of a grey level that a photograph's
+    rounding took away is drawn at random. Values are normalised with ImageNet's mean and deviation; channels beyond
+    the third are those of further crops. Without photographs: normal noise.
     Raises `InputError` for an unreadable photograph.
     """
     generator = np.random.default_rng([seed, count, *size])
@@ -44,7 +45,7 @@ def batch(
     for index in range(count):
         photo = photos[index % len(photos)]
         crops = [
-            _crop(photo, size, None if index < len(photos) and part == 0 else generator)
+            _crop(photo, size, generator, centre=index < len(photos) and part == 0)
             for part in range(crops_per_image)
         ]
         images.append(np.concatenate(crops, axis=-1)[..., :channels])
@@ -70,10 +71,15 @@ def _cover(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
 
 
-def _crop(photo: Image.Image, size: tuple[int, int], generator: np.random.Generator | None) -> np.ndarray:
+def _crop(
+    photo: Image.Image, size: tuple[int, int], generator: np.random.Generator, *, centre: bool
+) -> np.ndarray:
     """A normalised crop: from the centre, or from a random place."""
     spare = photo.height - size[0], photo.width - size[1]
-    top, left = (n // 2 if generator is None else int(generator.integers(0, n + 1)) for n in spare)
+    top, left = (n // 2 if centre else int(generator.integers(0, n + 1)) for n in spare)
     pixels = np.asarray(photo)[top : top + size[0], left : left + size[1]]
-    values: np.ndarray = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    # A sky has patches of exactly one colour. A convolution makes exact ties of them, and where the largest of equals
+    # lies for a max-pool is decided by rounding alone: one ulp would send a gradient to another pixel.
+    levels = pixels + generator.uniform(-0.5, 0.5, pixels.shape)
+    values: np.ndarray = (levels / 255 - IMAGENET_MEAN) / IMAGENET_STD
     return values
