@@ -126,7 +126,7 @@ def native(spec, naming):
     return {key: containers.stored(get()) for key, get in tensors.items()}
 
 
-# Those that every community has names for, and whose names or convention show them: test_resnet_forms.py has the others.
+# Those that every community has names for, and that names or a convention show; test_resnet_forms.py has the others.
 ORDINARY = [
     name
     for name, spec in VARIANTS.items()
