@@ -5,6 +5,7 @@ JAX reads its environment when it first uses a device, so this module imports ne
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -236,11 +237,12 @@ def _taps(spec: Spec, state: dict[str, Any]) -> dict[str, Any]:
 
     paths = import_module(f"{__package__}.{spec.family}").native_paths(spec)
     modules, others = (flatten_dict(state.get(name, {})) for name in ("intermediates", "taps"))
-    taps = {}
+    taps, called, calls = {}, Counter(paths.values()), Counter[tuple[str, ...]]()
     for path, native in paths.items():
         outputs = others[native] if native in others else modules[(*native, "__call__")]
-        # Where a subclass calls its parent's `__call__` both are captured, its own last.
-        taps[f"tap/{path}"] = outputs[-1]
+        calls[native] += 1
+        # Where a subclass calls its parent's `__call__` both are captured in every call, its own last.
+        taps[f"tap/{path}"] = outputs[calls[native] * len(outputs) // called[native] - 1]
     return taps
 
 

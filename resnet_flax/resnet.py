@@ -24,7 +24,7 @@ from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints import Given, adopt, weights_for
 from common.errors import InputError
 from common.names.resnet import FLAX_EXAMPLE
-from resnet_flax.layers import ModuleDef, conv_layer, no_norm, norm_layer, tap, window_padding
+from resnet_flax.layers import ModuleDef, avg_pool, conv_layer, no_norm, norm_layer, tap, window_padding
 from resnet_flax.weights import to_variables
 
 Dtype = Any
@@ -35,6 +35,7 @@ class Block(nn.Module):
 
     spec: ResNetSpec
     filters: int
+    squeeze: int  # channels of squeeze and excitation; 0 for none
     strides: int
     dilations: tuple[int, int]  # of a 3x3 convolution up to the strided one, and after it
     conv: ModuleDef
@@ -48,17 +49,35 @@ class Block(nn.Module):
 
     def shortcut(self, x: jax.Array, filters: int) -> jax.Array:
         # Not `x.shape != y.shape`: a single pixel keeps its shape under a stride, and would lose its projection.
-        if self.strides == 1 and x.shape[-1] == filters:
+        strides = self.strides
+        if strides == 1 and x.shape[-1] == filters:
             return x
         if self.spec.shortcut == "zero_pad":
-            x = x[:, :: self.strides, :: self.strides]
+            x = x[:, ::strides, ::strides]
             return tap(self, "pad", jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])]))
-        x = self.conv(filters, 1, self.strides, name="conv_proj")(x)
+        if self.spec.shortcut_pool and strides > 1:
+            x = tap(self, "pool", avg_pool(x, 2, 2, padding="ceil", count_padding=False))
+            strides = 1
+        x = self.conv(filters, 1, strides, name="conv_proj")(x)
         return self.shortcut_norm(name="norm_proj")(x)
 
-    def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = tap(self, "add", y + self.shortcut(x, y.shape[-1]))
-        return tap(self, "relu", nn.relu(y))
+    def excite(self, y: jax.Array) -> jax.Array:
+        """A gate a channel, of what all pixels have in common (Hu et al. 2017, arXiv:1709.01507)."""
+        conv = partial(self.conv, use_bias=True)
+        gate = tap(self, "se.pool", jnp.mean(y, axis=(1, 2), keepdims=True))
+        gate = tap(self, "se.relu", nn.relu(conv(self.squeeze, 1, name="se_reduce")(gate)))
+        gate = tap(self, "se.sigmoid", nn.sigmoid(conv(y.shape[-1], 1, name="se_expand")(gate)))
+        return tap(self, "se.gate", y * gate)
+
+    def merge(self, y: jax.Array, x: jax.Array, last: str) -> jax.Array:
+        """What follows the last norm of the branch. `last` is the name of the ReLU before the addition."""
+        if self.squeeze:
+            y = self.excite(y)
+        if self.spec.relu_before_add:
+            y = tap(self, last, nn.relu(y))
+        if self.spec.shortcut != "none":
+            y = tap(self, "add", y + self.shortcut(x, y.shape[-1]))
+        return tap(self, "relu", nn.relu(y)) if self.spec.relu_after_add else y
 
 
 class ResNetBlock(Block):
@@ -68,12 +87,16 @@ class ResNetBlock(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         first, second = self.conv_strides
         before, after = self.dilations
-        y = self.conv(self.filters, 3, first, before)(x)
-        y = self.norm()(y)
-        y = tap(self, "relu1", nn.relu(y))
-        y = self.conv(self.filters, 3, second, after if self.spec.stride_in == "conv1" else before)(y)
-        y = self.norm(scale_init=nn.initializers.zeros)(y)
-        return self.merge(y, x)
+        dilation = after if self.spec.stride_in == "conv1" else before
+        conv, norm = self.conv(self.filters, 3, first, before), self.norm()
+        y = tap(self, "relu1", nn.relu(norm(conv(x))))
+        shared = self.spec.shared
+        alike = (x.shape[-1], first, before) == (self.filters, second, dilation)
+        if shared != "conv" or not alike:
+            conv = self.conv(self.filters, 3, second, dilation)
+        if shared == "none" or (shared == "conv" and not alike):
+            norm = self.norm(scale_init=nn.initializers.zeros)
+        return self.merge(norm(conv(y)), x, "relu2")
 
 
 class BottleneckResNetBlock(Block):
@@ -85,15 +108,16 @@ class BottleneckResNetBlock(Block):
         before, after = self.dilations
         inner = self.spec.inner_width(self.filters)
         dilation = after if self.spec.stride_in == "conv1" else before
+        norm = self.norm()
         y = self.conv(inner, 1, first)(x)
-        y = self.norm()(y)
-        y = tap(self, "relu1", nn.relu(y))
+        y = tap(self, "relu1", nn.relu(norm(y)))
         y = self.conv(inner, 3, second, dilation, feature_group_count=self.spec.groups)(y)
-        y = self.norm()(y)
-        y = tap(self, "relu2", nn.relu(y))
+        norm = norm if self.spec.shared == "norm" else self.norm()
+        y = tap(self, "relu2", nn.relu(norm(y)))
         y = self.conv(self.filters * self.spec.expansion, 1)(y)
-        y = self.norm(scale_init=nn.initializers.zeros)(y)
-        return self.merge(y, x)
+        # The third norm keeps its name where there is no second.
+        y = self.norm(scale_init=nn.initializers.zeros, name="BatchNorm_2")(y)
+        return self.merge(y, x, "relu3")
 
 
 BLOCKS: dict[str, type[Block]] = {"basic": ResNetBlock, "bottleneck": BottleneckResNetBlock}
@@ -134,9 +158,13 @@ class ResNet(nn.Module):
         shortcut_norm = norm if spec.shortcut_norm else no_norm
         norm = norm if spec.norm else no_norm
 
-        x = conv(spec.stem_width, spec.stem_kernel, spec.stem_stride, padding=spec.stem_padding, name="conv_init")(x)
-        x = norm(name="bn_init")(x)
-        x = tap(self, "relu", nn.relu(x))
+        strides = spec.stem_stride
+        numbered = [(str(i), width) for i, width in enumerate(spec.deep_stem, start=1)]
+        for number, width in (*numbered, ("", spec.stem_width)):
+            name = f"init_{number}" if number else "init"
+            x = conv(width, spec.stem_kernel, strides, padding=spec.stem_padding, name=f"conv_{name}")(x)
+            x = norm(name=f"bn_{name}")(x)
+            x, strides = tap(self, f"relu{number}", nn.relu(x)), 1
         if spec.stem_pool:
             # Padded with -inf.
             x = tap(self, "pool", nn.max_pool(x, (3, 3), (2, 2), window_padding(spec.pool_padding, 3, 2)))
@@ -149,6 +177,7 @@ class ResNet(nn.Module):
                 x = block_cls(
                     spec=spec,
                     filters=spec.widths[i],
+                    squeeze=spec.squeeze[i] if spec.squeeze else 0,
                     strides=spec.stage_strides[i] if j == 0 else 1,
                     dilations=(before if j == 0 else dilation, dilation),
                     conv=conv,

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class KerasBackend:
 
         spec: Spec = model.spec
         names = layer_names(spec)
-        outputs = {layer.path: model.get_layer(names[layer.path]).output for layer in spec.layers}
+        outputs = _outputs(model, spec)
         masked = [names[layer.path] for layer in dropout.layers(spec) if training]
         taps_model = with_masks(keras.Model(model.input, outputs), masked)
         canonical_names = {id(variable): name for name, variable in variables(model).items()}
@@ -198,6 +199,22 @@ class KerasBackend:
             return _loss(last.kind, taps[last.path], labels), (taps, named)
 
         return self._adapter(forward, gradients)
+
+
+def _outputs(model: Any, spec: Spec) -> dict[str, Any]:
+    """The symbolic output of every layer of the walk, by canonical path."""
+    from resnet_keras.weights import layer_names
+
+    names = layer_names(spec)
+    again = {names[layer.path] for layer in spec.layers if layer.shares}
+    calls: Counter[str] = Counter()
+    outputs = {}
+    for path, name in ((layer.path, names[layer.path]) for layer in spec.layers):
+        layer = model.get_layer(name)
+        # A layer that was called twice has no one output, and Keras no public way to either.
+        outputs[path] = layer._inbound_nodes[calls[name]].output_tensors[0] if name in again else layer.output
+        calls[name] += 1
+    return outputs
 
 
 def _renamed(model: Any, spec: Spec, naming: Naming) -> Any:

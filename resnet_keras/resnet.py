@@ -17,7 +17,13 @@ from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
 from common.checkpoints import Given
 from common.names.resnet import KERAS_CLASSIC, block_names
 from resnet_keras import applications
-from resnet_keras.layers import UnbiasedBatchNormalization, ZeroPadShortcut, channel_axis, conv2d
+from resnet_keras.layers import (
+    UnbiasedBatchNormalization,
+    ZeroPadShortcut,
+    average_pool2d,
+    channel_axis,
+    conv2d,
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,28 @@ def _conv(
     )
 
 
-def _norm(x: Any, name: str, style: Style) -> Any:
+def _norm(name: str, style: Style) -> Any:
     spec = style.spec
     biased = spec.running_variance == "biased"
     layer = layers.BatchNormalization if biased else UnbiasedBatchNormalization
     # Keras' momentum is the share of the old value that is kept, as the spec's; PyTorch's is the share of the new.
-    return layer(axis=style.axis, momentum=spec.bn_momentum, epsilon=spec.bn_eps, name=name)(x)
+    return layer(axis=style.axis, momentum=spec.bn_momentum, epsilon=spec.bn_eps, name=name)
 
 
 def _relu(x: Any, name: str) -> Any:
     return layers.Activation("relu", name=name)(x)
+
+
+def _squeeze_and_excite(x: Any, width: int, name: str, style: Style) -> Any:
+    """A gate a channel, of what all pixels have in common (Hu et al. 2017, arXiv:1709.01507)."""
+    layout = {"data_format": style.data_format}
+    initial = {"kernel_initializer": style.kernel_initializer}
+    gate = layers.GlobalAveragePooling2D(keepdims=True, **layout, name=f"{name}_squeeze")(x)
+    gate = layers.Conv2D(width, 1, **layout, **initial, name=f"{name}_reduce")(gate)
+    gate = _relu(gate, f"{name}_relu")
+    gate = layers.Conv2D(x.shape[style.axis], 1, **layout, **initial, name=f"{name}_expand")(gate)
+    gate = layers.Activation("sigmoid", name=f"{name}_sigmoid")(gate)
+    return layers.Multiply(name=f"{name}_excite")([x, gate])
 
 
 def _residual(
@@ -78,35 +96,51 @@ def _residual(
     shortcut: Any,
     kernel_size: int,
     filters: tuple[int, ...],
-    where: str,
+    stage: int,
+    block: str,
     strides: int,
     style: Style,
     dilation_rates: tuple[int, int],
 ) -> Any:
-    """Branch 2 of a block, its addition to the shortcut, and the ReLU after it."""
-    spec = style.spec
+    """Branch 2 of a block, its addition to the shortcut if there is one, and the ReLU after it."""
+    spec, where = style.spec, f"{stage}{block}"
     bottleneck = len(filters) == 3
     kernels = (1, kernel_size, 1) if bottleneck else (kernel_size, kernel_size)
     strided = int(spec.stride_in == "conv2")  # v1 strides on the first convolution of a bottleneck, v1.5 on the 3x3
+    norms: list[Any] = []
+    shared = None
+    if spec.shared == "conv" and not bottleneck and strides == 1 and x.shape[style.axis] == filters[-1]:
+        # "same" is symmetric at stride 1.
+        options = {"padding": "same", "dilation_rate": dilation_rates[0], "use_bias": spec.conv_bias}
+        options |= {"kernel_initializer": style.kernel_initializer, "data_format": style.data_format}
+        shared = layers.Conv2D(filters[0], kernel_size, **options, name=f"res{where}_branch2a")
     for i, letter in enumerate("abc"[: len(filters)]):
-        x = _conv(
-            x,
-            filters[i],
-            kernels[i],
-            f"res{where}_branch2{letter}",
-            style,
-            padding=spec.block_padding,
-            strides=strides if i == strided else 1,
-            # The convolution whose stride was taken away keeps the old dilation; what follows reads its denser output.
-            dilation_rate=1 if kernels[i] == 1 else dilation_rates[i > strided],
-            groups=spec.groups if bottleneck and i == 1 else 1,
-        )
+        if shared is not None:
+            x = shared(x)
+        else:
+            x = _conv(
+                x,
+                filters[i],
+                kernels[i],
+                f"res{where}_branch2{letter}",
+                style,
+                padding=spec.block_padding,
+                strides=strides if i == strided else 1,
+                # The convolution whose stride was taken away keeps the old dilation; what follows reads its output.
+                dilation_rate=1 if kernels[i] == 1 else dilation_rates[i > strided],
+                groups=spec.groups if bottleneck and i == 1 else 1,
+            )
         if spec.norm:
-            x = _norm(x, f"bn{where}_branch2{letter}", style)
-        if i < len(filters) - 1:
+            again = i == 1 and (spec.shared == "norm" or shared is not None)
+            norms.append(norms[0] if again else _norm(f"bn{where}_branch2{letter}", style))
+            x = norms[-1](x)
+        if i == len(filters) - 1 and spec.squeeze:
+            x = _squeeze_and_excite(x, spec.squeeze[stage - 2], f"res{where}_se", style)
+        if i < len(filters) - 1 or spec.relu_before_add:
             x = _relu(x, f"res{where}_branch2{letter}_relu")
-    x = layers.Add(name=f"res{where}")([x, shortcut])
-    return _relu(x, f"res{where}_relu")
+    if shortcut is not None:
+        x = layers.Add(name=f"res{where}")([x, shortcut])
+    return _relu(x, f"res{where}_relu") if spec.relu_after_add else x
 
 
 def identity_block(
@@ -119,12 +153,13 @@ def identity_block(
     style: Style = Style(),
     dilation_rates: tuple[int, int] = (1, 1),
 ) -> Any:
-    """A block whose shortcut is its input.
+    """A block whose shortcut is its input, if it has one.
 
     `filters` are two for a basic block and three for a bottleneck; `style` gives the conventions (padding, bias,
     norm, groups) and the data format; `dilation_rates` apply up to and after the convolution that may be strided.
     """
-    return _residual(x, x, kernel_size, filters, f"{stage}{block}", 1, style, dilation_rates)
+    shortcut = None if style.spec.shortcut == "none" else x
+    return _residual(x, shortcut, kernel_size, filters, stage, block, 1, style, dilation_rates)
 
 
 def conv_block(
@@ -138,19 +173,23 @@ def conv_block(
     style: Style = Style(),
     dilation_rates: tuple[int, int] = (1, 1),
 ) -> Any:
-    """A block whose shortcut changes the shape: a 1x1 projection, or zero padding if `spec` says so.
+    """A block whose shortcut changes the shape: a 1x1 projection, zero padding or none, as `spec` says.
 
     Arguments as for `identity_block`.
     """
-    where = f"{stage}{block}"
-    if style.spec.shortcut == "zero_pad":
+    where, spec, shortcut = f"{stage}{block}", style.spec, None
+    if spec.shortcut == "zero_pad":
         pad = ZeroPadShortcut(filters[-1], strides, data_format=style.data_format, name=f"res{where}_branch1")
         shortcut = pad(x)
-    else:
-        shortcut = _conv(x, filters[-1], 1, f"res{where}_branch1", style, padding="valid", strides=strides)
-        if style.spec.shortcut_norm:
-            shortcut = _norm(shortcut, f"bn{where}_branch1", style)
-    return _residual(x, shortcut, kernel_size, filters, where, strides, style, dilation_rates)
+    elif spec.shortcut == "projection":
+        shortcut, left = x, strides
+        if spec.shortcut_pool and strides > 1:
+            options: dict[str, Any] = {"padding": "ceil", "count_padding": False, "data_format": style.data_format}
+            shortcut, left = average_pool2d(x, 2, 2, **options, name=f"res{where}_branch1_pool"), 1
+        shortcut = _conv(shortcut, filters[-1], 1, f"res{where}_branch1", style, padding="valid", strides=left)
+        if spec.shortcut_norm:
+            shortcut = _norm(f"bn{where}_branch1", style)(shortcut)
+    return _residual(x, shortcut, kernel_size, filters, stage, block, strides, style, dilation_rates)
 
 
 def _pool(x: Any, style: Style) -> Any:
@@ -166,11 +205,14 @@ def _pool(x: Any, style: Style) -> Any:
 def _resnet(x: Any, style: Style) -> Any:
     """Everything between the input and the output of the network."""
     spec, layout = style.spec, {"data_format": style.data_format}
-    stem: dict[str, Any] = {"padding": spec.stem_padding, "strides": spec.stem_stride}
-    x = _conv(x, spec.stem_width, spec.stem_kernel, "conv1", style, **stem)
-    if spec.norm:
-        x = _norm(x, "bn_conv1", style)
-    x = _relu(x, "conv1_relu")
+    strides = spec.stem_stride
+    numbered = [(f"_{i}", width) for i, width in enumerate(spec.deep_stem, start=1)]
+    for number, width in (*numbered, ("", spec.stem_width)):
+        name, padding = f"conv1{number}", spec.stem_padding
+        x = _conv(x, width, spec.stem_kernel, name, style, padding=padding, strides=strides)
+        if spec.norm:
+            x = _norm(f"bn_{name}", style)(x)
+        x, strides = _relu(x, f"{name}_relu"), 1
     if spec.stem_pool:
         x = _pool(x, style)
 

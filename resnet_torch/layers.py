@@ -109,6 +109,32 @@ class Affine(nn.Module):
         return torch.stack(channels, dim=1)
 
 
+class ZeroPadShortcut(nn.Module):
+    """Option A of the paper, section 3.3: every `stride`-th pixel, `extra` channels of zeros after the others."""
+
+    def __init__(self, stride: int, extra: int) -> None:
+        super().__init__()
+        self.stride, self.extra = stride, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, 0, self.extra])
+
+
+class SqueezeExcitation(nn.Module):
+    """A gate a channel, of what all pixels have in common (Hu et al. 2017, arXiv:1709.01507), in timm's names."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, width, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(width, channels, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc2(self.act(self.fc1(self.pool(x)))))
+
+
 def biased_batch_norm(
     input: Tensor,
     running_mean: Tensor,

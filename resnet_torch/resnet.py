@@ -3,51 +3,33 @@
 He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385). Images are (N, channels, H, W).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.architectures.layers import Dense
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.checkpoints import Given, adopt, weights_for
 from common.names.resnet import TORCHVISION
-from resnet_torch.layers import Node, NormLayer, batch_norm2d, conv2d, max_pool2d
+from resnet_torch.layers import (
+    Node,
+    NormLayer,
+    SqueezeExcitation,
+    ZeroPadShortcut,
+    avg_pool2d,
+    batch_norm2d,
+    conv2d,
+    max_pool2d,
+)
 from resnet_torch.weights import load_weights
 
 
-class ZeroPadShortcut(nn.Module):
-    """Option A of the paper, section 3.3: every `stride`-th pixel, `extra` channels of zeros after the others."""
-
-    def __init__(self, stride: int, extra: int) -> None:
-        super().__init__()
-        self.stride, self.extra = stride, extra
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, 0, self.extra])
-
-
-def _conv(
-    spec: ResNetSpec,
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-) -> nn.Conv2d:
-    return conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride,
-        padding=spec.block_padding,
-        dilation=dilation,
-        groups=groups,
-        bias=spec.conv_bias,
-    )
+def _conv_layer(spec: ResNetSpec) -> Callable[..., nn.Conv2d]:
+    return partial(conv2d, padding=spec.block_padding, bias=spec.conv_bias)
 
 
 def _norm_layer(spec: ResNetSpec) -> NormLayer:
@@ -59,17 +41,36 @@ def _norm_layer(spec: ResNetSpec) -> NormLayer:
 def _downsample(
     spec: ResNetSpec, in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer
 ) -> nn.Module | None:
-    if stride == 1 and in_channels == out_channels:
+    if spec.shortcut == "none" or (stride == 1 and in_channels == out_channels):
         return None
     if spec.shortcut == "zero_pad":
         return ZeroPadShortcut(stride, out_channels - in_channels)
-    projection = _conv(spec, in_channels, out_channels, kernel=1, stride=stride)
-    return nn.Sequential(projection, norm_layer(out_channels)) if spec.shortcut_norm else nn.Sequential(projection)
+    downsample = nn.Sequential()
+    if spec.shortcut_pool:
+        # One that does nothing too, since the modules are numbered.
+        pool = avg_pool2d(2, 2, padding="ceil", count_padding=False) if stride != 1 else nn.Identity()
+        downsample.append(pool)
+        stride = 1
+    downsample.append(_conv_layer(spec)(in_channels, out_channels, 1, stride))
+    return downsample.append(norm_layer(out_channels)) if spec.shortcut_norm else downsample
+
+
+def _stem(spec: ResNetSpec, norm_layer: NormLayer) -> nn.Module:
+    """The stem's convolution, with those before it where there are any: timm's `conv1.0`, `conv1.3`, …"""
+    stem, channels, stride = nn.Sequential(), spec.in_channels, spec.stem_stride
+    for width in (*spec.deep_stem, spec.stem_width):
+        if stem:
+            stem.extend([norm_layer(channels), nn.ReLU(inplace=True)])
+        conv = conv2d(channels, width, spec.stem_kernel, stride, padding=spec.stem_padding, bias=spec.conv_bias)
+        stem.append(conv)
+        channels, stride = width, 1
+    return stem if spec.deep_stem else stem[0]
 
 
 class Place(NamedTuple):
-    """Strides and dilations of a block's first two convolutions."""
+    """Where a block stands: its stage, and strides and dilations of its first two convolutions."""
 
+    stage: int
     stride1: int
     stride2: int
     dilation1: int
@@ -80,56 +81,85 @@ class Place(NamedTuple):
         return self.stride1 * self.stride2
 
 
-def _place(spec: ResNetSpec, stride: int, before: int, after: int) -> Place:
+def _place(spec: ResNetSpec, stage: int, stride: int, before: int, after: int) -> Place:
     # A convolution keeps the dilation it had up to the one whose stride was taken away, and doubles after it.
     if spec.stride_in == "conv2":
-        return Place(1, stride, before, before)
-    return Place(stride, 1, before, after)
+        return Place(stage, 1, stride, before, before)
+    return Place(stage, stride, 1, before, after)
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """What both kinds have behind their last norm."""
+
+    def __init__(self, spec: ResNetSpec) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.relu_before_add, self.relu_after_add = spec.relu_before_add, spec.relu_after_add
+        self.residual = spec.shortcut != "none"
+
+    def _end(self, spec: ResNetSpec, in_channels: int, channels: int, place: Place, norm_layer: NormLayer) -> None:
+        self.se = SqueezeExcitation(channels, spec.squeeze[place.stage]) if spec.squeeze else None
+        self.downsample = _downsample(spec, in_channels, channels, place.stride, norm_layer)
+
+    def merge(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.se is not None:
+            out = self.se(out)
+        if self.relu_before_add:
+            out = self.relu(out)
+        if self.residual:
+            shortcut = x if self.downsample is None else self.downsample(x)
+            if self.relu_before_add:
+                out = out + shortcut  # not in place: that ReLU keeps its output for the backward pass
+            else:
+                out += shortcut
+        return self.relu(out) if self.relu_after_add else out
+
+
+class BasicBlock(Block):
     """Two 3x3 convolutions: the block of ResNet-18 and -34, and of the CIFAR networks."""
 
     def __init__(self, spec: ResNetSpec, in_channels: int, width: int, place: Place, norm_layer: NormLayer) -> None:
-        super().__init__()
-        self.conv1 = _conv(spec, in_channels, width, 3, place.stride1, place.dilation1)
+        super().__init__(spec)
+        conv = _conv_layer(spec)
+        self.conv1 = conv(in_channels, width, 3, place.stride1, dilation=place.dilation1)
         self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(spec, width, width, 3, place.stride2, place.dilation2)
-        self.bn2 = norm_layer(width)
-        self.downsample = _downsample(spec, in_channels, width, place.stride, norm_layer)
+        alike = (in_channels, place.stride1, place.dilation1) == (width, place.stride2, place.dilation2)
+        again = alike and spec.shared == "conv"  # then conv2 and bn2 are None
+        self.conv2 = None if again else conv(width, width, 3, place.stride2, dilation=place.dilation2)
+        self.bn2 = None if again or spec.shared == "norm" else norm_layer(width)
+        self._end(spec, in_channels, width, place, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = self.conv1(out) if self.conv2 is None else self.conv2(out)
+        out = self.bn1(out) if self.bn2 is None else self.bn2(out)
+        return self.merge(out, x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1 down, 3x3, 1x1 up: the block of ResNet-50 and deeper.
 
     torchvision strides the 3x3 ("v1.5"), the paper the first 1x1.
     """
 
     def __init__(self, spec: ResNetSpec, in_channels: int, width: int, place: Place, norm_layer: NormLayer) -> None:
-        super().__init__()
+        super().__init__(spec)
         inner, out_channels = spec.inner_width(width), width * spec.expansion
-        self.conv1 = _conv(spec, in_channels, inner, 1, place.stride1)
+        conv = _conv_layer(spec)
+        self.conv1 = conv(in_channels, inner, 1, place.stride1)
         self.bn1 = norm_layer(inner)
-        self.conv2 = _conv(spec, inner, inner, 3, place.stride2, place.dilation2, spec.groups)
-        self.bn2 = norm_layer(inner)
-        self.conv3 = _conv(spec, inner, out_channels, 1)
+        self.conv2 = conv(inner, inner, 3, place.stride2, dilation=place.dilation2, groups=spec.groups)
+        self.bn2 = None if spec.shared == "norm" else norm_layer(inner)  # None: the first one again
+        self.conv3 = conv(inner, out_channels, 1)
         self.bn3 = norm_layer(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = _downsample(spec, in_channels, out_channels, place.stride, norm_layer)
+        self._end(spec, in_channels, out_channels, place, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.conv2(out)
+        out = self.relu(self.bn1(out) if self.bn2 is None else self.bn2(out))
         out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        return self.merge(out, x)
 
 
 class ResNet(nn.Module):
@@ -144,14 +174,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.spec = spec
         norm_layer = norm_layer or _norm_layer(spec)
-        self.conv1 = conv2d(
-            spec.in_channels,
-            spec.stem_width,
-            spec.stem_kernel,
-            spec.stem_stride,
-            padding=spec.stem_padding,
-            bias=spec.conv_bias,
-        )
+        self.conv1 = _stem(spec, norm_layer)
         self.bn1 = norm_layer(spec.stem_width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = max_pool2d(3, 2, padding=spec.pool_padding) if spec.stem_pool else nn.Identity()
@@ -164,7 +187,7 @@ class ResNet(nn.Module):
             for b in range(count):
                 stride = spec.stage_strides[s] if b == 0 else 1
                 before, dilation = dilation, dilation * 2 if dilated[s] and b == 0 else dilation
-                stage.append(block(spec, channels, width, _place(spec, stride, before, dilation), norm_layer))
+                stage.append(block(spec, channels, width, _place(spec, s, stride, before, dilation), norm_layer))
                 channels = width * spec.expansion
             self.add_module(f"layer{s + 1}", stage)
 
@@ -209,20 +232,21 @@ class ResNet(nn.Module):
 def nodes(spec: ResNetSpec) -> dict[str, Node]:
     """Canonical path of every layer of the walk -> its node; `Node.module` names the module that holds its arrays."""
     names = TORCHVISION.layers(spec)
-    last = 2 if spec.block == "bottleneck" else 1
-    calls = {f"relu{i + 1}": i for i in range(last)} | {"relu": last}
     table: dict[str, Node] = {}
+    calls: Counter[str] = Counter()  # of modules that are called again
     for layer in spec.layers:
-        part = layer.path.rpartition(".")[2]
+        block, _, part = layer.path.rpartition(".")
         if part == "add":
-            relu = names[f"{layer.path.removesuffix('add')}relu"]
-            table[layer.path] = Node(f"{relu.removesuffix('relu')}add", relu, last, "input")
+            name = names[f"{block}.conv1"].rpartition(".")[0]
+            relu = Node(f"{name}.add", f"{name}.relu", calls[f"{name}.relu"], "input")
+            table[layer.path] = relu if spec.relu_after_add else Node(f"{name}.add", name)
         elif part == "flatten":
             table[layer.path] = Node("flatten", "avgpool")
         else:
             name = names[layer.path]
-            call = calls.get(part, 0) if "blocks" in layer.path else 0  # the stem's is another module
-            table[layer.path] = Node(f"{name}_{call}" if call else name, name, call)
+            call, leaf = calls[name], f"{name}.mul" if layer.kind == "gate" else name
+            table[layer.path] = Node(f"{leaf}_{call}" if call else leaf, name, call)
+            calls[name] += 1
     return table
 
 

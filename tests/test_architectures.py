@@ -24,7 +24,7 @@ from common.architectures.layers import (
     window_padding,
 )
 from common.architectures.marks import Mark, marked
-from common.architectures.resnet import CONVENTIONS, ResNetSpec
+from common.architectures.resnet import CONVENTIONS, GALLERY, ResNetSpec
 from common.errors import InputError, ParityError, SpecError
 
 VARIANTS = architectures.variants()
@@ -492,6 +492,8 @@ class TestConventions:
 
     def test_every_depth_has_every_convention_and_d2l_where_blocks_are_basic(self):
         expected = {f"{d}.{c}" for c in CONVENTIONS for d in DEPTHS if c != "d2l" or d in ("resnet18", "resnet34")}
+        forms = {f"{d}.{form}" for form in (*GALLERY, "extra_block") for d in ("resnet18", "resnet50")}
+        expected |= forms - {"resnet50.shared_conv"}
         assert expected == {name for name, spec in VARIANTS.items() if spec.family == "resnet" and "." in name}
         assert expected
 
@@ -530,9 +532,9 @@ class TestWalk:
             source = shapes[layer.inputs[0]]
             if layer.kind == "conv":
                 assert layer.in_channels == source[-1]
-                assert layer.parameters[f"{layer.path}.kernel"][2] * layer.groups == source[-1]
+                assert layer.trained["kernel"][2] * layer.groups == source[-1]
             elif layer.kind == "norm":
-                assert set(layer.arrays.values()) == {source[-1:]}
+                assert {*layer.trained.values(), *layer.averaged.values()} == {source[-1:]}
             elif layer.kind == "dense":
                 assert (layer.in_features,) == source
 

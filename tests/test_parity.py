@@ -15,7 +15,7 @@ from common.report.console import result as as_table
 PHOTOS = tuple(sample_photos())
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # Sizes at which batch statistics are over enough values for float64 to decide: at least 8 a channel in the last stage.
-SMALL = {"resnet20": 32, "resnet32": 32, "resnet44": 32, "resnet56": 32, "resnet110": 32}
+SMALL = {f"{family}{depth}": 32 for family in ("resnet", "plain") for depth in (20, 32, 44, 56, 110)}
 
 
 def twin(spec: ResNetSpec) -> ResNetSpec:
@@ -29,6 +29,8 @@ def twin(spec: ResNetSpec) -> ResNetSpec:
         width_per_group=64,
         replace_stride_with_dilation=(False,),
         stem_width=spec.stem_width // 4,
+        deep_stem=tuple(width // 4 for width in spec.deep_stem),
+        squeeze=spec.squeeze[:2],
         classes=10,
     )
 
@@ -43,11 +45,15 @@ def kinds() -> dict[str, ResNetSpec]:
     return {name: spec for spec, name in found.items()}
 
 
-KINDS = kinds()
+KINDS = kinds() | {
+    # Several forms in one network, since each alone takes as long.
+    "bottlenecks": twin(architectures.find("resnet50d")).replace(squeeze=(16, 32), relu_before_add=True, shared="norm"),
+    "basic blocks": twin(architectures.find("resnet18")).replace(squeeze=(8, 8), relu_after_add=False, shared="conv"),
+}
 # Every value of every field that the twins differ in, in as few of them as have it.
 SHORT = (
     *("resnext50_32x4d", "resnet20", "resnet50.paper", "resnet50.keras_applications", "resnet18.keras_classic"),
-    *("resnet18.flax_examples", "resnet18.d2l"),
+    *("resnet18.flax_examples", "resnet18.d2l", "plain20", "bottlenecks", "basic blocks"),
 )
 
 
@@ -63,7 +69,8 @@ def explain(result: CheckResult) -> str:
 
 
 def check(session: Session, name: str, size: int | tuple[int, int], **options: object) -> CheckResult:
-    options = {"spec": architectures.find(name), "dtypes": ("float64",), "photos": PHOTOS} | options
+    spec = options.pop("spec", None) or architectures.find(name)
+    options = {"spec": spec, "dtypes": ("float64",), "photos": PHOTOS} | options
     size = (size, size) if isinstance(size, int) else size
     return session.check(Case(variant=name, size=size, **options))  # type: ignore[arg-type]
 

@@ -1,10 +1,11 @@
 """ResNet: the specification, the layer walk, and the named variants.
 
 He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385); ResNeXt: Xie et al., 2017
-(arXiv:1611.05431); wide ResNet: Zagoruyko and Komodakis, 2016 (arXiv:1605.07146).
+(arXiv:1611.05431); wide ResNet: Zagoruyko and Komodakis, 2016 (arXiv:1605.07146); squeeze and excitation: Hu et al.,
+2017 (arXiv:1709.01507); ResNet-D: He et al., 2018 (arXiv:1812.01187), section 4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -12,10 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from common.architectures.layers import (
     INPUT,
     Add,
+    AveragePool,
     BatchNorm,
     Conv,
     Dense,
     Flatten,
+    Gate,
     GlobalPool,
     Layer,
     MaxPool,
@@ -23,6 +26,7 @@ from common.architectures.layers import (
     ReLU,
     RunningVariance,
     Shape,
+    Sigmoid,
     Softmax,
     ZeroPadShortcut,
     output_shapes,
@@ -34,7 +38,8 @@ from common.fields import Between, Bound, Checked, Count, Counts, Positive
 
 Block = Literal["basic", "bottleneck"]
 ConvName = Literal["conv1", "conv2"]
-Shortcut = Literal["projection", "zero_pad"]
+Shortcut = Literal["projection", "zero_pad", "none"]
+Shared = Literal["none", "norm", "conv"]
 HeadPool = Literal["average", "max", "flatten", "none"]
 
 _MOST_BLOCKS = 10_000  # a walk of more would only look like one that hangs
@@ -43,6 +48,7 @@ _MOST_BLOCKS = 10_000  # a walk of more would only look like one that hangs
 _CONVENTION = Mark.UNSEEN | Mark.ADOPTED
 # The same weights at a finer stride: what DeepLab does to a trained network.
 _DILATION = Annotated[tuple[bool, ...], Bound("a list of booleans", lambda flags: True), Mark.UNSEEN | Mark.FREE]
+_Widths = Annotated[tuple[Count, ...], Bound("a list of widths", lambda widths: True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +76,21 @@ class ResNetSpec(Checked):
     stem_stride: Annotated[Count, _CONVENTION] = 2
     stem_width: Count = 64
     stem_padding: Annotated[Literal["symmetric", "same", "valid"], _CONVENTION] = "symmetric"
+    deep_stem: _Widths = ()  # of convolutions before the stem's; the first has its stride (ResNet-C and -D)
     stem_pool: Annotated[bool, _CONVENTION] = True  # the 3x3 max-pool with stride 2
     pool_padding: Annotated[Padding, _CONVENTION] = "symmetric"
 
     block_padding: Annotated[Literal["symmetric", "same"], _CONVENTION] = "symmetric"
     # conv2 for bottleneck ("v1.5"), conv1 for basic
     stride_in: Annotated[ConvName, _CONVENTION] = None  # type: ignore[assignment]
-    shortcut: Shortcut = "projection"  # option B of the paper, or its parameter-free option A
+    # Option B of the paper; its parameter-free option A; or none at all: the plain networks of its section 4.
+    shortcut: Annotated[Shortcut, Mark.UNSEEN] = "projection"
+    shortcut_pool: Annotated[bool, _CONVENTION] = False  # 2x2 averages stride, not the projection (ResNet-D)
+    squeeze: _Widths = ()  # channels of squeeze and excitation, in each stage; empty for none
+    relu_before_add: Annotated[bool, _CONVENTION] = False  # behind a block's last norm as well
+    relu_after_add: Annotated[bool, _CONVENTION] = True
+    # What a block uses a second time: its first norm, or convolution and norm, in place of a second one of that shape.
+    shared: Annotated[Shared, Mark.ADOPTED] = "none"
     replace_stride_with_dilation: _DILATION = None  # type: ignore[assignment]  # each stage after the first
     conv_bias: Annotated[bool, Mark.ADOPTED] = False
 
@@ -115,9 +129,18 @@ class ResNetSpec(Checked):
             self.require(
                 "width_per_group", self.inner_width(width) >= 1, f"at least {-(-64 // width)} at width {width}"
             )
+        self.require("squeeze", len(self.squeeze) in (0, stages), f"{stages} entries, as many as blocks has, or none")
+        self.require("shared", self.norm or self.shared != "norm", "none or conv where norm is false")
+        if self.shortcut_pool:
+            self.require("shortcut_pool", self.shortcut == "projection", "false without a projection")
+            # What strides there could not be told by dilation of a 1x1 convolution.
+            self.require("shortcut_pool", not any(self.replace_stride_with_dilation), "false with dilation")
         odd = self.stem_padding != "symmetric" or self.stem_kernel % 2 == 1
         self.require("stem_kernel", odd, "an odd number with stem_padding symmetric")
         self.require("shortcut_norm", self.norm or not self.shortcut_norm, "false where norm is false")
+        if self.shortcut == "none":
+            self.require("relu_after_add", self.relu_after_add, "true without a shortcut")
+            self.require("relu_before_add", not self.relu_before_add, "false without a shortcut")
         if self.shortcut == "zero_pad":
             channels = [self.stem_width, *(width * self.expansion for width in self.widths)]
             rising = channels == sorted(channels)
@@ -216,6 +239,9 @@ class ResNetSpec(Checked):
             norm=False,
             shortcut_norm=False,
             conv_bias=True,
+            shortcut_pool=False,
+            squeeze=(),
+            shared="conv" if self.shared == "conv" else "none",
             head_pool="max" if self.head_pool == "average" else self.head_pool,
             head="none" if self.head == "none" else "logits",
             input_size=self.input_size,
@@ -229,93 +255,21 @@ class ResNetSpec(Checked):
     @property
     def stage_outputs(self) -> tuple[str, ...]:
         """Paths of the stages' outputs (C2 to C5 of a feature pyramid for four stages)."""
-        return tuple(f"stages.{s}.blocks.{n - 1}.relu" for s, n in enumerate(self.blocks))
+        last = "relu" if self.relu_after_add else "add"
+        return tuple(f"stages.{s}.blocks.{n - 1}.{last}" for s, n in enumerate(self.blocks))
 
 
 def _walk(spec: ResNetSpec) -> Iterator[Layer]:
-    last = INPUT
-
-    def conv(path: str, inputs: str, in_channels: int, out_channels: int, kernel: int, **hyper: Any) -> Conv:
-        return Conv(
-            path=path,
-            inputs=(inputs,),
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel=kernel,
-            bias=spec.conv_bias,
-            **({"stride": 1, "padding": spec.block_padding} | hyper),
-        )
-
-    def norm(path: str, inputs: str, channels: int) -> BatchNorm:
-        return BatchNorm(
-            path=path,
-            inputs=(inputs,),
-            channels=channels,
-            eps=spec.bn_eps,
-            momentum=spec.bn_momentum,
-            running_variance=spec.running_variance,
-        )
-
-    stem = {"stride": spec.stem_stride, "padding": spec.stem_padding}
-    yield conv(last := "stem.conv", INPUT, spec.in_channels, spec.stem_width, spec.stem_kernel, **stem)
-    if spec.norm:
-        yield norm("stem.norm", last, spec.stem_width)
-        last = "stem.norm"
-    yield ReLU(path="stem.relu", inputs=(last,))
-    last = "stem.relu"
-    if spec.stem_pool:
-        yield MaxPool(path="stem.pool", inputs=(last,), kernel=3, stride=2, padding=spec.pool_padding)
-        last = "stem.pool"
-
+    last = yield from _stem(spec)
     channels, dilation = spec.stem_width, 1
     for s, (count, width) in enumerate(zip(spec.blocks, spec.widths, strict=True)):
-        out_channels = width * spec.expansion
-        inner = spec.inner_width(width)
         dilated = s > 0 and spec.replace_stride_with_dilation[s - 1]
         for b in range(count):
-            block = f"stages.{s}.blocks.{b}"
-            block_input, block_channels = last, channels
             stride = spec.stage_strides[s] if b == 0 else 1
             # A convolution keeps the dilation it had up to the one whose stride was taken away, and doubles after it.
-            before, after = dilation, dilation * 2 if dilated and b == 0 else dilation
-            strided = int(spec.stride_in == "conv2")
-            if spec.block == "bottleneck":
-                shapes = [(inner, 1), (inner, 3), (out_channels, 1)]
-            else:
-                shapes = [(inner, 3), (out_channels, 3)]
-            for i, (width_out, kernel) in enumerate(shapes):
-                yield conv(
-                    f"{block}.conv{i + 1}",
-                    last,
-                    channels,
-                    width_out,
-                    kernel,
-                    stride=stride if i == strided else 1,
-                    dilation=1 if kernel == 1 else before if i <= strided else after,
-                    groups=spec.groups if (spec.block, i) == ("bottleneck", 1) else 1,
-                )
-                last, channels = f"{block}.conv{i + 1}", width_out
-                if spec.norm:
-                    yield norm(f"{block}.norm{i + 1}", last, channels)
-                    last = f"{block}.norm{i + 1}"
-                if i < len(shapes) - 1:
-                    yield ReLU(path=f"{block}.relu{i + 1}", inputs=(last,))
-                    last = f"{block}.relu{i + 1}"
-            dilation = after
-            shortcut = block_input
-            if stride != 1 or block_channels != out_channels:
-                if spec.shortcut == "zero_pad":
-                    shortcut = f"{block}.shortcut.pad"
-                    yield ZeroPadShortcut(path=shortcut, inputs=(block_input,), stride=stride, channels=out_channels)
-                else:
-                    shortcut = f"{block}.shortcut.conv"
-                    yield conv(shortcut, block_input, block_channels, out_channels, 1, stride=stride)
-                    if spec.shortcut_norm:
-                        yield norm(f"{block}.shortcut.norm", shortcut, out_channels)
-                        shortcut = f"{block}.shortcut.norm"
-            yield Add(path=f"{block}.add", inputs=(last, shortcut))
-            yield ReLU(path=f"{block}.relu", inputs=(f"{block}.add",))
-            last = f"{block}.relu"
+            before, dilation = dilation, dilation * 2 if dilated and b == 0 else dilation
+            last = yield from _block(spec, s, b, last, channels, stride, (before, dilation))
+            channels = width * spec.expansion
 
     features, flattened = channels, None
     if spec.head_pool == "flatten":
@@ -332,6 +286,136 @@ def _walk(spec: ResNetSpec) -> Iterator[Layer]:
         )
         if spec.head == "softmax":
             yield Softmax(path="head.softmax", inputs=("head.fc",))
+
+
+# A part of the walk: it yields its layers and returns the path of the last.
+_Part = Generator[Layer, None, str]
+
+
+def _conv(spec: ResNetSpec, path: str, last: str, in_channels: int, channels: int, kernel: int, **hyper: Any) -> Conv:
+    return Conv(
+        path=path,
+        inputs=(last,),
+        in_channels=in_channels,
+        out_channels=channels,
+        kernel=kernel,
+        **({"stride": 1, "padding": spec.block_padding, "bias": spec.conv_bias} | hyper),
+    )
+
+
+def _norm(spec: ResNetSpec, path: str, last: str, channels: int) -> BatchNorm:
+    return BatchNorm(
+        path=path,
+        inputs=(last,),
+        channels=channels,
+        eps=spec.bn_eps,
+        momentum=spec.bn_momentum,
+        running_variance=spec.running_variance,
+    )
+
+
+def _stem(spec: ResNetSpec) -> _Part:
+    last, channels, stride = INPUT, spec.in_channels, spec.stem_stride
+    numbered = [(str(i), width) for i, width in enumerate(spec.deep_stem, start=1)]
+    for number, width in (*numbered, ("", spec.stem_width)):
+        conv, norm, relu = (f"stem.{kind}{number}" for kind in ("conv", "norm", "relu"))
+        options = {"stride": stride, "padding": spec.stem_padding}
+        yield _conv(spec, conv, last, channels, width, spec.stem_kernel, **options)
+        if spec.norm:
+            yield _norm(spec, norm, conv, width)
+        yield ReLU(path=relu, inputs=(norm if spec.norm else conv,))
+        last, channels, stride = relu, width, 1
+    if spec.stem_pool:
+        yield MaxPool(path="stem.pool", inputs=(last,), kernel=3, stride=2, padding=spec.pool_padding)
+        last = "stem.pool"
+    return last
+
+
+def _block(
+    spec: ResNetSpec, stage: int, number: int, first: str, in_channels: int, stride: int, dilations: tuple[int, int]
+) -> _Part:
+    block, width = f"stages.{stage}.blocks.{number}", spec.widths[stage]
+    inner, out_channels = spec.inner_width(width), width * spec.expansion
+    strided = int(spec.stride_in == "conv2")
+    if spec.block == "bottleneck":
+        shapes = [(inner, 1), (inner, 3), (out_channels, 1)]
+    else:
+        shapes = [(inner, 3), (out_channels, 3)]
+    last, channels = first, in_channels
+    kept: dict[str, Layer] = {}  # the first convolution and its norm
+    for i, (width_out, kernel) in enumerate(shapes):
+        conv: Layer = _conv(
+            spec,
+            f"{block}.conv{i + 1}",
+            last,
+            channels,
+            width_out,
+            kernel,
+            stride=stride if i == strided else 1,
+            dilation=1 if kernel == 1 else dilations[i > strided],
+            groups=spec.groups if (spec.block, i) == ("bottleneck", 1) else 1,
+        )
+        conv = _shared(kept, conv, spec.shared == "conv" and i == 1)
+        yield conv
+        last, channels = conv.path, width_out
+        if spec.norm:
+            norm: Layer = _norm(spec, f"{block}.norm{i + 1}", last, channels)
+            norm = _shared(kept, norm, i == 1 and (spec.shared == "norm" or conv.shares is not None))
+            yield norm
+            last = norm.path
+        if i < len(shapes) - 1:
+            yield ReLU(path=f"{block}.relu{i + 1}", inputs=(last,))
+            last = f"{block}.relu{i + 1}"
+    if spec.squeeze:
+        last = yield from _squeeze(f"{block}.se", last, channels, spec.squeeze[stage])
+    if spec.relu_before_add:
+        yield ReLU(path=f"{block}.relu{len(shapes)}", inputs=(last,))
+        last = f"{block}.relu{len(shapes)}"
+    if spec.shortcut != "none":
+        shortcut = yield from _shortcut(spec, f"{block}.shortcut", first, in_channels, out_channels, stride)
+        yield Add(path=f"{block}.add", inputs=(last, shortcut))
+        last = f"{block}.add"
+    if spec.relu_after_add:
+        yield ReLU(path=f"{block}.relu", inputs=(last,))
+        last = f"{block}.relu"
+    return last
+
+
+def _shared(kept: dict[str, Layer], layer: Layer, wanted: bool) -> Layer:
+    """The layer, with the arrays of the first of its kind in the block where that is `wanted` and it is the same."""
+    first = kept.setdefault(layer.kind, layer)
+    alike = replace(first, path=layer.path, inputs=layer.inputs) == layer
+    return replace(layer, shares=first.path) if wanted and alike else layer
+
+
+def _shortcut(spec: ResNetSpec, path: str, last: str, in_channels: int, out_channels: int, stride: int) -> _Part:
+    if stride == 1 and in_channels == out_channels:
+        return last
+    if spec.shortcut == "zero_pad":
+        yield ZeroPadShortcut(path=f"{path}.pad", inputs=(last,), stride=stride, channels=out_channels)
+        return f"{path}.pad"
+    if spec.shortcut_pool and stride != 1:
+        # The last window of an odd side is smaller, and averages what it has.
+        options: dict[str, Any] = {"kernel": stride, "stride": stride, "padding": "ceil", "count_padding": False}
+        yield AveragePool(path=f"{path}.pool", inputs=(last,), **options)
+        last, stride = f"{path}.pool", 1
+    yield _conv(spec, f"{path}.conv", last, in_channels, out_channels, 1, stride=stride)
+    if not spec.shortcut_norm:
+        return f"{path}.conv"
+    yield _norm(spec, f"{path}.norm", f"{path}.conv", out_channels)
+    return f"{path}.norm"
+
+
+def _squeeze(path: str, last: str, channels: int, width: int) -> _Part:
+    """Squeeze and excitation: a gate a channel, of what all pixels have in common (Hu et al. 2017, figure 2)."""
+    yield GlobalPool(path=f"{path}.pool", inputs=(last,), op="average", keep=True)
+    one: dict[str, Any] = {"kernel": 1, "stride": 1, "padding": "valid", "bias": True}
+    yield Conv(path=f"{path}.conv1", inputs=(f"{path}.pool",), in_channels=channels, out_channels=width, **one)
+    yield ReLU(path=f"{path}.relu", inputs=(f"{path}.conv1",))
+    yield Conv(path=f"{path}.conv2", inputs=(f"{path}.relu",), in_channels=width, out_channels=channels, **one)
+    yield Sigmoid(path=f"{path}.sigmoid", inputs=(f"{path}.conv2",))
+    yield Gate(path=f"{path}.gate", inputs=(last, f"{path}.sigmoid"))
+    return f"{path}.gate"
 
 
 def _map_shape(spec: ResNetSpec, channels: int) -> Shape:
@@ -368,6 +452,15 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# What tutorials and ports have in place of the paper's block, knowingly or not.
+GALLERY: dict[str, dict[str, Any]] = {
+    "early_relu": {"relu_before_add": True},
+    "no_last_relu": {"relu_after_add": False},
+    "shared_norm": {"shared": "norm"},
+    "shared_conv": {"shared": "conv"},  # a bottleneck has no two alike
+}
+
+
 def _variants() -> dict[str, ResNetSpec]:
     named: tuple[tuple[int, Block, tuple[int, ...]], ...] = (
         (18, "basic", (2, 2, 2, 2)),
@@ -400,16 +493,38 @@ def _variants() -> dict[str, ResNetSpec]:
         )
         for n in (3, 5, 7, 9, 18)
     }
+    # Without shortcuts: section 4.2 again, figure 6 left.
+    plain = {name.replace("resnet", "plain"): spec.replace(shortcut="none") for name, spec in cifar.items()}
+    # A sixteenth of the channels, in eights, as in timm.
+    squeeze = {"basic": (8, 8, 16, 32), "bottleneck": (16, 32, 64, 128)}
+    squeezed = {f"se{name}": spec.replace(squeeze=squeeze[spec.block]) for name, spec in depths.items()}
+    d = {
+        f"{name}d": spec.replace(deep_stem=(32, 32), stem_kernel=3, shortcut_pool=True) for name, spec in depths.items()
+    }
     conventions = {
         f"{name}.{convention}": spec.replace(**changes)
         for convention, changes in CONVENTIONS.items()
         for name, spec in depths.items()
         if convention != "d2l" or spec.block == "basic"
     }
-    return depths | wider | cifar | conventions
+    gallery = {
+        f"{name}.{form}": depths[name].replace(**changes)
+        for form, changes in GALLERY.items()
+        for name in ("resnet18", "resnet50")
+        if depths[name].replace(**changes).layers != depths[name].layers
+    }
+    for name in ("resnet18", "resnet50"):
+        gallery[f"{name}.extra_block"] = depths[name].replace(blocks=tuple(n + 1 for n in depths[name].blocks))
+    return depths | wider | squeezed | d | cifar | plain | conventions | gallery
 
 
 VARIANTS = _variants()
 # How the names of the family and its variants begin, and how people write that.
-TITLES = {"resnet": "ResNet", "wide_resnet": "WideResNet", "resnext": "ResNeXt"}
+TITLES = {
+    "resnet": "ResNet",
+    "wide_resnet": "WideResNet",
+    "resnext": "ResNeXt",
+    "seresnet": "SEResNet",
+    "plain": "Plain",
+}
 Spec = ResNetSpec

@@ -45,8 +45,7 @@ def batch(
     for index in range(count):
         photo = photos[index % len(photos)]
         crops = [
-            _crop(photo, size, generator, centre=index < len(photos) and part == 0)
-            for part in range(crops_per_image)
+            _crop(photo, size, generator, centre=index < len(photos) and part == 0) for part in range(crops_per_image)
         ]
         images.append(np.concatenate(crops, axis=-1)[..., :channels])
     return Batch(images=np.stack(images), labels=labels, source=", ".join(path.name for path in paths))
@@ -71,9 +70,7 @@ def _cover(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
 
 
-def _crop(
-    photo: Image.Image, size: tuple[int, int], generator: np.random.Generator, *, centre: bool
-) -> np.ndarray:
+def _crop(photo: Image.Image, size: tuple[int, int], generator: np.random.Generator, *, centre: bool) -> np.ndarray:
     """A normalised crop: from the centre, or from a random place."""
     spare = photo.height - size[0], photo.width - size[1]
     top, left = (n // 2 if centre else int(generator.integers(0, n + 1)) for n in spare)

@@ -81,15 +81,15 @@ class Naming:
 
     def places_in(self, spec: Spec) -> dict[str, Place]:
         """Name of every layer of a spec that holds arrays -> its place."""
-        names = self.layers(spec)
+        names = self._named(spec)
         return {names[layer.path]: Place(layer.path, layer.kind) for layer in spec.layers if layer.arrays}
 
     def arrays(self, spec: Spec) -> dict[str, tuple[str, Layer]]:
         """Canonical name of every array of the spec -> its native name and its layer, in the order of the walk.
 
-        Raises `CheckpointError` where two arrays had one name.
+        Raises `CheckpointError` where two arrays had one name, or one has none.
         """
-        names = self.layers(spec)
+        names = self._named(spec)
         table: dict[str, tuple[str, Layer]] = {}
         taken: dict[str, str] = {}
         for layer in spec.layers:
@@ -100,6 +100,13 @@ class Naming:
                 taken[native] = name
                 table[name] = native, layer
         return table
+
+    def _named(self, spec: Spec) -> Mapping[str, str]:
+        """`layers`, where every layer that holds arrays has a name."""
+        names = self.layers(spec)
+        if unnamed := next((layer.path for layer in spec.layers if layer.arrays and layer.path not in names), None):
+            raise CheckpointError(f"{self.title} has no name for {unnamed}, a layer of this {self.family}")
+        return names
 
     def tensors(self, spec: Spec, name: Callable[[str], np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
         """What a file of a spec's weights holds, in the order that its readers expect: native name -> a getter of the

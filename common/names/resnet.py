@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from string import ascii_lowercase
+from string import ascii_lowercase, digits
 from typing import Any
 
 from common.architectures.layers import Shape
@@ -20,29 +20,41 @@ from common.names.roles import FLAX, KERAS, PYTORCH
 _HF = "resnet.embedder.embedder"
 # fmt: off
 _COLUMNS = ("torchvision", "huggingface", "keras_applications", "keras_classic", "flax")
-# The layers with arrays. ``{}`` is the name of the block; see the tables of blocks below.
-_HOLDING: dict[str, tuple[str, ...]] = {
-    #                 torchvision        Hugging Face                keras.applications  classic      Flax's example
-    "stem.conv":     ("conv1",           f"{_HF}.convolution",       "conv1_conv",  "conv1",          "conv_init"),
-    "stem.norm":     ("bn1",             f"{_HF}.normalization",     "conv1_bn",    "bn_conv1",       "bn_init"),
-    "conv1":         ("{}.conv1",        "{}.layer.0.convolution",   "{}_1_conv",   "res{}_branch2a", "{}/Conv_0"),
-    "norm1":         ("{}.bn1",          "{}.layer.0.normalization", "{}_1_bn",     "bn{}_branch2a",  "{}/BatchNorm_0"),
-    "conv2":         ("{}.conv2",        "{}.layer.1.convolution",   "{}_2_conv",   "res{}_branch2b", "{}/Conv_1"),
-    "norm2":         ("{}.bn2",          "{}.layer.1.normalization", "{}_2_bn",     "bn{}_branch2b",  "{}/BatchNorm_1"),
-    "conv3":         ("{}.conv3",        "{}.layer.2.convolution",   "{}_3_conv",   "res{}_branch2c", "{}/Conv_2"),
-    "norm3":         ("{}.bn3",          "{}.layer.2.normalization", "{}_3_bn",     "bn{}_branch2c",  "{}/BatchNorm_2"),
-    "shortcut.conv": ("{}.downsample.0", "{}.shortcut.convolution",  "{}_0_conv",   "res{}_branch1",  "{}/conv_proj"),
-    "shortcut.norm": ("{}.downsample.1", "{}.shortcut.normalization","{}_0_bn",     "bn{}_branch1",   "{}/norm_proj"),
+# The layers with arrays. ``{}`` is the name of the block; see the tables of blocks below. ``{i}`` is the number of
+# a convolution before the stem's own; ``{conv}``, ``{norm}`` and ``{relu}`` their places in timm's `conv1`.
+_HOLDING: dict[str, tuple[str | None, ...]] = {
+    #                torchvision       Hugging Face                keras.applic.    classic           Flax's example
+    "stem.conv":    ("conv1",          f"{_HF}.convolution",       "conv1_conv",    "conv1",          "conv_init"),
+    "stem.norm":    ("bn1",            f"{_HF}.normalization",     "conv1_bn",      "bn_conv1",       "bn_init"),
+    "stem.convN":   ("conv1.{conv}",   None,                       "conv1_{i}_conv","conv1_{i}",      "conv_init_{i}"),
+    "stem.normN":   ("conv1.{norm}",   None,                       "conv1_{i}_bn",  "bn_conv1_{i}",   "bn_init_{i}"),
+    "conv1":        ("{}.conv1",       "{}.layer.0.convolution",   "{}_1_conv",     "res{}_branch2a", "{}/Conv_0"),
+    "norm1":        ("{}.bn1",         "{}.layer.0.normalization", "{}_1_bn",       "bn{}_branch2a",  "{}/BatchNorm_0"),
+    "conv2":        ("{}.conv2",       "{}.layer.1.convolution",   "{}_2_conv",     "res{}_branch2b", "{}/Conv_1"),
+    "norm2":        ("{}.bn2",         "{}.layer.1.normalization", "{}_2_bn",       "bn{}_branch2b",  "{}/BatchNorm_1"),
+    "conv3":        ("{}.conv3",       "{}.layer.2.convolution",   "{}_3_conv",     "res{}_branch2c", "{}/Conv_2"),
+    "norm3":        ("{}.bn3",         "{}.layer.2.normalization", "{}_3_bn",       "bn{}_branch2c",  "{}/BatchNorm_2"),
+    "shortcut.conv":("{}.downsample.0","{}.shortcut.convolution",  "{}_0_conv",     "res{}_branch1",  "{}/conv_proj"),
+    "shortcut.norm":("{}.downsample.1","{}.shortcut.normalization","{}_0_bn",       "bn{}_branch1",   "{}/norm_proj"),
+    "se.conv1":     ("{}.se.fc1",      None,                       "{}_se_reduce",  "res{}_se_reduce","{}/se_reduce"),
+    "se.conv2":     ("{}.se.fc2",      None,                       "{}_se_expand",  "res{}_se_expand","{}/se_expand"),
     # The classic name counts the classes, and keeps its number where people change it.
-    "head.fc":       ("fc",              "classifier.1",             "predictions", "fc{classes}",    "Dense_0"),
+    "head.fc":      ("fc",             "classifier.1",             "predictions",   "fc{classes}",    "Dense_0"),
 }
 # The others, where a community has names for them.
 _OTHERS: dict[str, tuple[str | None, ...]] = {
     #                 torchvision      keras.applications     classic
     "stem.relu":     ("relu",          "conv1_relu",          "conv1_relu"),
+    "stem.reluN":    ("conv1.{relu}",  "conv1_{i}_relu",      "conv1_{i}_relu"),
     "stem.pool":     ("maxpool",       "pool1_pool",          "pool1"),
     "relu1":         ("{}.relu",       "{}_1_relu",           "res{}_branch2a_relu"),
     "relu2":         ("{}.relu",       "{}_2_relu",           "res{}_branch2b_relu"),
+    "relu3":         ("{}.relu",       "{}_3_relu",           "res{}_branch2c_relu"),
+    "se.pool":       ("{}.se.pool",    "{}_se_squeeze",       "res{}_se_squeeze"),
+    "se.relu":       ("{}.se.act",     "{}_se_relu",          "res{}_se_relu"),
+    "se.sigmoid":    ("{}.se.gate",    "{}_se_sigmoid",       "res{}_se_sigmoid"),
+    "se.gate":       ("{}.se",         "{}_se_excite",        "res{}_se_excite"),
+    "shortcut.pool": (None,            "{}_0_pool",           "res{}_branch1_pool"),
     "shortcut.pad":  ("{}.downsample", "{}_0_pad",            "res{}_branch1"),
     "add":           (None,            "{}_add",              "res{}"),
     "relu":          ("{}.relu",       "{}_out",              "res{}_relu"),
@@ -51,6 +63,12 @@ _OTHERS: dict[str, tuple[str | None, ...]] = {
     "head.softmax":  ("softmax",       "predictions_softmax", "prob"),
 }
 # fmt: on
+# timm's ResNet-D has its average pool before the projection, or nothing in its place where that does not stride.
+_BEHIND_POOL = {
+    "shortcut.pool": "{}.downsample.0",
+    "shortcut.conv": "{}.downsample.1",
+    "shortcut.norm": "{}.downsample.2",
+}
 _COLUMNS_OF_OTHERS = ("torchvision", "keras_applications", "keras_classic")
 _KINDS = {"conv": "conv", "norm": "norm", "fc": "dense"}  # by the last word of a path
 _FLAX_BLOCKS = {"basic": "ResNetBlock", "bottleneck": "BottleneckResNetBlock"}
@@ -149,55 +167,105 @@ def _layers(column: str) -> Callable[[ResNetSpec], dict[str, str]]:
         table |= {layer: row[index] for layer, row in _OTHERS.items()}
 
     def names(spec: ResNetSpec) -> dict[str, str]:
-        found = {}
+        rows = dict(table)
+        if column == "torchvision" and spec.shortcut_pool:
+            rows |= _BEHIND_POOL
+        if column == "torchvision" and spec.deep_stem:
+            rows |= {"stem.conv": f"conv1.{3 * len(spec.deep_stem)}"}
+        found: dict[str, str] = {}
         for layer in spec.layers:
-            block, part = "", layer.path
+            block, part, number = "", layer.path, 0
             if part.startswith("stages."):
-                _, stage, _, number, part = part.split(".", 4)
-                block = _BLOCKS[column].name(spec, int(stage), int(number))
-            if (name := table.get(part)) is not None:
-                found[layer.path] = name.replace("{}", block).replace("{classes}", str(spec.classes))
+                _, stage, _, b, part = part.split(".", 4)
+                block = _BLOCKS[column].name(spec, int(stage), int(b))
+            elif part.startswith("stem.") and part[-1].isdigit():
+                kind = part.rstrip(digits)
+                part, number = f"{kind}N", int(part.removeprefix(kind))
+            if layer.shares in found:
+                found[layer.path] = found[layer.shares]
+            elif (name := rows.get(part)) is not None:
+                words = {"{}": block, "{classes}": spec.classes, "{i}": number}
+                words |= {"{conv}": 3 * number - 3, "{norm}": 3 * number - 2, "{relu}": 3 * number - 1}
+                for word, value in words.items():
+                    name = name.replace(word, str(value))
+                found[layer.path] = name
         return found
 
     return names
 
 
-def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
-    """The places of names that are a column's; none where no block is among them."""
+def _places(column: str, *, behind_pool: bool = False) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
+    """The places of names that are a column's; none where no block is among them.
+
+    With `behind_pool` those of timm's ResNet-D alone, and without it those of all others.
+    """
     index, blocks = _COLUMNS.index(column), _BLOCKS[column]
+    named = {layer: row[index] for layer, row in _HOLDING.items()}
+    if behind_pool:
+        named |= {layer: name for layer, name in _BEHIND_POOL.items() if layer in _HOLDING}
     rows = [
-        (re.compile(_pattern(row[index], blocks.pattern), re.ASCII), layer, _kind(layer))
-        for layer, row in _HOLDING.items()
+        (re.compile(_pattern(name, blocks.pattern), re.ASCII), layer, _kind(layer))
+        for layer, name in named.items()
+        if name is not None
     ]
 
     def places(names: Collection[str], shape_of: ShapeOf) -> dict[str, Place]:
-        matches = {
-            name: (match, layer, kind)
+        matches = [
+            (name, match, layer, kind)
             for name in names
             for pattern, layer, kind in rows
-            if (match := pattern.fullmatch(name))
-        }
-        inside = {match["block"] for match, _, _ in matches.values() if "block" in match.groupdict()}
+            if (match := pattern.fullmatch(name)) and _fits(layer, kind, match, name, shape_of)
+        ]
+        inside = {match["block"] for _, match, _, _ in matches if "block" in match.groupdict()}
         where = blocks.places(inside, shape_of)
         if not where:
             return {}
+        if behind_pool and not any(layer.startswith("shortcut.") for _, _, layer, _ in matches):
+            return {}
         found = {name: place for name, place in _ALSO.get(column, {}).items() if name in names}
-        for name, (match, layer, kind) in matches.items():
+        for name, match, layer, kind in matches:
             if "block" not in match.groupdict():
-                found[name] = Place(layer, kind)
+                found[name] = Place(layer.replace("N", str(_number(match))), kind)
             elif min(place := where[match["block"]]) >= 0:
                 found[name] = Place(f"stages.{place[0]}.blocks.{place[1]}.{layer}", kind)
-        return found
+        return _last_is_the_stem(found)
 
     return places
 
 
+def _fits(layer: str, kind: str, match: re.Match[str], name: str, shape_of: ShapeOf) -> bool:
+    """Whether a name that has the form of a layer's is one: two forms may be alike."""
+    number = match.groupdict().get("place")
+    if number is not None and (int(number) - (kind == "norm")) % 3:
+        return False
+    if layer.startswith("shortcut."):
+        return (shape_of(name, "conv", "kernel") is not None) == (kind == "conv")
+    return True
+
+
+def _number(match: re.Match[str]) -> int:
+    """The number of a convolution of the stem, or of its norm."""
+    groups = match.groupdict()
+    return int(groups["place"]) // 3 + 1 if groups.get("place") else int(groups.get("i") or 0)
+
+
+def _last_is_the_stem(found: dict[str, Place]) -> dict[str, Place]:
+    """timm numbers the stem's own convolution as those before it."""
+    numbered = {name: place for name, place in found.items() if re.fullmatch(r"stem\.conv\d+", place.path)}
+    if numbered and all(place.path != "stem.conv" for place in found.values()):
+        last = max(numbered, key=lambda name: int(numbered[name].path.removeprefix("stem.conv")))
+        found[last] = Place("stem.conv", "conv")
+    return found
+
+
 def _kind(layer: str) -> str:
-    return _KINDS[layer.rpartition(".")[2].rstrip("123")]
+    return _KINDS[layer.rpartition(".")[2].rstrip("123N")]
 
 
 def _pattern(name: str, block: str) -> str:
     pattern = re.escape(name).replace(r"\{\}", f"(?P<block>{block})").replace(r"\{classes\}", r"\d{1,9}")
+    for word, group in (("i", "i"), ("conv", "place"), ("norm", "place")):
+        pattern = pattern.replace(rf"\{{{word}\}}", f"(?P<{group}>{_NUMBER})")
     return re.sub(r"^resnet\\\.", r"(?:resnet\\.)?", pattern)
 
 
@@ -235,8 +303,13 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     bottleneck = any(name.endswith(".conv3.kernel") for name in shapes)
     firsts = [f"stages.{stage}.blocks.0" for stage in range(len(blocks))]
     inner = [kernel(f"{first}.conv1")[3] for first in firsts]
-    outer = [kernel(f"{first}.conv{3 if bottleneck else 2}")[3] for first in firsts]
-    read = [kernel(f"{first}.conv2")[2] for first in firsts][-1]
+    shared = _shared(shapes, blocks)
+    # A shared convolution is as wide as the first.
+    second = [
+        f"{first}.conv{1 if shared == 'conv' and f'{first}.conv2.kernel' not in shapes else 2}" for first in firsts
+    ]
+    outer = [kernel(f"{first}.conv3" if bottleneck else conv)[3] for first, conv in zip(firsts, second, strict=True)]
+    read = kernel(second[-1])[2]
     stem = kernel("stem.conv")
     expansion = 4 if bottleneck and all(width % 4 == 0 for width in outer) else 1
     widths = tuple(width // expansion for width in outer)
@@ -246,14 +319,18 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "blocks": blocks,
         "widths": widths,
         "expansion": expansion,
-        "in_channels": stem[2],
+        "in_channels": kernel("stem.conv1" if "stem.conv1.kernel" in shapes else "stem.conv")[2],
         "stem_kernel": stem[0],
         "stem_width": stem[3],
         "conv_bias": "stem.conv.bias" in shapes,
         "norm": "stem.norm.scale" in shapes,
+        "shortcut_pool": bool(_deep(shapes)),  # in timm they go together, and others have neither
+        "deep_stem": tuple(kernel(f"stem.conv{i + 1}")[3] for i in range(_deep(shapes))),
+        "squeeze": tuple(kernel(f"{first}.se.conv1")[3] for first in firsts if f"{first}.se.conv1.kernel" in shapes),
+        "shared": shared,
         "shortcut": "projection" if projected or len(set(outer)) == 1 else "zero_pad",
     }
-    if stem[0] < 7:
+    if stem[0] < 7 and not fields["deep_stem"]:
         # The CIFAR networks' stem; a 7x7 one halves the image and pools.
         fields |= {"stem_stride": 1, "stem_pool": False}
     if bottleneck:
@@ -271,6 +348,23 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
             "weights do not show the size of its map; such a network can be read from our canonical file only"
         )
     return fields | {"classes": dense[1]}
+
+
+def _deep(shapes: Mapping[str, Shape]) -> int:
+    """The number of convolutions before the stem's own."""
+    numbers = {int(match[1]) - 1 for name in shapes if (match := re.match(r"stem\.conv(\d+)\.", name))}
+    _check_gap("convolutions of the stem", numbers)
+    return len(numbers)
+
+
+def _shared(shapes: Mapping[str, Shape], blocks: Sequence[int]) -> str:
+    """What no block has a second one of, where it could be the first: a norm, or a convolution and its norm."""
+    # The first block of a stage may widen or stride, and then has two of each.
+    later = [f"stages.{s}.blocks.{b}" for s, count in enumerate(blocks) for b in range(1, count)]
+    block = (later or ["stages.0.blocks.0"])[0]
+    if f"{block}.conv1.kernel" in shapes and f"{block}.conv2.kernel" not in shapes:
+        return "conv"
+    return "norm" if f"{block}.norm1.scale" in shapes and f"{block}.norm2.scale" not in shapes else "none"
 
 
 def _config_of(spec: ResNetSpec, class_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -337,16 +431,28 @@ def _told_by_config(config: Mapping[str, Any]) -> Told:
     return Told(notes=notes, class_names=tuple(map(str, names)) if known else ())
 
 
-def _naming(name: str, **options: Any) -> Naming:
-    return Naming(family=ResNetSpec.family, name=name, layers=_layers(name), places=_places(name), **options)
+def _naming(column: str, **options: Any) -> Naming:
+    made: dict[str, Any] = {"name": column, "layers": _layers(column), "places": _places(column)}
+    return Naming(family=ResNetSpec.family, **(made | options))
 
 
 TORCHVISION = _naming(
     "torchvision",
     title="torchvision and timm",
     roles=PYTORCH,
+    convention={"shortcut_pool": False},
     preprocessing="torchvision",
-    aliases=("timm", "pytorch"),
+    aliases=("pytorch",),
+)
+# Other names for the projections of ResNet-D alone.
+TIMM = _naming(
+    "torchvision",
+    name="timm",
+    title="timm",
+    places=_places("torchvision", behind_pool=True),
+    roles=PYTORCH,
+    convention={"shortcut_pool": True},
+    preprocessing="torchvision",
 )
 HUGGING_FACE = _naming(
     "huggingface",
@@ -386,5 +492,5 @@ FLAX_EXAMPLE = _naming(
     preprocessing="flax",
 )
 FAMILY = Family(
-    namings=(TORCHVISION, HUGGING_FACE, KERAS_APPLICATIONS, KERAS_CLASSIC, FLAX_EXAMPLE), fields=fields_from
+    namings=(TORCHVISION, TIMM, HUGGING_FACE, KERAS_APPLICATIONS, KERAS_CLASSIC, FLAX_EXAMPLE), fields=fields_from
 )

@@ -7,7 +7,7 @@ from math import prod, sqrt
 import numpy as np
 
 from common.architectures import Spec
-from common.architectures.layers import INPUT, Conv, Dense, DepthwiseConv, Dropout, Layer, Shape, ZeroPadShortcut
+from common.architectures.layers import INPUT, Conv, Dense, DepthwiseConv, Layer, Shape, ZeroPadShortcut
 from common.errors import WeightsError
 from common.weights.arrays import layer_arrays, role_of
 
@@ -117,15 +117,16 @@ def fans(kernel: Shape, layer: Layer) -> tuple[int, int]:
 
 
 def before_addition(spec: Spec) -> set[str]:
-    """The layers that end the residual branch of a block: the first of what an addition reads, before its dropout."""
+    """The layers that end the residual branch of a block: in what an addition reads first, the last one with arrays,
+    before its gate, activation and dropout."""
     layers = {layer.path: layer for layer in spec.layers}
     found = set()
     for layer in spec.layers:
         if layer.kind == "add":
-            path = layer.inputs[0]
-            while isinstance(last := layers.get(path), Dropout):
-                path = last.inputs[0]
-            found.add(path)
+            last = layers[layer.inputs[0]]
+            while not last.uses:
+                last = layers[last.inputs[0]]
+            found.add(last.shares or last.path)
     return found
 
 

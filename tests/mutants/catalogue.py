@@ -183,6 +183,22 @@ MUTANTS = [
     ),
     *_of(
         "torch",
+        ("gate_without_its_sigmoid", "L1", "eval", "stages.0.blocks.0.se.sigmoid", {"squeeze": (4, 8)}),
+        (
+            "pixels_picked_in_place_of_the_average",
+            "L1",
+            "eval",
+            "stages.1.blocks.0.shortcut.pool",
+            {"shortcut_pool": True},
+        ),
+        ("shared_norm_averages_once", "L1", "train", "stages.0.blocks.0.norm1.mean", {"shared": "norm"}),
+    ),
+    *_of(
+        "flax",
+        ("relu_before_the_addition", "L0", "exact", "stages.0.blocks.0.add"),
+    ),
+    *_of(
+        "torch",
         ("dense_rows_channels_first", "L0", "exact", "head.fc1"),
         ("adaptive_pool_resized", "L1", "eval", "head.pool"),
         ("no_relu_between_dense_layers", "L0", "exact", "head.relu1"),

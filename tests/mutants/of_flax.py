@@ -90,6 +90,12 @@ def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
 
 
+# Forms of ResNet.
+
+_merge = resnet.Block.merge
+relu_before_the_addition = replaced(resnet.Block, "merge", lambda block, y, x, last: _merge(block, nn.relu(y), x, last))
+
+
 # VGG.
 
 adaptive_windows_do_not_overlap = replaced(

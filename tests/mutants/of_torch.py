@@ -1,5 +1,6 @@
 """Defects planted in the PyTorch backend. What each must be caught by stands in catalogue.py."""
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from resnet_torch import backend as probe
 from resnet_torch import layers
+from resnet_torch.layers import SqueezeExcitation
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
 
@@ -197,6 +199,33 @@ def weights_stored_in_float32(weights: dict[str, Any]) -> dict[str, Any]:
 @in_loading
 def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc.bias": np.roll(weights["head.fc.bias"], 1)}
+
+
+# Forms of ResNet.
+
+
+@after_build
+def gate_without_its_sigmoid(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.gate = nn.Identity()
+
+
+@after_build
+def pixels_picked_in_place_of_the_average(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.AvgPool2d):
+            module.forward = lambda x: x[:, :, ::2, ::2]
+
+
+@after_build
+def shared_norm_averages_once(model: Any) -> None:
+    """The statistics of the second use are lost."""
+    for block in (*model.layer1, *model.layer2) if _norms(model) else ():
+        momenta = cycle((block.bn1.momentum, 0.0))
+        block.bn1.register_forward_pre_hook(
+            lambda norm, inputs, momenta=momenta: setattr(norm, "momentum", next(momenta))
+        )
 
 
 # VGG.

@@ -37,6 +37,8 @@ ONCE = [
     ("torchvision", "resnext50_32x4d", "resnext50_32x4d", "given.pth", "torchvision"),
     ("timm", "resnet18", "resnet18", "given.safetensors", "torchvision"),
     ("timm", "resnet50", "resnet50", "given.pth", "torchvision"),
+    ("timm", "resnet18d", "resnet18d", "given.safetensors", "timm"),
+    ("timm", "seresnet18", "seresnet18", "given.safetensors", "torchvision"),
     ("transformers", "resnet-18", "resnet18", "model.safetensors", "huggingface"),
     ("transformers", "resnet-50", "resnet50", "model.safetensors", "huggingface"),
     ("keras", "ResNet50", "resnet50.keras_applications", "given.weights.h5", "keras_applications"),
@@ -56,6 +58,8 @@ SMALLER = {
 ALL = [
     *(("torchvision", name, name, "given.pth", "torchvision") for name in TORCHVISION),
     *(("timm", name, name, "given.safetensors", "torchvision") for name in TORCHVISION[:5]),
+    ("timm", "resnet50d", "resnet50d", "given.safetensors", "timm"),
+    ("timm", "seresnet50", "seresnet50", "given.safetensors", "torchvision"),
     ("keras", "ResNet101", "resnet101.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet152", "resnet152.keras_applications", "given.weights.h5", "keras_applications"),
     ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
