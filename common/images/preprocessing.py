@@ -56,9 +56,7 @@ PRESETS = {
     "timm": Preprocessing(resize=256, interpolation="bicubic"),
     "timm_95": Preprocessing(resize=235, interpolation="bicubic"),
     # What timm calls Inception's mean and deviation, in [-1, 1].
-    "timm_95_inception": Preprocessing(
-        resize=235, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-    ),
+    "timm_95_inception": Preprocessing(resize=235, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     # As Keras' documentation prepares an image: load_img(target_size=(224, 224)), whose default is nearest.
     "keras_caffe": Preprocessing(
         resize=None,
