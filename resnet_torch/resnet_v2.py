@@ -1,4 +1,4 @@
-"""ResNet with pre-activation in PyTorch. torchvision has none: the names are those of its ResNet, ``layer1.0.bn1``.
+"""ResNet with pre-activation in PyTorch. torchvision has none: names are as in its ResNet, ``layers.0.0.bn1``.
 
 He et al., "Identity Mappings in Deep Residual Networks", 2016 (arXiv:1603.05027). Images are (N, channels, H, W).
 """
@@ -57,11 +57,11 @@ class PreActBottleneck(nn.Module):
         out = self.conv2(self.relu(self.bn2(out)))
         out = self.conv3(self.relu(self.bn3(out)))
         out += shortcut
-        return out  # type: ignore[no-any-return]
+        return out
 
 
 class ResNetV2(nn.Module):
-    """The network of `spec`; stages are `layer1`, `layer2`, … as many as it has.
+    """The network of `spec`; its stages are `layers`.
 
     Initialised as torchvision's ResNet: convolutions Kaiming-normal over fan_out, their biases zero, norms one and
     zero, the dense layer uniform. `zero_init_residual` zeroes the last kernel of each block, as timm does: no norm
@@ -81,13 +81,15 @@ class ResNetV2(nn.Module):
             bias=spec.conv_bias,
         )
         self.pad, self.maxpool = _stem_pool(spec)
+        # One module, not `layer1`, `layer2`, …: TorchScript can look into the stages of no other.
+        self.layers = nn.Sequential()
         channels = spec.stem_width
         for s, (count, width) in enumerate(zip(spec.blocks, spec.widths, strict=True)):
             stage = nn.Sequential()
             for b in range(count):
                 stage.append(PreActBottleneck(spec, channels, width, spec.stride(s, b), b == 0, norm_layer))
                 channels = width * spec.expansion
-            self.add_module(f"layer{s + 1}", stage)
+            self.layers.append(stage)
         self.bn = norm_layer(channels)
         self.relu = nn.ReLU(inplace=spec.norm)
 
@@ -124,12 +126,11 @@ class ResNetV2(nn.Module):
         """
         x = self.maxpool(self.pad(self.conv1(x)))
         outputs: list[Tensor] = []
-        for stage in self.children():
-            if isinstance(stage, nn.Sequential):
-                for block in stage:
-                    if block.stride > 1:
-                        outputs.append(x)
-                    x = block(x)
+        for stage in self.layers:
+            for block in stage:  # type: ignore[attr-defined]
+                if block.stride > 1:
+                    outputs.append(x)
+                x = block(x)
         # The norm and the ReLU behind the last one leave it as it is.
         outputs.append(x)
         return outputs

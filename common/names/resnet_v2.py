@@ -13,8 +13,8 @@ from common.names.roles import FLAX, KERAS, PYTORCH
 
 # fmt: off
 _COLUMNS = ("torchvision", "timm", "keras_applications", "flax")
-# ``{s}`` and ``{b}`` count stages and blocks from 0, ``{s1}`` and ``{b1}`` from 1, ``{s2}`` stages from 2.
-_BLOCK = ("layer{s1}.{b}.", "stages.{s}.blocks.{b}.", "conv{s2}_block{b1}_", "stages.{s}.blocks.{b}.")
+# ``{s}`` and ``{b}`` count stages and blocks from 0, ``{b1}`` blocks from 1 and ``{s2}`` stages from 2.
+_BLOCK = ("layers.{s}.{b}.", "stages.{s}.blocks.{b}.", "conv{s2}_block{b1}_", "stages.{s}.blocks.{b}.")
 _LAYERS: dict[str, tuple[str | None, ...]] = {
     #                 torchvision's way  timm               keras.applications     Flax
     "stem.conv":      ("conv1",          "stem.conv",       "conv1_conv",          "stem.conv"),
@@ -53,7 +53,7 @@ def _layers(column: str) -> Callable[[ResNetV2Spec], dict[str, str]]:
             part, before = layer.path, ""
             if part.startswith("stages."):
                 _, s, _, b, part = part.split(".", 4)
-                before = _BLOCK[index].format(s=s, b=b, s1=int(s) + 1, s2=int(s) + 2, b1=int(b) + 1)
+                before = _BLOCK[index].format(s=s, b=b, s2=int(s) + 2, b1=int(b) + 1)
             if (name := _LAYERS[part][index]) is not None:
                 found[layer.path] = before + name
         return found
@@ -64,8 +64,7 @@ def _layers(column: str) -> Callable[[ResNetV2Spec], dict[str, str]]:
 def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
     """The places of names that are a column's, for networks of any depth; none where no block is among them."""
     index = _COLUMNS.index(column)
-    first_stage = next(first for first in (0, 1, 2) if f"{{s{first or ''}}}" in _BLOCK[index])
-    first_block = int("{b1}" in _BLOCK[index])
+    first_stage, first_block = (2, 1) if "{s2}" in _BLOCK[index] else (0, 0)
     count = r"(0|[1-9]\d{0,4})"
     block = re.compile(re.sub(r"\\{\w+\\}", lambda _: count, re.escape(_BLOCK[index])) + "(.+)", re.ASCII)
     in_blocks: dict[str, str] = {}

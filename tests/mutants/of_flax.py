@@ -111,6 +111,17 @@ def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]
     return weights | {"head.fc2.bias": weights["head.fc1.bias"]}
 
 
+# ResNet with pre-activation.
+
+# Its default statistics are biased: Flax' own norm.
+eps_of_torchvision = replaced(layers.nn, "BatchNorm", _with(nn.BatchNorm, epsilon=1e-5))
+
+
+@in_loading
+def projections_without_bias(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: array * 0 if name.endswith("shortcut.conv.bias") else array for name, array in weights.items()}
+
+
 # Equivalents.
 
 relu_as_maximum = replaced(resnet.nn, "relu", lambda x: jnp.where(x > 0, x, jnp.zeros_like(x)))
