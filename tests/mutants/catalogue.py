@@ -212,7 +212,7 @@ MUTANTS = [
         "torch",
         ("relu_after_the_addition", "L0", "exact", "stages.0.blocks.0.add"),
         ("no_relu_at_the_end", "L0", "exact", "head.relu"),
-        ("no_norm_at_the_end", "L1", "eval", "head.norm"),
+        ("no_norm_at_the_end", "L1", "grad, eval", "head.norm.bias"),  # no gradient arrives at all
         ("projection_of_the_sum", "L0", "exact", "stages.0.blocks.0.shortcut.conv"),
         ("identity_behind_the_activation", "L0", "exact", "stages.0.blocks.1.shortcut.pool"),
         # After a ReLU, in the first ResNet, the same is an equivalent.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet, vgg
+from resnet_flax import layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -113,8 +113,7 @@ def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]
 
 # ResNet with pre-activation.
 
-# Its default statistics are biased: Flax' own norm.
-eps_of_torchvision = replaced(layers.nn, "BatchNorm", _with(nn.BatchNorm, epsilon=1e-5))
+eps_of_torchvision = replaced(resnet_v2, "norm_layer", _with(layers.norm_layer, eps=1e-5))
 
 
 @in_loading

@@ -165,7 +165,13 @@ def dropout_of_the_head_left_on(model: Any) -> None:
 
 # ResNet with pre-activation.
 
-padding_never_wins = replaced(resnet_v2.layers, "ZeroPadding2D", own.LowestPadding2D)
+
+def _lowest_around_the_pool(x: Any, style: Any) -> Any:
+    x = own.LowestPadding2D(1, data_format=style.data_format, name="pool1_pad")(x)
+    return layers.MaxPooling2D(3, strides=2, data_format=style.data_format, name="pool1_pool")(x)
+
+
+padding_never_wins = replaced(resnet_v2, "_pool", _lowest_around_the_pool)
 
 
 def _strided_at_the_end(block: Any) -> Any:

@@ -243,7 +243,9 @@ def no_relu_at_the_end(model: Any) -> None:
 
 @after_build
 def no_norm_at_the_end(model: Any) -> None:
-    model.bn.forward = lambda x: x
+    if isinstance(model.bn, nn.BatchNorm2d):
+        exact = model.bn.forward
+        model.bn.forward = lambda x: x + 0 * exact(x)  # its arrays stay in the graph
 
 
 @after_build
