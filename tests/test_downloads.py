@@ -574,7 +574,7 @@ class TestTable:
 
     def test_accuracies_are_percentages_and_of_the_right_order(self):
         published = [known for known in table() if known.top1 is not None]
-        assert len(published) == 28
+        assert len(published) >= 28
         for known in published:
             assert 65 < known.top1 < known.top5 < 97
 
