@@ -579,7 +579,7 @@ class TestTable:
             assert 65 < known.top1 < known.top5 < 97
 
     def test_keras_without_its_top_has_no_head(self):
-        heads = {known.reference: known.spec.head for known in table() if known.reference.startswith("keras:resnet50")}
+        heads = {known.reference: known.spec.head for known in table() if known.reference.startswith("keras:resnet50:")}
         assert heads == {"keras:resnet50:imagenet": "softmax", "keras:resnet50:imagenet:notop": "none"}
 
     def test_the_table_agrees_with_keras_own(self):
