@@ -125,6 +125,11 @@ def conv_layer(
     return nn.Conv(filters, sides_of(kernel), strides, pads, **kwargs)
 
 
+def zero_pad(x: jax.Array, amount: int) -> jax.Array:
+    """Zeros on every side of a map, which count as its pixels do."""
+    return jnp.pad(x, [(0, 0), (amount, amount), (amount, amount), (0, 0)])
+
+
 def max_pool(x: jax.Array, kernel: int | tuple[int, int], stride: int, *, padding: Padding | int) -> jax.Array:
     """The maximum over a window; padded with -inf."""
     return nn.max_pool(x, sides_of(kernel), (stride, stride), window_padding(padding, kernel, stride))

@@ -18,6 +18,7 @@ from common.architectures.layers import (
     Layer,
     LocalResponseNorm,
     MaxPool,
+    Pad,
     StochasticDepth,
 )
 
@@ -85,6 +86,9 @@ def _cases():
     yield made(MaxPool, "3x3 symmetric", kernel=3, stride=1, padding="symmetric")
     yield made(MaxPool, "2x2 at stride 2, ceil", kernel=2, stride=2, padding="ceil")
     yield made(MaxPool, "2x2 at stride 3, ceil", kernel=2, stride=3, padding="ceil")
+    yield made(MaxPool, "1x1 at stride 2", kernel=1, stride=2, padding="valid")
+    yield made(Pad, "by 1", amount=1)
+    yield made(Pad, "by 3", amount=3)
     yield made(MaxPool, "3x2 at stride 2, same", kernel=(3, 2), stride=2, padding="same")
     for counts in (False, True):
         words = "counted" if counts else "not counted"
@@ -159,6 +163,8 @@ def defined(layer, inputs, arrays, mask, training=True):
             )
             y = np.concatenate([np.tensordot(cells, kernel, 3) for cells, kernel in parts], axis=-1)
             return y + arrays.get("bias", 0)
+        case "pad":
+            return np.pad(x, [(0, 0), (layer.amount,) * 2, (layer.amount,) * 2, (0, 0)])
         case "max_pool":
             cells, inside = windows(x, layer)
             cells = np.where(inside, cells, -np.inf).reshape(*cells.shape[:3], -1, x.shape[-1])

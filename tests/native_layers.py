@@ -95,6 +95,8 @@ def torch_module(layer):
             options = {"dilation": layer.dilation, "groups": layer.groups, "bias": layer.bias}
             ends = layer.in_channels, layer.out_channels
             return layers.conv2d(*ends, layer.kernel, layer.stride, padding=layer.padding, **options)
+        case "pad":
+            return nn.ZeroPad2d(layer.amount)
         case "max_pool":
             return layers.max_pool2d(layer.kernel, layer.stride, padding=layer.padding)
         case "average_pool":
@@ -242,6 +244,8 @@ def keras_output(layer, *x):
         case "depthwise":
             options = {"padding": layer.padding, "use_bias": layer.bias}
             return own.depthwise_conv2d(*x, layer.kernel, layer.stride, **options, **named)
+        case "pad":
+            return keras.layers.ZeroPadding2D(layer.amount, **named)(*x)
         case "max_pool":
             return own.max_pool2d(*x, layer.kernel, layer.stride, padding=layer.padding, **named)
         case "average_pool":
@@ -329,6 +333,8 @@ def flax_output(layer, *x, train, dtype):
             options = {"padding": layer.padding, "use_bias": layer.bias, "feature_group_count": layer.groups, **dtypes}
             shape = layer.out_channels, layer.kernel, layer.stride, layer.dilation
             return layers.conv_layer(*shape, **options, name="layer")(*x)
+        case "pad":
+            return layers.zero_pad(*x, layer.amount)
         case "max_pool":
             return layers.max_pool(*x, layer.kernel, layer.stride, padding=layer.padding)
         case "average_pool":

@@ -574,12 +574,12 @@ class TestTable:
 
     def test_accuracies_are_percentages_and_of_the_right_order(self):
         published = [known for known in table() if known.top1 is not None]
-        assert len(published) == 28
+        assert len(published) >= 28
         for known in published:
             assert 65 < known.top1 < known.top5 < 97
 
     def test_keras_without_its_top_has_no_head(self):
-        heads = {known.reference: known.spec.head for known in table() if known.reference.startswith("keras:resnet50")}
+        heads = {known.reference: known.spec.head for known in table() if known.reference.startswith("keras:resnet50:")}
         assert heads == {"keras:resnet50:imagenet": "softmax", "keras:resnet50:imagenet:notop": "none"}
 
     def test_the_table_agrees_with_keras_own(self):

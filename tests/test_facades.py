@@ -27,6 +27,8 @@ def package(request):
         ("resnet50", "ResNet50"),
         ("wide_resnet50_2", "WideResNet50_2"),
         ("resnext101_64x4d", "ResNeXt101_64x4d"),
+        ("resnet_v2", "ResNetV2"),
+        ("resnet50v2", "ResNet50V2"),
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
     ],

@@ -23,7 +23,9 @@ DIGESTS = {
     "torchvision_v2": "ed705edfb990c990",
     "timm": "b77f9dce2e0812c8",
     "timm_95": "b8f84bceee914e73",
+    "timm_95_inception": "d2f595a56a646980",
     "keras_caffe": "b28c0f0844c5c52c",
+    "keras_tf": "3b0dfd873f238996",
 }
 
 
@@ -52,7 +54,9 @@ class TestPresets:
             "torchvision_v2": (232, 224, "bilinear"),
             "timm": (int(224 / 0.875), 224, "bicubic"),
             "timm_95": (int(224 / 0.95), 224, "bicubic"),
+            "timm_95_inception": (int(224 / 0.95), 224, "bicubic"),
             "keras_caffe": (None, 224, "nearest"),
+            "keras_tf": (None, 224, "nearest"),
             "flax": (256, 224, "bicubic"),
         }
 

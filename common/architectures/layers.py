@@ -318,6 +318,22 @@ class Gate(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pad(Layer):
+    """`amount` zeros on every side of a map, which count as its pixels do: in a maximum they win over what is negative.
+
+    Before a convolution or an average it is what their own padding says; before a `MaxPool` nothing else says it.
+    """
+
+    amount: int
+    kind = "pad"
+    exact = True
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        height, width, channels = inputs[0]
+        return (height + 2 * self.amount, width + 2 * self.amount, channels)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaxPool(Window):
     """Maximum over a window; padding never wins."""
 

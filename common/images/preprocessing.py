@@ -55,6 +55,8 @@ PRESETS = {
     # timm resizes to the crop / crop_pct, rounded down: 0.875, and 0.95 in its newer recipes.
     "timm": Preprocessing(resize=256, interpolation="bicubic"),
     "timm_95": Preprocessing(resize=235, interpolation="bicubic"),
+    # What timm calls Inception's mean and deviation, in [-1, 1].
+    "timm_95_inception": Preprocessing(resize=235, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     # As Keras' documentation prepares an image: load_img(target_size=(224, 224)), whose default is nearest.
     "keras_caffe": Preprocessing(
         resize=None,
@@ -63,6 +65,10 @@ PRESETS = {
         scale=1.0,
         mean=(103.939, 116.779, 123.68),
         std=(1.0, 1.0, 1.0),
+    ),
+    # The same photograph in [-1, 1].
+    "keras_tf": Preprocessing(
+        resize=None, interpolation="nearest", scale=127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0)
     ),
     # The example crops first and then resizes, with TensorFlow: the same picture, not the same bits.
     "flax": Preprocessing(resize=256, interpolation="bicubic"),

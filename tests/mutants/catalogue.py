@@ -5,6 +5,7 @@ from typing import Any
 
 from common.architectures import Spec
 from common.architectures.resnet import ResNetSpec
+from common.architectures.resnet_v2 import ResNetV2Spec
 from common.architectures.vgg import VGGSpec
 
 # Small enough to run in a second and with everything a large one has: a stage that strides, blocks with and without
@@ -14,6 +15,8 @@ SIZE = (32, 32)
 # Maps of 17 by 15 pixels before the last pool and of 8 by 7 behind it: windows that overlap, and a pixel left over.
 VGG = VGGSpec(convs=(1, 2), widths=(8, 12), hidden=(16, 12), dropout=(0.5, 0.25), classes=10, map_size=(3, 3))
 VGG_SIZE = (34, 30)
+# A stage that strides at its end, projections, and a pool whose zeros win over what the stem gives below zero.
+RESNET_V2 = ResNetV2Spec(blocks=(2, 1), widths=(4, 6), stem_width=8, classes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,29 @@ MUTANTS = [
         ("one_rate_for_every_dropout", "L1", "train", "head.dropout2"),
         ("dense_layers_share_the_first_bias", "L0", "exact", "head.fc2", {"hidden": (16, 16), "dropout": (0.5, 0.25)}),
         base=VGG,
+    ),
+    *_of(
+        "torch",
+        ("relu_after_the_addition", "L0", "exact", "stages.0.blocks.0.add"),
+        ("no_relu_at_the_end", "L0", "exact", "head.relu"),
+        ("no_norm_at_the_end", "L1", "grad, eval", "head.norm.bias"),  # no gradient arrives at all
+        ("projection_of_the_sum", "L0", "exact", "stages.0.blocks.0.shortcut.conv"),
+        ("identity_behind_the_activation", "L0", "exact", "stages.0.blocks.1.shortcut.pool"),
+        # After a ReLU, in the first ResNet, the same is an equivalent.
+        ("zeros_around_the_pool", "L0", "exact", "stem.pool", {"pool_padding": "symmetric"}),
+        base=RESNET_V2,
+    ),
+    *_of(
+        "keras",
+        ("padding_never_wins", "L0", "exact", "stem.pad"),
+        ("stride_at_the_end", "L0", "exact", "stages.0.blocks.1.conv2", {"stride_at": "start"}),
+        base=RESNET_V2,
+    ),
+    *_of(
+        "flax",
+        ("eps_of_torchvision", "L1", "eval", "stages.0.blocks.0.norm1"),
+        ("projections_without_bias", "L0", "exact", "stages.0.blocks.0.shortcut.conv"),
+        base=RESNET_V2,
     ),
 ]
 

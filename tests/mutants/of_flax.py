@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet, vgg
+from resnet_flax import layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -115,6 +115,16 @@ one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _OneRate)
 @in_loading
 def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc2.bias": weights["head.fc1.bias"]}
+
+
+# ResNet with pre-activation.
+
+eps_of_torchvision = replaced(resnet_v2, "norm_layer", _with(layers.norm_layer, eps=1e-5))
+
+
+@in_loading
+def projections_without_bias(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: array * 0 if name.endswith("shortcut.conv.bias") else array for name, array in weights.items()}
 
 
 # Equivalents.

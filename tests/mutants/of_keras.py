@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from resnet_keras import layers as own
-from resnet_keras import resnet
+from resnet_keras import resnet, resnet_v2
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
 
@@ -161,6 +161,27 @@ def dropout_does_not_scale(model: Any) -> None:
 def dropout_of_the_head_left_on(model: Any) -> None:
     for dropout in _all(model, layers.Dropout):
         dropout.call = lambda inputs, training=None, own=dropout.call: own(inputs, training=True)
+
+
+# ResNet with pre-activation.
+
+
+def _lowest_around_the_pool(x: Any, style: Any) -> Any:
+    x = own.LowestPadding2D(1, data_format=style.data_format, name="pool1_pad")(x)
+    return layers.MaxPooling2D(3, strides=2, data_format=style.data_format, name="pool1_pool")(x)
+
+
+padding_never_wins = replaced(resnet_v2, "_pool", _lowest_around_the_pool)
+
+
+def _strided_at_the_end(block: Any) -> Any:
+    swapped = {"conv2_block2": 2, "conv3_block1": 1}
+    return lambda x, filters, strides, conv_shortcut, name, style: block(
+        x, filters, swapped.get(name, strides), conv_shortcut, name, style
+    )
+
+
+stride_at_the_end = replaced(resnet_v2, "residual_block_v2", _strided_at_the_end(resnet_v2.residual_block_v2))
 
 
 # Equivalents.

@@ -257,6 +257,37 @@ def softmax_twice(model: Any) -> None:
         model.softmax = nn.Sequential(nn.Softmax(dim=1), nn.Softmax(dim=1))
 
 
+# ResNet with pre-activation.
+
+
+@after_build
+def relu_after_the_addition(model: Any) -> None:
+    model.layers[0][0].register_forward_hook(lambda module, inputs, output: output.relu())
+
+
+@after_build
+def no_relu_at_the_end(model: Any) -> None:
+    model.relu = nn.Identity()
+
+
+@after_build
+def no_norm_at_the_end(model: Any) -> None:
+    if isinstance(model.bn, nn.BatchNorm2d):
+        exact = model.bn.forward
+        model.bn.forward = lambda x: x + 0 * exact(x)  # its arrays stay in the graph
+
+
+@after_build
+def projection_of_the_sum(model: Any) -> None:
+    """The shortcut branches off before the pre-activation."""
+    model.layers[0][0].projects = False
+
+
+@after_build
+def identity_behind_the_activation(model: Any) -> None:
+    model.layers[0][1].projects = True
+
+
 # Equivalents.
 
 

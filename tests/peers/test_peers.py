@@ -48,6 +48,8 @@ ONCE = [
     ("torchvision", "vgg11_bn", "vgg11_bn", "given.pth", "torchvision"),
     ("timm", "vgg11", "vgg11", "given.safetensors", "timm"),
     ("keras", "VGG16", "vgg16.keras_applications", "given.weights.h5", "keras_applications"),
+    ("keras", "ResNet50V2", "resnet50v2.keras_applications", "given.weights.h5", "keras_applications"),
+    ("timm", "resnetv2_50", "resnet50v2.timm", "given.safetensors", "timm"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
@@ -63,6 +65,12 @@ ALL = [
     ("keras", "ResNet101", "resnet101.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet152", "resnet152.keras_applications", "given.weights.h5", "keras_applications"),
     ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
+    ("keras", "ResNet50V2", "resnet50v2.keras_applications", "given.keras", "keras_applications"),
+    *(
+        ("keras", f"ResNet{depth}V2", f"resnet{depth}v2.keras_applications", "given.weights.h5", "keras_applications")
+        for depth in (101, 152)
+    ),
+    *(("timm", f"resnetv2_{depth}", f"resnet{depth}v2.timm", "given.safetensors", "timm") for depth in (101, 152)),
 ]
 CASES = [*ONCE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in ONCE)]
 
