@@ -64,6 +64,8 @@ PRESETS = {
         mean=(103.939, 116.779, 123.68),
         std=(1.0, 1.0, 1.0),
     ),
+    # The same, for those of keras.applications that are fed what torchvision's are.
+    "keras_torch": Preprocessing(resize=None, interpolation="nearest"),
     # The example crops first and then resizes, with TensorFlow: the same picture, not the same bits.
     "flax": Preprocessing(resize=256, interpolation="bicubic"),
 }
