@@ -1,4 +1,4 @@
-"""DenseNet as a Flax linen module. No community has names for one: its modules are called as the layers of the spec are.
+"""DenseNet as a Flax linen module. No community has names for one: modules are called as the layers of the spec are.
 
 Huang et al., "Densely Connected Convolutional Networks", 2016 (arXiv:1608.06993). Variables are
 ``params/stem.conv/kernel``, ``params/blocks.0.layers.0/conv1/kernel``, ``batch_stats/transitions.0/norm/mean``.

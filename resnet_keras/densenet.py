@@ -1,4 +1,4 @@
-"""DenseNet as a Keras functional model, with the layer names of keras.applications: ``conv2_block1_0_bn``, ``pool2_conv``.
+"""DenseNet as a Keras functional model, with the layer names of keras.applications: ``conv2_block1_1_conv``.
 
 Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model follows the global dtype policy.
 """
@@ -67,7 +67,7 @@ def _norm_relu(x: Any, norm: str, relu: str, style: Style) -> Any:
 
 
 def conv_block(x: Any, name: str, *, style: Style = Style()) -> Any:
-    """A dense layer: norm, ReLU and a 1x1 convolution, the same with a 3x3 one, and its channels behind those of `x`."""
+    """A dense layer: norm, ReLU and a 1x1 convolution, the same with a 3x3 one, and what it gives behind `x`."""
     spec = style.spec
     inner = spec.bottleneck * spec.growth_rate
     new = _norm_relu(x, f"{name}_0_bn", f"{name}_0_relu", style)

@@ -4,8 +4,7 @@ Huang et al., "Densely Connected Convolutional Networks", 2016 (arXiv:1608.06993
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from resnet_torch.weights import load_weights
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU and a 1x1 convolution, the same with a 3x3 one: `growth_rate` channels, behind those of its input."""
+    """Norm, ReLU and a 1x1 convolution, and the same with a 3x3 one."""
 
-    def __init__(self, spec: DenseNetSpec, channels: int, norm_layer: NormLayer) -> None:
+    def __init__(self, spec: DenseNetSpec, channels: int, norm_layer: NormLayer, memory_efficient: bool) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         inner = spec.bottleneck * spec.growth_rate
         self.norm1 = norm_layer(channels)
         # In place of what a norm gave; without a norm, the features would be lost to the layers after this one.
@@ -33,61 +33,28 @@ class DenseLayer(nn.Module):
         self.conv2 = conv2d(inner, spec.growth_rate, 3, padding="symmetric", bias=spec.conv_bias)
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.growth(self.squeezed(x))], 1)
-
-    def squeezed(self, x: Tensor) -> Tensor:
-        return self.conv1(self.relu1(self.norm1(x)))
-
-    def growth(self, squeezed: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """`growth_rate` channels, of the channels of all features."""
+        frugal = self.memory_efficient and torch.is_grad_enabled()
+        squeezed = self._recomputed(features) if frugal else self.squeezed(features)
         new = self.conv2(self.relu2(self.norm2(squeezed)))
         return new if self.dropout is None else self.dropout(new)
 
-
-class DenseBlock(nn.Sequential):
-    """Dense layers, `denselayer1`, `denselayer2`, …, each of which reads what all before it gave.
-
-    With `memory_efficient` a backward pass computes a layer's concatenation, first norm and ReLU again, and training
-    needs memory in proportion to the depth, not to its square (Pleiss et al. 2017, arXiv:1707.06990).
-    """
-
-    def __init__(self, memory_efficient: bool) -> None:
-        super().__init__()
-        self.memory_efficient = memory_efficient
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.memory_efficient:
-            if torch.jit.is_scripting():
-                raise RuntimeError("memory_efficient cannot be scripted; build the model without it")
-            elif torch.is_grad_enabled():
-                return self._frugal(x)
-        for layer in self:
-            x = layer(x)
-        return x
+    def squeezed(self, features: list[Tensor]) -> Tensor:
+        x = features[0] if len(features) == 1 else torch.cat(features, 1)
+        return self.conv1(self.relu1(self.norm1(x)))
 
     @torch.jit.unused
-    def _frugal(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self:
-            squeezed = checkpoint(
-                _concatenated,
-                layer,
-                *features,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=partial(_contexts, layer.norm1),
-            )
-            features.append(layer.growth(squeezed))
-        return torch.cat(features, 1)
-
-
-def _concatenated(layer: DenseLayer, *features: Tensor) -> Tensor:
-    return layer.squeezed(torch.cat(features, 1))
-
-
-def _contexts(norm: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Those of the forward pass, and of what the backward pass computes again."""
-    return nullcontext(), _set_aside(norm)
+    def _recomputed(self, features: list[Tensor]) -> Tensor:
+        """The same; a backward pass computes it again, and training needs memory in proportion to the depth, not to its
+        square (Pleiss et al. 2017, arXiv:1707.06990)."""
+        return checkpoint(
+            lambda *tensors: self.squeezed(list(tensors)),
+            *features,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _set_aside(self.norm1)),
+        )
 
 
 @contextmanager
@@ -101,6 +68,16 @@ def _set_aside(norm: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in buffers.items():
             setattr(norm, name, buffer)
+
+
+class DenseBlock(nn.ModuleDict):
+    """Dense layers, `denselayer1`, `denselayer2`, …, each of which reads what all before it gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
 
 
 class Transition(nn.Sequential):
@@ -118,8 +95,9 @@ class Transition(nn.Sequential):
 class DenseNet(nn.Module):
     """The network of `spec`: `features` up to the last norm, and `classifier`.
 
-    `memory_efficient` is that of `DenseBlock`. Initialised as torchvision does: convolutions Kaiming-normal over
-    fan_in, norms one and zero, the dense layer uniform with a bias of zero.
+    With `memory_efficient` a backward pass computes again what each layer's first convolution reads. Initialised as
+    torchvision does: convolutions Kaiming-normal over fan_in, norms one and zero, the dense layer uniform with a bias
+    of zero.
     """
 
     def __init__(self, spec: DenseNetSpec, memory_efficient: bool = False) -> None:
@@ -153,9 +131,9 @@ class DenseNet(nn.Module):
     def stages(self, x: Tensor) -> list[Tensor]:
         """Every block's output, (N, channels, H, W) each, at strides of 4, 8, 16, …"""
         outputs: list[Tensor] = []
-        for module in self.features:
+        for name, module in self.features.named_children():
             x = module(x)
-            if isinstance(module, DenseBlock):
+            if name.startswith("denseblock"):
                 outputs.append(x)
         return outputs
 
@@ -172,9 +150,10 @@ def _features(spec: DenseNetSpec, memory_efficient: bool) -> nn.Sequential:
     features.add_module("pool0", max_pool2d(3, 2, padding=spec.pool_padding))
     channels = spec.stem_width
     for b, (count, (width, kept)) in enumerate(zip(spec.blocks, spec.widths, strict=True), start=1):
-        block = DenseBlock(memory_efficient)
+        block = DenseBlock()
         for i in range(count):
-            block.add_module(f"denselayer{i + 1}", DenseLayer(spec, channels + i * spec.growth_rate, norm_layer))
+            layer = DenseLayer(spec, channels + i * spec.growth_rate, norm_layer, memory_efficient)
+            block.add_module(f"denselayer{i + 1}", layer)
         features.add_module(f"denseblock{b}", block)
         if b < len(spec.blocks):
             features.add_module(f"transition{b}", Transition(spec, width, kept, norm_layer))
@@ -185,13 +164,20 @@ def _features(spec: DenseNetSpec, memory_efficient: bool) -> nn.Sequential:
 
 def nodes(spec: DenseNetSpec) -> dict[str, Node]:
     """Canonical path of every layer of the walk -> its node; `Node.module` names the module that holds its arrays."""
-    return {path: Node(name, name) for path, name in TORCHVISION.layers(spec).items()}
+    table = {path: Node(name, name) for path, name in TORCHVISION.layers(spec).items()}
+    for b, count in enumerate(spec.blocks):
+        block = f"features.denseblock{b + 1}"
+        for i in range(count - 1):
+            following = f"{block}.denselayer{i + 2}"
+            table[f"blocks.{b}.layers.{i}.concat"] = Node(f"{following}.cat", f"{following}.norm1", value="input")
+        table[f"blocks.{b}.layers.{count - 1}.concat"] = Node(f"{block}.cat", block)
+    return table
 
 
 def from_spec(spec: DenseNetSpec, *, weights: Given | None = None, memory_efficient: bool = False) -> DenseNet:
     """The model of any valid spec, with the weights of a checkpoint of any known format if `weights` names one.
 
-    `memory_efficient` is that of `DenseBlock`. Raises `WeightsError` if that file is not there, is damaged, or holds
+    `memory_efficient` is that of `DenseNet`. Raises `WeightsError` if that file is not there, is damaged, or holds
     the weights of another spec.
     """
     model = DenseNet(spec, memory_efficient)

@@ -29,6 +29,7 @@ def package(request):
         ("resnext101_64x4d", "ResNeXt101_64x4d"),
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
+        ("densenet121", "DenseNet121"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

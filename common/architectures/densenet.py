@@ -85,9 +85,7 @@ class DenseNetSpec(Checked):
         self.check_names(changes)
         return replace(self, **changes)
 
-    def with_head(
-        self, *, classes: int | None = None, head: Head | None = None, pool: HeadPool = "none"
-    ) -> Self:
+    def with_head(self, *, classes: int | None = None, head: Head | None = None, pool: HeadPool = "none") -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves the classifier off and returns the last map, pooled by `pool` into a vector an image."""
         changes: dict[str, Any] = {} if classes is None else {"classes": classes}
@@ -161,7 +159,7 @@ class DenseNetSpec(Checked):
 
 def _walk(spec: DenseNetSpec) -> Iterator[Layer]:
     def conv(path: str, inputs: str, in_channels: int, out_channels: int, kernel: int, **hyper: Any) -> Conv:
-        options = {"stride": 1, "padding": "symmetric", "bias": spec.conv_bias} | hyper
+        options: dict[str, Any] = {"stride": 1, "padding": "symmetric", "bias": spec.conv_bias} | hyper
         return Conv(
             path=path,
             inputs=(inputs,),
@@ -245,10 +243,8 @@ def _variants() -> dict[str, DenseNetSpec]:
         201: (6, 12, 48, 32),
         264: (6, 12, 64, 48),
     }
-    wide = {161: {"growth_rate": 48, "stem_width": 96}}
-    plain = {
-        f"densenet{depth}": DenseNetSpec(blocks=counts, **wide.get(depth, {})) for depth, counts in blocks.items()
-    }
+    wide: dict[int, dict[str, Any]] = {161: {"growth_rate": 48, "stem_width": 96}}
+    plain = {f"densenet{depth}": DenseNetSpec(blocks=counts, **wide.get(depth, {})) for depth, counts in blocks.items()}
     published = ("densenet121", "densenet169", "densenet201")
     conventions = {
         f"{name}.{convention}": plain[name].replace(**CONVENTIONS[convention])

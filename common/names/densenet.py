@@ -15,33 +15,39 @@ from common.names.roles import FLAX, KERAS, PYTORCH
 
 # fmt: off
 _COLUMNS = ("torchvision", "keras_applications", "keras_hub", "flax")
-_TORCH_LAYER, _TORCH_TRANSITION = "features.denseblock{b1}.denselayer{i1}", "features.transition{b1}"
-_FLAX_LAYER, _FLAX_TRANSITION = "blocks.{b}.layers.{i}", "transitions.{b}"
-# ``{b}`` and ``{i}`` count blocks and their layers from 0, ``{b1}`` and ``{i1}`` from 1; in Keras the stem is stage 1,
-# so that ``{b2}`` is the first block's.
+# Of a dense layer and of a transition. ``{b}`` and ``{i}`` count blocks and their layers from 0, ``{b1}`` and ``{i1}``
+# from 1; in Keras the stem is stage 1, so that ``{b2}`` is the first block's.
+_PLACES: dict[str, tuple[str, ...]] = {
+    # torchvision and timm, keras.applications, KerasHub, Flax
+    "layer":      ("features.denseblock{b1}.denselayer{i1}", "conv{b2}_block{i1}",
+                   "stack{b1}_block{i1}", "blocks.{b}.layers.{i}"),
+    "transition": ("features.transition{b1}", "pool{b2}",
+                   "transition{b1}", "transitions.{b}"),
+}
+# ``{}`` is one of these.
 _LAYERS: dict[str, tuple[str | None, ...]] = {
-    #                   torchvision, timm         keras.applications    KerasHub                   Flax
-    "stem.conv":       ("features.conv0",         "conv1_conv",         "conv1_conv",              "stem.conv"),
-    "stem.norm":       ("features.norm0",         "conv1_bn",           "conv1_bn",                "stem.norm"),
-    "stem.relu":       ("features.relu0",         "conv1_relu",         "conv1_relu",              "stem.relu"),
-    "stem.pool":       ("features.pool0",         "pool1",              "pool1",                   "stem.pool"),
-    "layer.norm1":     (f"{_TORCH_LAYER}.norm1",  "conv{b2}_block{i1}_0_bn",   "stack{b1}_block{i1}_1_bn",   f"{_FLAX_LAYER}/norm1"),
-    "layer.relu1":     (f"{_TORCH_LAYER}.relu1",  "conv{b2}_block{i1}_0_relu", "stack{b1}_block{i1}_1_relu", f"{_FLAX_LAYER}/relu1"),
-    "layer.conv1":     (f"{_TORCH_LAYER}.conv1",  "conv{b2}_block{i1}_1_conv", "stack{b1}_block{i1}_1_conv", f"{_FLAX_LAYER}/conv1"),
-    "layer.norm2":     (f"{_TORCH_LAYER}.norm2",  "conv{b2}_block{i1}_1_bn",   "stack{b1}_block{i1}_2_bn",   f"{_FLAX_LAYER}/norm2"),
-    "layer.relu2":     (f"{_TORCH_LAYER}.relu2",  "conv{b2}_block{i1}_1_relu", "stack{b1}_block{i1}_2_relu", f"{_FLAX_LAYER}/relu2"),
-    "layer.conv2":     (f"{_TORCH_LAYER}.conv2",  "conv{b2}_block{i1}_2_conv", "stack{b1}_block{i1}_2_conv", f"{_FLAX_LAYER}/conv2"),
-    "layer.dropout":   (f"{_TORCH_LAYER}.dropout", "conv{b2}_block{i1}_dropout", "stack{b1}_block{i1}_dropout", f"{_FLAX_LAYER}/dropout"),
-    "layer.concat":    (_TORCH_LAYER,             "conv{b2}_block{i1}_concat", "stack{b1}_block{i1}_concat", f"{_FLAX_LAYER}/concat"),
-    "transition.norm": (f"{_TORCH_TRANSITION}.norm", "pool{b2}_bn",     "transition{b1}_bn",       f"{_FLAX_TRANSITION}/norm"),
-    "transition.relu": (f"{_TORCH_TRANSITION}.relu", "pool{b2}_relu",   "transition{b1}_relu",     f"{_FLAX_TRANSITION}/relu"),
-    "transition.conv": (f"{_TORCH_TRANSITION}.conv", "pool{b2}_conv",   "transition{b1}_conv",     f"{_FLAX_TRANSITION}/conv"),
-    "transition.pool": (f"{_TORCH_TRANSITION}.pool", "pool{b2}_pool",   "transition{b1}_pool",     f"{_FLAX_TRANSITION}/pool"),
-    "head.norm":       ("features.norm5",         "bn",                 "bn",                      "head.norm"),
-    "head.relu":       ("relu",                   "relu",               "relu",                    "head.relu"),
-    "head.pool":       ("avgpool",                "avg_pool",           "pooler",                  "head.pool"),
-    "head.fc":         ("classifier",             "predictions",        "predictions",             "head.fc"),
-    "head.softmax":    ("softmax",                "predictions_softmax", "predictions_softmax",    "head.softmax"),
+    #                   torchvision, timm  keras.applications  KerasHub      Flax
+    "stem.conv":       ("features.conv0",  "conv1_conv",       "conv1_conv",  "stem.conv"),
+    "stem.norm":       ("features.norm0",  "conv1_bn",         "conv1_bn",    "stem.norm"),
+    "stem.relu":       ("features.relu0",  "conv1_relu",       "conv1_relu",  "stem.relu"),
+    "stem.pool":       ("features.pool0",  "pool1",            "pool1",       "stem.pool"),
+    "layer.norm1":     ("{}.norm1",        "{}_0_bn",          "{}_1_bn",     "{}/norm1"),
+    "layer.relu1":     ("{}.relu1",        "{}_0_relu",        "{}_1_relu",   "{}/relu1"),
+    "layer.conv1":     ("{}.conv1",        "{}_1_conv",        "{}_1_conv",   "{}/conv1"),
+    "layer.norm2":     ("{}.norm2",        "{}_1_bn",          "{}_2_bn",     "{}/norm2"),
+    "layer.relu2":     ("{}.relu2",        "{}_1_relu",        "{}_2_relu",   "{}/relu2"),
+    "layer.conv2":     ("{}.conv2",        "{}_2_conv",        "{}_2_conv",   "{}/conv2"),
+    "layer.dropout":   ("{}.dropout",      "{}_dropout",       "{}_dropout",  "{}/dropout"),
+    "layer.concat":    (None,              "{}_concat",        "{}_concat",   "{}/concat"),
+    "transition.norm": ("{}.norm",         "{}_bn",            "{}_bn",       "{}/norm"),
+    "transition.relu": ("{}.relu",         "{}_relu",          "{}_relu",     "{}/relu"),
+    "transition.conv": ("{}.conv",         "{}_conv",          "{}_conv",     "{}/conv"),
+    "transition.pool": ("{}.pool",         "{}_pool",          "{}_pool",     "{}/pool"),
+    "head.norm":       ("features.norm5",  "bn",               "bn",          "head.norm"),
+    "head.relu":       ("relu",            "relu",             "relu",        "head.relu"),
+    "head.pool":       ("avgpool",         "avg_pool",         "pooler",      "head.pool"),
+    "head.fc":         ("classifier",      "predictions",      "predictions", "head.fc"),
+    "head.softmax":    ("softmax",         "predictions_softmax", "predictions_softmax", "head.softmax"),
 }
 # fmt: on
 _HOLDING = {
@@ -52,9 +58,7 @@ _HOLDING = {
 # Spellings of layers in files of old: torchvision's published weights are of the time when a module's name could have a
 # dot in it, Keras' of the time when a layer's could have a slash.
 _ALSO: dict[str, dict[str, str]] = {
-    "torchvision": {
-        f"layer.{kind}{number}": f"{_TORCH_LAYER}.{kind}.{number}" for kind in ("norm", "conv") for number in (1, 2)
-    },
+    "torchvision": {f"layer.{kind}{number}": f"{{}}.{kind}.{number}" for kind in ("norm", "conv") for number in (1, 2)},
     "keras_applications": {"stem.conv": "conv1/conv", "stem.norm": "conv1/bn"},
 }
 _COUNTERS = {"{b}": 0, "{i}": 0, "{b1}": 1, "{i1}": 1, "{b2}": 2}  # and what each counts from
@@ -74,7 +78,7 @@ def _layers(column: str) -> Callable[[DenseNetSpec], dict[str, str]]:
                 row, block, inner = f"transition.{part}", int(numbers[0]), 0
             else:
                 row, block, inner = layer.path, 0, 0
-            if (name := _LAYERS[row][index]) is not None:
+            if (name := _name(row, _LAYERS[row][index], index)) is not None:
                 words = {"b": block, "b1": block + 1, "b2": block + 2, "i": inner, "i1": inner + 1}
                 found[layer.path] = name.format(**words)
         return found
@@ -86,7 +90,8 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
     """The places of names that are a column's; none where no dense layer is among them."""
     index = _COLUMNS.index(column)
     spellings = [(row, _LAYERS[row][index]) for row in _HOLDING] + list(_ALSO.get(column, {}).items())
-    rows = [(re.compile(_pattern(name), re.ASCII), row) for row, name in spellings if name is not None]
+    names = ((row, _name(row, spelling, index)) for row, spelling in spellings)
+    rows = [(re.compile(_pattern(name), re.ASCII), row) for row, name in names if name is not None]
 
     def places(names: Collection[str], shape_of: ShapeOf) -> dict[str, Place]:
         found: dict[str, Place] = {}
@@ -97,7 +102,7 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
                     continue
                 where, part = row.split(".")
                 block, layer = (_number(match, letter) for letter in "bi")
-                if block < 0 or layer < 0:
+                if min(block, layer) < 0:
                     continue
                 prefix = {"layer": f"blocks.{block}.layers.{layer}", "transition": f"transitions.{block}"}
                 found[name] = Place(f"{prefix.get(where, where)}.{part}", _HOLDING[row])
@@ -107,18 +112,23 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
     return places
 
 
+def _name(row: str, spelling: str | None, index: int) -> str | None:
+    """A spelling with the name of the dense layer or the transition in it, whose numbers are left open."""
+    places = _PLACES.get(row.partition(".")[0])
+    return spelling if spelling is None or places is None else spelling.replace("{}", places[index])
+
+
 def _pattern(name: str) -> str:
     pattern = re.escape(name)
     for counter, first in _COUNTERS.items():
-        group = f"(?P<{counter[1]}{first}>0|[1-9][0-9]{{0,4}})"
-        pattern = pattern.replace(re.escape(counter), group)
+        pattern = pattern.replace(re.escape(counter), f"(?P<{counter[1]}{first}>0|[1-9][0-9]{{0,4}})")
     return pattern
 
 
 def _number(match: re.Match[str], letter: str) -> int:
-    """The number in a name, counted from 0."""
-    found = [(text, int(group[1])) for group, text in match.groupdict().items() if group[0] == letter]
-    return int(found[0][0]) - found[0][1] if found else 0
+    """The number in a name, counted from 0; 0 where it has none."""
+    numbers = (int(text) - int(group[1]) for group, text in match.groupdict().items() if group[0] == letter)
+    return next(numbers, 0)
 
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -133,14 +143,14 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     blocks: dict[int, set[int]] = {}
     for name in shapes:
         if name.startswith("blocks."):
-            _, block, _, layer, _ = name.split(".", 4)
-            blocks.setdefault(int(block), set()).add(int(layer))
+            _, b, _, i, _ = name.split(".", 4)
+            blocks.setdefault(int(b), set()).add(int(i))
     _check_gap("blocks", blocks)
     for block, layers in sorted(blocks.items()):
         _check_gap(f"layers of block {block}", layers)
     stem, growth = kernel("stem.conv"), kernel("blocks.0.layers.0.conv2")
     widths = [kernel(f"transitions.{block}.conv")[2:] for block in range(len(blocks) - 1)]
-    fields = {
+    fields: dict[str, Any] = {
         "blocks": tuple(len(layers) for _, layers in sorted(blocks.items())),
         "growth_rate": growth[3],
         "bottleneck": max(growth[2] // max(growth[3], 1), 1),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.architectures import Spec
+from common.architectures.densenet import DenseNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.vgg import VGGSpec
 
@@ -14,6 +15,7 @@ SIZE = (32, 32)
 # Maps of 17 by 15 pixels before the last pool and of 8 by 7 behind it: windows that overlap, and a pixel left over.
 VGG = VGGSpec(convs=(1, 2), widths=(8, 12), hidden=(16, 12), dropout=(0.5, 0.25), classes=10, map_size=(3, 3))
 VGG_SIZE = (34, 30)
+DENSENET = DenseNetSpec(blocks=(2, 1), growth_rate=8, bottleneck=2, stem_width=8, classes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,26 @@ MUTANTS = [
         ("one_rate_for_every_dropout", "L1", "train", "head.dropout2"),
         ("dense_layers_share_the_first_bias", "L0", "exact", "head.fc2", {"hidden": (16, 16), "dropout": (0.5, 0.25)}),
         base=VGG,
+    ),
+    *_of(
+        "torch",
+        ("new_features_first", "L0", "exact", "blocks.0.layers.0.concat"),
+        ("relu_in_place_of_the_features", "L0", "exact", "blocks.1.layers.0.concat"),
+        ("transition_padded", "L0", "exact", "transitions.0.conv"),
+        ("no_relu_behind_the_last_norm", "L0", "exact", "head.relu"),
+        base=DENSENET,
+    ),
+    *_of(
+        "keras",
+        ("no_relu_in_the_stem", "L0", "exact", "stem.relu"),
+        ("eps_of_torchvision", "L1", "eval", "stem.norm", {"bn_eps": 1.001e-5}),
+        base=DENSENET,
+    ),
+    *_of(
+        "flax",
+        ("stem_padded_symmetrically", "L0", "exact", "stem.conv", {"stem_padding": "same"}),
+        ("maximum_in_the_transition", "L1", "eval", "transitions.0.pool"),
+        base=DENSENET,
     ),
 ]
 

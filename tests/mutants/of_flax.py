@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet, vgg
+from resnet_flax import densenet, layers, resnet, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -109,6 +109,19 @@ one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _OneRate)
 @in_loading
 def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc2.bias": weights["head.fc1.bias"]}
+
+
+# DenseNet.
+
+
+def _symmetric(*arguments: Any, padding: Any, **options: Any) -> Any:
+    return layers.conv_layer(*arguments, padding="symmetric" if padding == "same" else padding, **options)
+
+
+stem_padded_symmetrically = replaced(densenet, "conv_layer", _symmetric)
+maximum_in_the_transition = replaced(
+    densenet, "avg_pool", lambda x, kernel, stride, **_: layers.max_pool(x, kernel, stride, padding="valid")
+)
 
 
 # Equivalents.

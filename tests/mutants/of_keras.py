@@ -163,6 +163,20 @@ def dropout_of_the_head_left_on(model: Any) -> None:
         dropout.call = lambda inputs, training=None, own=dropout.call: own(inputs, training=True)
 
 
+# DenseNet.
+
+
+@after_build
+def no_relu_in_the_stem(model: Any) -> None:
+    model.get_layer("conv1_relu").activation = keras.activations.linear
+
+
+@after_build
+def eps_of_torchvision(model: Any) -> None:
+    for norm in _all(model, layers.BatchNormalization):
+        norm.epsilon = 1e-5
+
+
 # Equivalents.
 
 

@@ -46,6 +46,8 @@ ONCE = [
     ("torchvision", "vgg11_bn", "vgg11_bn", "given.pth", "torchvision"),
     ("timm", "vgg11", "vgg11", "given.safetensors", "timm"),
     ("keras", "VGG16", "vgg16.keras_applications", "given.weights.h5", "keras_applications"),
+    ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
+    ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
@@ -59,6 +61,10 @@ ALL = [
     ("keras", "ResNet101", "resnet101.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet152", "resnet152.keras_applications", "given.weights.h5", "keras_applications"),
     ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
+    *(("torchvision", f"densenet{n}", f"densenet{n}", "given.pth", "torchvision") for n in (161, 169, 201)),
+    ("timm", "densenet121", "densenet121", "given.safetensors", "torchvision"),
+    ("keras", "DenseNet169", "densenet169.keras_applications", "given.keras", "keras_applications"),
+    ("keras", "DenseNet201", "densenet201.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 CASES = [*ONCE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in ONCE)]
 
