@@ -98,12 +98,22 @@ def transition_block(x: Any, name: str, *, style: Style = Style()) -> Any:
     return average_pool2d(x, 2, 2, count_padding=False, **options)
 
 
+def _pool(x: Any, style: Style) -> Any:
+    padding, layout = style.spec.pool_padding, {"data_format": style.data_format}
+    # Zeros never win a maximum after a ReLU, so that explicit padding is neutral here.
+    explicit = {"symmetric": (1, 1), "ceil": (0, 1)}
+    if padding in explicit:
+        x = layers.ZeroPadding2D((explicit[padding],) * 2, **layout, name="pool1_pad")(x)
+        padding = "valid"
+    return layers.MaxPooling2D(3, strides=2, padding=padding, **layout, name="pool1")(x)
+
+
 def _densenet(x: Any, style: Style) -> Any:
     """Everything between the input and the output of the network."""
     spec, layout = style.spec, {"data_format": style.data_format}
     x = _conv(x, spec.stem_width, 7, "conv1_conv", style, padding=spec.stem_padding, strides=2, use_bias=False)
     x = _norm_relu(x, "conv1_bn", "conv1_relu", style)
-    x = max_pool2d(x, 3, 2, padding=spec.pool_padding, **layout, name="pool1")
+    x = _pool(x, style)
     for stage, blocks in enumerate(spec.blocks, start=2):
         x = dense_block(x, blocks, f"conv{stage}", style=style)
         if stage <= len(spec.blocks):
