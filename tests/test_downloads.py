@@ -587,7 +587,7 @@ class TestTable:
         if keras is None:
             pytest.skip("keras is not installed")
         folder = Path(keras.origin).parent / "src" / "applications"
-        text = "".join((folder / f"{module}.py").read_text() for module in ("resnet", "vgg16", "vgg19"))
+        text = "".join((folder / f"{module}.py").read_text() for module in ("resnet", "vgg16", "vgg19", "densenet"))
         for known in table():
             if known.reference.startswith("keras:"):
                 assert known.checksum.removeprefix("md5:") in text

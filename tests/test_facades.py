@@ -31,6 +31,7 @@ def package(request):
         ("resnet50v2", "ResNet50V2"),
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
+        ("densenet121", "DenseNet121"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

@@ -57,6 +57,7 @@ class TestPresets:
             "timm_95_inception": (int(224 / 0.95), 224, "bicubic"),
             "keras_caffe": (None, 224, "nearest"),
             "keras_tf": (None, 224, "nearest"),
+            "keras_torch": (None, 224, "nearest"),
             "flax": (256, 224, "bicubic"),
         }
 
@@ -66,14 +67,16 @@ class TestPresets:
         )
         assert str(PRESETS["keras_caffe"]) == ("resized to 224 x 224, nearest, BGR - (103.939, 116.779, 123.68)")
 
+    @pytest.mark.parametrize(("preset", "module"), [("keras_caffe", "resnet"), ("keras_torch", "densenet")])
     @pytest.mark.parametrize("size", [(301, 257), (224, 224), (37, 61), (640, 427)])
-    def test_keras_prepares_a_photograph_the_same_way(self, size, tmp_path):
+    def test_keras_prepares_a_photograph_the_same_way(self, size, preset, module, tmp_path):
         keras = pytest.importorskip("keras")
         path = tmp_path / "photo.png"
         ramp(*size).save(path)
         image = keras.utils.load_img(path, target_size=(224, 224))
-        expected = keras.applications.resnet.preprocess_input(keras.utils.img_to_array(image)[None])[0]
-        found = preprocess(path, PRESETS["keras_caffe"])
+        prepare = getattr(keras.applications, module).preprocess_input
+        expected = prepare(keras.utils.img_to_array(image)[None])[0]
+        found = preprocess(path, PRESETS[preset])
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
 

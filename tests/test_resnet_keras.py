@@ -313,6 +313,7 @@ import resnet_keras
 from common import weights as canonical
 from common.architectures.resnet import ResNetSpec
 from common.architectures.vgg import VGGSpec
+from common.architectures.densenet import DenseNetSpec
 keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")
 TINY = ResNetSpec(block="basic", blocks=(1, 1), widths=(4, 8), stem_width=4, classes=5)
@@ -323,6 +324,7 @@ SPECS = (
     (VGGSpec(convs=(1, 1), widths=(4, 6), hidden=(5, 7), classes=3, map_size=(3, 2)), 1e-13),
     (TINY.replace(shortcut="zero_pad", **NORMLESS), 1e-13),
     (DEEP.replace(**DILATED, **NORMLESS), 1e-13),
+    (DenseNetSpec(blocks=(2, 1), growth_rate=4, stem_width=6, classes=3, conv_bias=True, transition_padding=1), 2e-5),
     (TINY.replace(stem_padding="same", pool_padding="same", block_padding="same", running_variance="biased"), 2e-5),
     (TINY.replace(head_pool="flatten", input_size=(34, 35), pool_padding="ceil", head="softmax"), 2e-5),
     (DEEP.replace(**DILATED, groups=2, width_per_group=32, head="none", head_pool="none"), 2e-5),

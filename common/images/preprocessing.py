@@ -70,6 +70,8 @@ PRESETS = {
     "keras_tf": Preprocessing(
         resize=None, interpolation="nearest", scale=127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0)
     ),
+    # As torchvision's, for those of keras.applications that are fed what torchvision's are.
+    "keras_torch": Preprocessing(resize=None, interpolation="nearest"),
     # The example crops first and then resizes, with TensorFlow: the same picture, not the same bits.
     "flax": Preprocessing(resize=256, interpolation="bicubic"),
 }

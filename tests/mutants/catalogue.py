@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.architectures import Spec
+from common.architectures.densenet import DenseNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.resnet_v2 import ResNetV2Spec
 from common.architectures.vgg import VGGSpec
@@ -17,6 +18,7 @@ VGG = VGGSpec(convs=(1, 2), widths=(8, 12), hidden=(16, 12), dropout=(0.5, 0.25)
 VGG_SIZE = (34, 30)
 # A stage that strides at its end, projections, and a pool whose zeros win over what the stem gives below zero.
 RESNET_V2 = ResNetV2Spec(blocks=(2, 1), widths=(4, 6), stem_width=8, classes=10)
+DENSENET = DenseNetSpec(blocks=(2, 1), growth_rate=8, bottleneck=2, stem_width=8, classes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,26 @@ MUTANTS = [
         ("eps_of_torchvision", "L1", "eval", "stages.0.blocks.0.norm1"),
         ("projections_without_bias", "L0", "exact", "stages.0.blocks.0.shortcut.conv"),
         base=RESNET_V2,
+    ),
+    *_of(
+        "torch",
+        ("new_features_first", "L0", "exact", "blocks.0.layers.0.concat"),
+        ("relu_in_place_of_the_features", "L0", "exact", "blocks.1.layers.0.concat"),
+        ("transition_padded", "L0", "exact", "transitions.0.conv"),
+        ("no_relu_behind_the_last_norm", "L0", "exact", "head.relu"),
+        base=DENSENET,
+    ),
+    *_of(
+        "keras",
+        ("no_relu_in_the_stem", "L0", "exact", "stem.relu"),
+        ("eps_of_torchvision", "L1", "eval", "stem.norm", {"bn_eps": 1.001e-5}),
+        base=DENSENET,
+    ),
+    *_of(
+        "flax",
+        ("stem_padded_symmetrically", "L0", "exact", "stem.conv", {"stem_padding": "same"}),
+        ("maximum_in_the_transition", "L1", "eval", "transitions.0.pool"),
+        base=DENSENET,
     ),
 ]
 

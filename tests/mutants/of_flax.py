@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet, resnet_v2, vgg
+from resnet_flax import densenet, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -125,6 +125,19 @@ eps_of_torchvision = replaced(resnet_v2, "norm_layer", _with(layers.norm_layer, 
 @in_loading
 def projections_without_bias(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: array * 0 if name.endswith("shortcut.conv.bias") else array for name, array in weights.items()}
+
+
+# DenseNet.
+
+
+def _symmetric(*arguments: Any, padding: Any, **options: Any) -> Any:
+    return layers.conv_layer(*arguments, padding="symmetric" if padding == "same" else padding, **options)
+
+
+stem_padded_symmetrically = replaced(densenet, "conv_layer", _symmetric)
+maximum_in_the_transition = replaced(
+    densenet, "avg_pool", lambda x, kernel, stride, **_: layers.max_pool(x, kernel, stride, padding="valid")
+)
 
 
 # Equivalents.

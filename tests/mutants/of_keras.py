@@ -184,6 +184,20 @@ def _strided_at_the_end(block: Any) -> Any:
 stride_at_the_end = replaced(resnet_v2, "residual_block_v2", _strided_at_the_end(resnet_v2.residual_block_v2))
 
 
+# DenseNet.
+
+
+@after_build
+def no_relu_in_the_stem(model: Any) -> None:
+    model.get_layer("conv1_relu").activation = keras.activations.linear
+
+
+@after_build
+def eps_of_torchvision(model: Any) -> None:
+    for norm in _all(model, layers.BatchNormalization):
+        norm.epsilon = 1e-5
+
+
 # Equivalents.
 
 

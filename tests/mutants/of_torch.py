@@ -288,6 +288,45 @@ def identity_behind_the_activation(model: Any) -> None:
     model.layers[0][1].projects = True
 
 
+# DenseNet.
+
+
+def _new_first(block: nn.ModuleDict) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        for layer in block.values():
+            x = torch.cat([layer([x]), x], 1)
+        return x
+
+    return forward
+
+
+@after_build
+def new_features_first(model: Any) -> None:
+    """The same channels in another order, so that every shape fits."""
+    for module in model.features:
+        if isinstance(module, nn.ModuleDict):
+            module.forward = _new_first(module)
+
+
+@after_build
+def relu_in_place_of_the_features(model: Any) -> None:
+    """What a layer reads is rectified for all that read it after."""
+    for name, module in model.named_modules():
+        if name.endswith("relu1"):
+            module.inplace = True
+
+
+@after_build
+def transition_padded(model: Any) -> None:
+    """As tutorials do: the map grows by a ring of the bias."""
+    model.features.transition1.conv.padding = (1, 1)
+
+
+@after_build
+def no_relu_behind_the_last_norm(model: Any) -> None:
+    model.relu = nn.Identity()
+
+
 # Equivalents.
 
 

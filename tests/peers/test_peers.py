@@ -50,6 +50,8 @@ ONCE = [
     ("keras", "VGG16", "vgg16.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet50V2", "resnet50v2.keras_applications", "given.weights.h5", "keras_applications"),
     ("timm", "resnetv2_50", "resnet50v2.timm", "given.safetensors", "timm"),
+    ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
+    ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
@@ -71,6 +73,10 @@ ALL = [
         for depth in (101, 152)
     ),
     *(("timm", f"resnetv2_{depth}", f"resnet{depth}v2.timm", "given.safetensors", "timm") for depth in (101, 152)),
+    *(("torchvision", f"densenet{n}", f"densenet{n}", "given.pth", "torchvision") for n in (161, 169, 201)),
+    ("timm", "densenet121", "densenet121", "given.safetensors", "torchvision"),
+    ("keras", "DenseNet169", "densenet169.keras_applications", "given.keras", "keras_applications"),
+    ("keras", "DenseNet201", "densenet201.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 CASES = [*ONCE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in ONCE)]
 

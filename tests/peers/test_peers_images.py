@@ -87,7 +87,7 @@ def test_the_table_holds_what_torchvision_publishes():
         for weights in torchvision.models.get_model_weights(variant)
         if weights.name != "IMAGENET1K_FEATURES"  # of VGG-16 for detection: the arrays of its classifier are invalid
     }
-    assert len(variants) == 18  # ten ResNets, eight VGGs
+    assert len(variants) == 22  # ten ResNets, eight VGGs, four DenseNets
     assert set(here) == set(there)
     for reference, weights in there.items():
         known, metrics = here[reference], weights.meta["_metrics"]["ImageNet-1K"]

@@ -243,10 +243,14 @@ def _text(item: h5py.Group | h5py.Dataset, name: str, content: np.ndarray) -> st
 
 
 def _legacy_name(folders: list[str], array: str) -> tuple[str, str]:
-    """(layer, array) of a dataset by the folders it is in: ``conv1/conv1/kernel:0``, ``resnet50/conv1/kernel:0``."""
+    """(layer, array) of a dataset by the folders it is in: ``conv1/conv1/kernel:0``, ``resnet50/conv1/kernel:0``,
+    ``conv1/bn/conv1/bn/gamma:0``."""
     layer, inner = folders[0], folders[-1]
     # TensorFlow 1 counted the uses of a name, and then the inner folder is conv1_1.
     own = layer if re.fullmatch(rf"{re.escape(layer)}(_\d+)?", inner) else inner
+    half = len(folders) // 2
+    if folders[:half] == folders[half:]:  # once for the layer and once in its arrays' names, which may have slashes
+        own = "/".join(folders[:half])
     role = array.partition(":")[0].removeprefix(f"{own}_")
     stem, _, number = role.rpartition("_")
     role = stem if number.isdecimal() and stem else role
