@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.architectures import resnet, vgg
-from common.architectures.spec import Spec, logits, output
+from common.architectures.spec import Spec, least_size, logits, output
 from common.errors import SpecError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "find",
     "from_dict",
     "from_json",
+    "least_size",
     "logits",
     "matching",
     "output",

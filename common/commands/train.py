@@ -229,10 +229,10 @@ def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe)
         height, width = spec.input_size
         hint = f"resize them, as --set augmentation.size={height}" if height == width else "choose other data"
         raise InputError(f"{found}; {variant} takes {height}x{width} alone: {hint}")
-    if min(size) < spec.output_stride:
+    if min(size) < (least := architectures.least_size(spec)):
         raise InputError(
-            f"{found}, too small for {variant}, whose strides multiply to {spec.output_stride}; enlarge them, as "
-            f"--set augmentation.size={spec.output_stride}"
+            f"{found}, too small for {variant}, which takes {least}x{least} or more; enlarge them, as "
+            f"--set augmentation.size={least}"
         )
     return spec.with_head(classes=len(dataset.classes)).replace(in_channels=dataset.channels)
 
