@@ -41,7 +41,9 @@ NORMED = (1, 2)  # convolutions with a local response norm behind, where there a
 
 _CONVENTION = Mark.UNSEEN | Mark.ADOPTED
 _FREE = Mark.UNSEEN | Mark.FREE
-_Five = Annotated[Counts, Bound("a list of five integers of at least 1", lambda widths: len(widths) == len(KERNELS))]
+_Five = Annotated[
+    tuple[Count, ...], Bound("a list of five integers of at least 1", lambda widths: len(widths) == len(KERNELS))
+]
 _Rates = Annotated[tuple[Share, ...], Bound("a list of shares of at least 0 and below 1", lambda rates: True), _FREE]
 
 
@@ -261,50 +263,57 @@ def _map_shape(spec: AlexNetSpec) -> Shape:
     return output_shapes(bare.layers, (*spec.input_size, spec.in_channels))[bare.layers[-1].path]
 
 
-# Published conventions: what each source does differently from torchvision.
-_PAPER: dict[str, Any] = {
+# Published conventions: the widths of each source, and all that no shape shows.
+_TORCHVISION: dict[str, Any] = {
+    "padding": 2,
+    "lrn": "none",
+    "pool_padding": "valid",
+    "last_pool": 3,
+    "head_pool": "adaptive",
+    "map_size": None,
+    "dense_activation": "relu",
+    "dropout": None,
+    "dropout_place": "before",
+    "head": "logits",
+    "input_size": None,
+}
+_PAPER = _TORCHVISION | {
     "widths": (96, 256, 384, 384, 256),
     "groups": 2,
     "padding": 0,
     "lrn": "before_pool",
+    "lrn_size": 5,
+    "lrn_alpha": 1e-4,
+    "lrn_beta": 0.75,
+    "lrn_k": 2.0,
     "head_pool": "flatten",
     "dropout_place": "behind",
     "input_size": (227, 227),  # the paper prints 224, of which its own maps do not come out
 }
 # bvlc_alexnet divides alpha by the size of the window, and its k is 1.
 _CAFFE = _PAPER | {"lrn_alpha": 2e-5, "lrn_k": 1.0, "pool_padding": "ceil"}
+# The paper's widths without its two GPUs and its norms, as it is mostly drawn.
+_SINGLE_TOWER = _TORCHVISION | {
+    "widths": (96, 256, 384, 384, 256),
+    "head_pool": "flatten",
+    "dropout_place": "behind",
+    "input_size": (224, 224),
+}
 CONVENTIONS: dict[str, dict[str, Any]] = {
+    "torchvision": _TORCHVISION,
     "paper": _PAPER,
     "caffe": _CAFFE,
     "caffenet": _CAFFE | {"lrn": "behind_pool"},
-    # The paper's widths without its two GPUs, as it is mostly drawn.
-    "single_tower": {
-        "widths": (96, 256, 384, 384, 256),
-        "head_pool": "flatten",
-        "dropout_place": "behind",
-        "input_size": (224, 224),
-    },
+    "single_tower": _SINGLE_TOWER,
     # alexnet_v2 of TF-Slim; its dense layers are convolutions over the whole map.
-    "slim": {
-        "widths": (64, 192, 384, 384, 256),
-        "padding": 0,
-        "head_pool": "flatten",
-        "dropout_place": "behind",
-        "input_size": (224, 224),
-    },
+    "slim": _SINGLE_TOWER | {"widths": (64, 192, 384, 384, 256), "padding": 0},
     # Without activations between them three dense layers are one linear map.
-    "tutorial": {
-        "widths": (96, 256, 384, 384, 256),
-        "last_pool": 2,
-        "head_pool": "flatten",
-        "dense_activation": "none",
-        "dropout": (0.0, 0.0),
-        "input_size": (224, 224),
-    },
+    "tutorial": _SINGLE_TOWER
+    | {"last_pool": 2, "dense_activation": "none", "dropout": (0.0, 0.0), "dropout_place": "before"},
 }
 VARIANTS = {
-    "alexnet": AlexNetSpec(),
-    **{f"alexnet.{name}": AlexNetSpec().replace(**changes) for name, changes in CONVENTIONS.items()},
+    "alexnet" if name == "torchvision" else f"alexnet.{name}": AlexNetSpec(**changes)
+    for name, changes in CONVENTIONS.items()
 }
 TITLES = {"alexnet": "AlexNet"}
 Spec = AlexNetSpec

@@ -196,20 +196,26 @@ def _map_shape(spec: LeNetSpec) -> Shape:
     return output_shapes(bare.layers, (*spec.input_size, spec.in_channels))[bare.stage_outputs[-1]]
 
 
-# What each source does differently from the modern LeNet-5.
+# What each source does differently from the modern LeNet-5, and all that no shape shows.
+_MODERN: dict[str, Any] = {
+    "padding": 2,
+    "conv_activation": "tanh",
+    "pool": "average",
+    "pool_padding": "valid",
+    "dense_activation": "tanh",
+    "head_pool": "flatten",
+    "head": "logits",
+    "input_size": (28, 28),
+}
+_OF_32 = {"padding": 0, "input_size": (32, 32)}  # the paper's size; its maps are those of 28 with padding
 CONVENTIONS: dict[str, dict[str, Any]] = {
-    "relu": {"conv_activation": "relu", "pool": "max", "dense_activation": "relu"},
-    # The activation and the size of the paper.
-    "scaled_tanh": {
-        "padding": 0,
-        "conv_activation": "scaled_tanh",
-        "dense_activation": "scaled_tanh",
-        "input_size": (32, 32),
-    },
+    "relu": _MODERN | {"conv_activation": "relu", "pool": "max", "dense_activation": "relu"},
+    "scaled_tanh": _MODERN | _OF_32 | {"conv_activation": "scaled_tanh", "dense_activation": "scaled_tanh"},
     # Dive into Deep Learning, section 7.6.
-    "d2l": {"conv_activation": "sigmoid", "dense_activation": "sigmoid"},
-    # BVLC/caffe, examples/mnist: linear up to the ReLU behind its first dense layer, but for the maxima.
-    "caffe": {
+    "d2l": _MODERN | {"conv_activation": "sigmoid", "dense_activation": "sigmoid"},
+    # BVLC/caffe, examples/mnist: nothing but maxima between its convolutions and its first dense layer.
+    "caffe": _MODERN
+    | {
         "widths": (20, 50),
         "hidden": (500,),
         "padding": 0,
@@ -219,17 +225,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "dense_activation": "relu",
     },
     # Without activations between them three dense layers are one linear map.
-    "tutorial": {
-        "padding": 0,
-        "conv_activation": "relu",
-        "pool": "max",
-        "dense_activation": "none",
-        "input_size": (32, 32),
-    },
+    "tutorial": _MODERN | _OF_32 | {"conv_activation": "relu", "pool": "max", "dense_activation": "none"},
 }
-VARIANTS = {
-    "lenet5": LeNetSpec(),
-    **{f"lenet5.{name}": LeNetSpec().replace(**changes) for name, changes in CONVENTIONS.items()},
-}
+VARIANTS = {"lenet5": LeNetSpec(), **{f"lenet5.{name}": LeNetSpec(**changes) for name, changes in CONVENTIONS.items()}}
 TITLES = {"lenet": "LeNet"}
 Spec = LeNetSpec

@@ -4,9 +4,10 @@ models have, since keras.applications has no AlexNet; and in Flax, which has non
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.architectures.alexnet import CONVENTIONS, GROUPED, AlexNetSpec
+from common.architectures import to_dict
+from common.architectures.alexnet import CONVENTIONS, KERNELS, VARIANTS, AlexNetSpec
 from common.architectures.layers import Shape
-from common.names import Family, Naming, fields_of_variant
+from common.names import Family, Naming
 from common.names.roles import FLAX, KERAS, PYTORCH
 
 # fmt: off
@@ -59,16 +60,19 @@ def _layers(column: str) -> Callable[[AlexNetSpec], dict[str, str]]:
 
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields that shapes show, of any width; the others are those of the variant that is most like them."""
-    fields = fields_of_variant(AlexNetSpec.family, shapes)
-    kernels = [shapes.get(f"features.conv{i}.kernel", (1, 1)) for i in range(1, len(fields["widths"]) + 1)]
-    fields["widths"] = tuple(kernel[-1] for kernel in kernels)
-    fields["groups"] = fields["widths"][GROUPED[0] - 2] // kernels[GROUPED[0] - 1][-2]
-    hidden = [shapes[name][1] for i in range(1, len(shapes)) if (name := f"head.fc{i}.kernel") in shapes]
-    if hidden and fields["head"] != "none":
-        fields["hidden"] = tuple(hidden)
-        fields["dropout"] = fields["dropout"] if len(hidden) == len(fields["dropout"]) else None
-    return fields
+    """The fields that shapes show, of any width; and where they are a variant's, all of its fields."""
+    kernels = [shapes.get(f"features.conv{i}.kernel", (1, 1, 1, 0)) for i in range(1, len(KERNELS) + 1)]
+    widths = tuple(kernel[-1] for kernel in kernels)
+    # The kernels of the second have the channels of a group of the first's.
+    fields: dict[str, Any] = {"widths": widths, "groups": widths[0] // kernels[1][-2]}
+    dense = [shapes[name] for i in range(1, len(shapes)) if (name := f"head.fc{i}.kernel") in shapes]
+    if "head.fc.kernel" in shapes and dense:
+        fields |= {"hidden": tuple(kernel[1] for kernel in dense)}
+    alike = (spec for spec in VARIANTS.values() if fields.items() <= vars(spec).items())
+    fields = next(map(to_dict, alike), {}) | fields | {"in_channels": kernels[0][-2]}
+    for derived in ("family", "classes"):
+        fields.pop(derived, None)
+    return fields | ({"classes": shapes["head.fc.kernel"][1]} if "head.fc.kernel" in shapes else {})
 
 
 def _naming(name: str, **options: Any) -> Naming:

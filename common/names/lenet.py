@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from math import isqrt
 from typing import Any
 
+from common.architectures import to_dict
 from common.architectures.layers import Shape
-from common.architectures.lenet import LeNetSpec
-from common.names import Family, Naming, fields_of_variant
+from common.architectures.lenet import VARIANTS, LeNetSpec
+from common.names import Family, Naming
 from common.names.roles import FLAX, KERAS, PYTORCH, Roles
 
 # fmt: off
@@ -47,17 +48,22 @@ def _layers(column: str) -> Callable[[LeNetSpec], dict[str, str]]:
 
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields that shapes show, of any width; the others are those of the variant that is most like them."""
-    fields = fields_of_variant(LeNetSpec.family, shapes)
-    kernels = [shapes.get(f"features.conv{i}.kernel", (0,)) for i in (1, 2)]
-    fields |= {"widths": tuple(kernel[-1] for kernel in kernels)}
-    hidden = [shapes[name][1] for i in range(1, len(shapes)) if (name := f"head.fc{i}.kernel") in shapes]
-    if hidden and fields["head"] != "none":
-        fields["hidden"] = tuple(hidden)
-        # Of a square map the pixels show its side, and this that of the images.
-        side = isqrt(shapes.get("head.fc1.kernel", (0,))[0] // max(kernels[1][-1], 1))
-        fields["input_size"] = (4 * side + 12 - 2 * fields["padding"],) * 2
-    return fields
+    """The fields that shapes show, of any width; and where they are a variant's, all of its fields."""
+    kernels = [shapes.get(f"features.conv{i}.kernel", (1, 1, 1, 0)) for i in (1, 2)]
+    fields: dict[str, Any] = {"widths": tuple(kernel[-1] for kernel in kernels)}
+    dense = [shapes[name] for i in range(1, len(shapes)) if (name := f"head.fc{i}.kernel") in shapes]
+    if "head.fc.kernel" in shapes and dense:
+        fields |= {"hidden": tuple(kernel[1] for kernel in dense)}
+    alike = (spec for spec in VARIANTS.values() if fields.items() <= vars(spec).items())
+    fields = next(map(to_dict, alike), {"padding": LeNetSpec.padding}) | fields | {"in_channels": kernels[0][-2]}
+    for derived in ("family", "classes"):
+        fields.pop(derived, None)
+    if "head.fc.kernel" not in shapes:
+        return fields
+    # Of a square map the rows show its side, and this that of the images.
+    side = isqrt(dense[0][0] // max(kernels[1][-1], 1)) if dense else 0
+    fields["input_size"] = (4 * side + 12 - 2 * fields["padding"],) * 2
+    return fields | {"classes": shapes["head.fc.kernel"][1]}
 
 
 def _naming(name: str, title: str, roles: Roles, *aliases: str) -> Naming:
