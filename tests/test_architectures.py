@@ -866,8 +866,8 @@ class TestNames:
     @pytest.mark.parametrize(
         ("pattern", "expected"),
         [
-            ("*.d2l", ["resnet18.d2l", "resnet34.d2l"]),
-            ("d2l", ["resnet18.d2l", "resnet34.d2l"]),
+            ("*.d2l", ["resnet18.d2l", "resnet34.d2l", "lenet5.d2l"]),
+            ("d2l", ["resnet18.d2l", "resnet34.d2l", "lenet5.d2l"]),
             ("resnet?0", ["resnet50", "resnet20"]),
             ("nothing", []),
             ("*", list(VARIANTS)),

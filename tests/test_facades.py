@@ -29,6 +29,8 @@ def package(request):
         ("resnext101_64x4d", "ResNeXt101_64x4d"),
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
+        ("lenet5", "LeNet5"),
+        ("alexnet", "AlexNet"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

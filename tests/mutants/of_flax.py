@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import layers, resnet, vgg
+from resnet_flax import alexnet, layers, resnet, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -109,6 +109,25 @@ one_rate_for_every_dropout = replaced(vgg.nn, "Dropout", _OneRate)
 @in_loading
 def dense_layers_share_the_first_bias(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {"head.fc2.bias": weights["head.fc1.bias"]}
+
+
+# LeNet and AlexNet.
+
+
+@in_loading
+def rows_of_fc1_channels_first(weights: dict[str, Any]) -> dict[str, Any]:
+    """Rows in the order of channel, height and width, as PyTorch's and Caffe's files have them."""
+    kernel = weights["head.fc1.kernel"]
+    rows = kernel.reshape(25, -1, kernel.shape[1]).swapaxes(0, 1)
+    return weights | {"head.fc1.kernel": rows.reshape(kernel.shape)}
+
+
+def _of_tensorflow(x: Any, **options: Any) -> Any:
+    """With the default exponent of `tf.nn.local_response_normalization`."""
+    return layers.local_response_norm(x, **(options | {"beta": 0.5}))
+
+
+default_beta = replaced(alexnet, "local_response_norm", _of_tensorflow)
 
 
 # Equivalents.

@@ -163,6 +163,23 @@ def dropout_of_the_head_left_on(model: Any) -> None:
         dropout.call = lambda inputs, training=None, own=dropout.call: own(inputs, training=True)
 
 
+# LeNet and AlexNet.
+
+
+@after_build
+def tanh_without_its_scale(model: Any) -> None:
+    for layer in _all(model, layers.Activation):
+        if layer.activation is own.scaled_tanh:
+            layer.activation = keras.activations.tanh
+
+
+@after_build
+def radius_taken_for_size(model: Any) -> None:
+    """TensorFlow's `depth_radius` is half of the window."""
+    for norm in _all(model, own.LocalResponseNormalization):
+        norm.size = 2 * norm.size + 1
+
+
 # Equivalents.
 
 

@@ -46,10 +46,12 @@ ONCE = [
     ("torchvision", "vgg11_bn", "vgg11_bn", "given.pth", "torchvision"),
     ("timm", "vgg11", "vgg11", "given.safetensors", "timm"),
     ("keras", "VGG16", "vgg16.keras_applications", "given.weights.h5", "keras_applications"),
+    ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
     ("torchvision", "vgg11_bn"): {"hidden": (256, 128)},
+    ("torchvision", "alexnet"): {"hidden": (256, 128)},
     ("timm", "vgg11"): {"hidden": (256, 4096)},
     ("keras", "VGG16"): {"input_size": (64, 32)},
 }
