@@ -55,7 +55,7 @@ class AlexNet(nn.Module):
         for i, (width, kernel) in enumerate(zip(spec.widths, KERNELS, strict=True), start=1):
             strides, padding = (4, spec.padding) if i == 1 else (1, kernel // 2)
             groups = spec.groups if i in GROUPED else 1
-            options = {"padding": padding, "feature_group_count": groups, "name": f"features.conv{i}"}
+            options: dict[str, Any] = {"padding": padding, "feature_group_count": groups, "name": f"features.conv{i}"}
             initial = uniform_in_fan(kernel**2 * x.shape[-1] // groups)
             x = conv_layer(width, kernel, strides, **options, **initial, **dtypes)(x)
             x = tap(self, f"features.relu{i}", nn.relu(x))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from common.architectures.layers import output_shapes
+from common.architectures.layers import Padding, output_shapes
 from common.architectures.lenet import VARIANTS, LeNetSpec
 from common.checkpoints import Given, adopt
 from common.errors import InputError
@@ -50,7 +50,7 @@ class LeNet(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         window: dict[str, Any] = {"padding": spec.pool_padding}
         for i, width in enumerate(spec.widths, start=1):
-            padding = spec.padding if i == 1 else "valid"
+            padding: Padding | int = spec.padding if i == 1 else "valid"
             initial = uniform_in_fan(25 * x.shape[-1])
             x = conv_layer(width, 5, padding=padding, **initial, **dtypes, name=f"features.conv{i}")(x)
             if spec.conv_activation != "none":

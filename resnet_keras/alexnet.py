@@ -19,15 +19,15 @@ from resnet_keras.layers import AdaptivePooling2D, LocalResponseNormalization, c
 
 def _alexnet(x: Any, spec: AlexNetSpec, data_format: str, kernel_initializer: Any) -> Any:
     """Everything between the input and the output of the network."""
-    initial = {"kernel_initializer": kernel_initializer}
-    layout = {"data_format": data_format}  # said to every layer, whatever the user's keras.json says
+    initial: dict[str, Any] = {"kernel_initializer": kernel_initializer}
+    layout: dict[str, Any] = {"data_format": data_format}  # said to every layer, whatever the user's keras.json says
     norm = partial(
         LocalResponseNormalization, spec.lrn_size, spec.lrn_alpha, spec.lrn_beta, spec.lrn_k, data_format=data_format
     )
     for i, (width, kernel) in enumerate(zip(spec.widths, KERNELS, strict=True), start=1):
         strides, padding = (4, spec.padding) if i == 1 else (1, kernel // 2)
         groups = spec.groups if i in GROUPED else 1
-        options = {"padding": padding, "groups": groups, "name": f"conv{i}"}
+        options: dict[str, Any] = {"padding": padding, "groups": groups, "name": f"conv{i}"}
         x = conv2d(x, width, kernel, strides, **options, **layout, **initial)
         x = layers.Activation("relu", name=f"relu{i}")(x)
         if i in NORMED and spec.lrn == "before_pool":

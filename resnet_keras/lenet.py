@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import layers
 
+from common.architectures.layers import Padding
 from common.architectures.lenet import VARIANTS, LeNetSpec
 from common.checkpoints import Given
 from common.names.lenet import KERAS_NAMES
@@ -19,11 +20,11 @@ from resnet_keras.layers import ACTIVATIONS, average_pool2d, conv2d, max_pool2d
 
 def _lenet(x: Any, spec: LeNetSpec, data_format: str, kernel_initializer: Any) -> Any:
     """Everything between the input and the output of the network."""
-    initial = {"kernel_initializer": kernel_initializer}
-    layout = {"data_format": data_format}  # said to every layer, whatever the user's keras.json says
+    initial: dict[str, Any] = {"kernel_initializer": kernel_initializer}
+    layout: dict[str, Any] = {"data_format": data_format}  # said to every layer, whatever the user's keras.json says
     pool = partial(average_pool2d, count_padding=False) if spec.pool == "average" else max_pool2d
     for i, width in enumerate(spec.widths, start=1):
-        padding = spec.padding if i == 1 else "valid"
+        padding: Padding | int = spec.padding if i == 1 else "valid"
         x = conv2d(x, width, 5, padding=padding, **layout, **initial, name=f"conv{i}")
         x = _activated(x, spec.conv_activation, f"conv{i}")
         x = pool(x, 2, 2, padding=spec.pool_padding, **layout, name=f"pool{i}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.architectures.alexnet import GROUPED, KERNELS, NORMED, POOLED, VARIANTS, AlexNetSpec
+from common.architectures.layers import Dense
 from common.checkpoints import Given, adopt, weights_for
 from common.names.alexnet import TORCHVISION
 from resnet_torch.layers import Node, conv2d, local_response_norm, max_pool2d
@@ -77,9 +78,9 @@ def _features(spec: AlexNetSpec) -> nn.Sequential:
 def _classifier(spec: AlexNetSpec) -> nn.Sequential:
     """Dense layers, each but the last with a dropout before it, or behind its activation."""
     classifier = nn.Sequential()
-    dense = [layer for layer in spec.layers if layer.kind == "dense"]
+    dense = [layer for layer in spec.layers if isinstance(layer, Dense)]
     for layer, rate in zip(dense, (*spec.dropout, None), strict=False):
-        linear = nn.Linear(*layer.parameters[f"{layer.path}.kernel"])
+        linear = nn.Linear(layer.in_features, layer.out_features)
         if rate is None:
             classifier.append(linear)
             continue
@@ -99,7 +100,7 @@ def nodes(spec: AlexNetSpec) -> dict[str, Node]:
             # What is flattened, while its axes are there to be put in canonical order.
             table[layer.path] = Node("flatten", "avgpool")
         elif layer.kind == "dropout" and layer.inputs == ("head.flatten",):
-            first = next(other for other in spec.layers if other.kind == "dense")
+            first = next(other for other in spec.layers if isinstance(other, Dense))
             table[layer.path] = table[layer.path]._replace(flattened=first.flattened)
     return table
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common.architectures.layers import Dense, Padding
 from common.architectures.lenet import VARIANTS, LeNetSpec
 from common.checkpoints import Given, adopt, weights_for
 from common.names.lenet import PYTORCH_NAMES
@@ -23,7 +24,7 @@ class LeNet(nn.Sequential):
         self.spec = spec
         channels = spec.in_channels
         for i, width in enumerate(spec.widths, start=1):
-            padding = spec.padding if i == 1 else "valid"
+            padding: Padding | int = spec.padding if i == 1 else "valid"
             self.add_module(f"conv{i}", conv2d(channels, width, 5, padding=padding, bias=True))
             if spec.conv_activation != "none":
                 self.add_module(f"{spec.conv_activation}{i}", ACTIVATIONS[spec.conv_activation]())
@@ -38,10 +39,9 @@ class LeNet(nn.Sequential):
             self.pool = nn.AdaptiveAvgPool2d(1) if spec.head_pool == "average" else nn.AdaptiveMaxPool2d(1)
         if spec.head_pool != "none":
             self.flatten = nn.Flatten()
-        dense = [layer for layer in spec.layers if layer.kind == "dense"]
+        dense = [layer for layer in spec.layers if isinstance(layer, Dense)]
         for i, layer in enumerate(dense, start=1):
-            # Rows of the first by channel, as PyTorch flattens.
-            self.add_module(f"fc{i}", nn.Linear(*layer.parameters[f"{layer.path}.kernel"]))
+            self.add_module(f"fc{i}", nn.Linear(layer.in_features, layer.out_features))
             if i < len(dense) and spec.dense_activation != "none":
                 name = f"{spec.dense_activation}{len(spec.widths) + i}"
                 self.add_module(name, ACTIVATIONS[spec.dense_activation]())

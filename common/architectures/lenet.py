@@ -30,7 +30,8 @@ from common.architectures.spec import Head, Size, check_input_size
 from common.errors import ParityError, SpecError
 from common.fields import Checked, Count, Counts, Natural
 
-HeadPool = Literal["flatten", "average", "max", "none"]
+# In the order of ResNet's: Python takes annotations that differ in the order alone for one, and errors list them.
+HeadPool = Literal["average", "max", "flatten", "none"]
 Pool = Literal["average", "max"]
 LeNetActivation = Literal["tanh", "scaled_tanh", "sigmoid", "relu", "none"]
 
