@@ -5,7 +5,7 @@ Importing this package loads nothing; JAX and Flax come with the first name that
 
 from typing import TYPE_CHECKING, Any
 
-from common.architectures import title
+from common.architectures import title, variants_of
 from common.backends.facade import Facade, families
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ _facade: "Facade[nn.Module]" = Facade(
     },
     spelling=title,
     others={
-        **{title(family): family for family in families(__name__)},
+        # Of a family that is called as one of its variants, that name is the builder's.
+        **{title(family): family for family in families(__name__) if family not in variants_of(family)},
         **dict.fromkeys(("to_variables", "from_variables", "read_variables"), "weights"),
     },
 )

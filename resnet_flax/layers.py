@@ -172,6 +172,16 @@ def affine(x: jax.Array, scale: Sequence[float], shift: Sequence[float]) -> jax.
     return x * jnp.asarray(scale, x.dtype) + jnp.asarray(shift, x.dtype)
 
 
+def uniform_in_fan(fan_in: int) -> dict[str, Any]:
+    """PyTorch's default initialisation of a convolution or dense layer that reads so many values for each that it
+    gives: weights and biases uniform in ±1 / sqrt(fan_in). Flax has no biases that know of a fan_in."""
+
+    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return {"kernel_init": init, "bias_init": init}
+
+
 def stochastic_depth(rate: float, *, train: bool, name: str | None = None) -> nn.Dropout:
     """Sets whole images (N, height, width, channels) to zero in training: a dropout of one draw an image."""
     return nn.Dropout(rate, broadcast_dims=(1, 2, 3), deterministic=not train, name=name)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import keras
 
 import resnet_keras
-from common.architectures import Spec, output
+from common.architectures import Spec, least_size, output
 from common.checkpoints import Checkpoint, Given, adopt, read_for, weights_for
 from resnet_keras.layers import from_channels_last, to_channels_last
 from resnet_keras.weights import layer_names, load_weights, spec_of
@@ -16,8 +16,9 @@ _ORDERS = {"channels_last": "height, width, channels", "channels_first": "channe
 _DOC = """{variant} in the convention of keras.applications.
 
     `input_shape` is (height, width, channels), at least {smallest} pixels a side; with `include_top` it defaults to
-    {size} with 3 channels and must be static, without it to any size. Where `keras.config.image_data_format()` is
-    "channels_first", it is (channels, height, width), and the images and the features are in that order too.
+    {size}, of {channels} channels, and must be static, without it to any size. Where
+    `keras.config.image_data_format()` is "channels_first", it is (channels, height, width), and the images and the
+    features are in that order too.
     `input_tensor` is a Keras tensor to build upon. Without `include_top` the model returns the last feature map, or
     with `pooling` "avg" or "max" a vector for each image. `classifier_activation` is any Keras activation, None for
     logits. `weights` is None, "imagenet", the path of a checkpoint of any known format, a URL, or a name as
@@ -82,7 +83,9 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
         return activated
 
     height, width = spec.default_size
-    build.__doc__ = _DOC.format(variant=variant, size=f"{height}x{width}", smallest=spec.output_stride)
+    build.__doc__ = _DOC.format(
+        variant=variant, size=f"{height}x{width}", smallest=least_size(spec), channels=spec.in_channels
+    )
     return build
 
 
@@ -149,10 +152,10 @@ def _input_shape(
 ) -> tuple[int | None, ...]:
     """`shape` or the usual one, in the order of `data_format`."""
     if not shape:
-        return from_channels_last((*(spec.default_size if static else (None, None)), 3), data_format)
+        return from_channels_last((*(spec.default_size if static else (None, None)), spec.in_channels), data_format)
     if len(shape) != 3:
         raise ValueError(f"input_shape={shape!r} is not allowed; expected ({_ORDERS[data_format]})")
-    sides, smallest = to_channels_last(shape, data_format)[:2], spec.output_stride
+    sides, smallest = to_channels_last(shape, data_format)[:2], least_size(spec)
     if any(side is not None and side < smallest for side in sides):
         raise ValueError(f"input_shape={shape!r} is too small; expected at least {smallest}x{smallest} pixels")
     if static and None in shape:

@@ -3,10 +3,11 @@
 Importing this package loads nothing; PyTorch comes with the first name that is asked for.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from common.architectures import title
-from common.backends.facade import Facade, families
+from common.backends.facade import Facade, Package, families
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +23,7 @@ _facade: "Facade[nn.Module]" = Facade(
 )
 from_spec, from_checkpoint, framework = _facade.from_spec, _facade.from_checkpoint, _facade.framework
 __all__ = _facade.names
+sys.modules[__name__].__class__ = Package
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ with framework():
     from torch import Tensor, nn
     from torch.nn import functional as F
 
-    from resnet_torch.layers import given_dropout, native_masks
+    from resnet_torch.layers import Node, given_dropout, native_masks
     from resnet_torch.training import TorchTrainer
     from resnet_torch.weights import canonical, export_weights, load_weights, slots
 
@@ -169,10 +169,10 @@ def _tapped(model: nn.Module, spec: Spec, taps: dict[str, Tensor]) -> Iterator[N
     """
     nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
     # Several may be found in one place: a map, and the same map flattened.
-    wanted: dict[str, dict[tuple[int, str], list[Layer]]] = defaultdict(lambda: defaultdict(list))
+    wanted: dict[str, dict[tuple[int, str], list[tuple[Layer, Node]]]] = defaultdict(lambda: defaultdict(list))
     for layer in spec.layers:
         node = nodes[layer.path]
-        wanted[node.module][node.call, node.value].append(layer)
+        wanted[node.module][node.call, node.value].append((layer, node))
     with ExitStack() as hooks:
         for name, layers in wanted.items():
             module, before, after = model.get_submodule(name), *_hooks(layers, taps)
@@ -184,14 +184,14 @@ def _tapped(model: nn.Module, spec: Spec, taps: dict[str, Tensor]) -> Iterator[N
 
 
 def _hooks(
-    layers: Mapping[tuple[int, str], list[Layer]], taps: dict[str, Tensor]
+    layers: "Mapping[tuple[int, str], list[tuple[Layer, Node]]]", taps: dict[str, Tensor]
 ) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, Any], None]]:
     """What to call before and after a module, which may be called several times."""
     calls = 0
 
     def keep(value: Tensor, side: str) -> None:
-        for layer in layers.get((calls, side), ()):
-            taps[layer.path] = _channels_last(value.detach(), layer)
+        for layer, node in layers.get((calls, side), ()):
+            taps[layer.path] = _channels_last(value.detach(), layer, node)
 
     def before(module: Any, inputs: tuple[Tensor, ...]) -> None:
         keep(inputs[0], "input")
@@ -204,10 +204,13 @@ def _hooks(
     return before, after
 
 
-def _channels_last(value: Tensor, layer: Layer) -> Tensor:
+def _channels_last(value: Tensor, layer: Layer, node: "Node") -> Tensor:
+    if node.flattened is not None:
+        height, width, channels = node.flattened
+        value = value.unflatten(1, (channels, height, width))
     # A copy in any case: the next layer may work in place.
     if value.ndim == 4:
         value = value.permute(0, 2, 3, 1)
     value = value.clone(memory_format=torch.contiguous_format)
-    flat = layer.kind == "flatten" or (isinstance(layer, GlobalPool) and not layer.keep)
-    return value.flatten(1) if flat else value
+    pooled = isinstance(layer, GlobalPool) and not layer.keep
+    return value.flatten(1) if pooled or layer.kind == "flatten" or node.flattened is not None else value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.architectures import Spec
-from common.architectures.layers import Activation, Padding, RunningVariance, sides_of
+from common.architectures.layers import Activation, Padding, RunningVariance, Shape, sides_of
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -258,9 +258,13 @@ def native_masks(spec: Spec, masks: Mapping[str, np.ndarray], device: torch.devi
     """Masks of dropout and stochastic depth by the name of the module, in PyTorch's layout."""
     if not masks:
         return {}
-    places = nodes(spec)
-    tensors = {places[path].module: torch.tensor(mask, device=device) for path, mask in masks.items()}
-    return {name: mask.permute(0, 3, 1, 2) if mask.ndim == 4 else mask for name, mask in tensors.items()}
+    places, found = nodes(spec), {}
+    for path, mask in masks.items():
+        tensor, place = torch.tensor(mask, device=device), places[path]
+        if place.flattened is not None:
+            tensor = tensor.unflatten(1, place.flattened).permute(0, 3, 1, 2).flatten(1)
+        found[place.module] = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+    return found
 
 
 @contextmanager
@@ -297,3 +301,6 @@ class Node(NamedTuple):
     module: str
     call: int = 0
     value: Literal["output", "input"] = "output"
+    flattened: Shape | None = (
+        None  # (height, width, channels) of a map that PyTorch has flattened before, channels first
+    )

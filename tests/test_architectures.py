@@ -868,8 +868,8 @@ class TestNames:
     @pytest.mark.parametrize(
         ("pattern", "expected"),
         [
-            ("*.d2l", ["resnet18.d2l", "resnet34.d2l"]),
-            ("d2l", ["resnet18.d2l", "resnet34.d2l"]),
+            ("*.d2l", ["resnet18.d2l", "resnet34.d2l", "lenet5.d2l"]),
+            ("d2l", ["resnet18.d2l", "resnet34.d2l", "lenet5.d2l"]),
             ("resnet?0", ["resnet50", "resnet20"]),
             ("nothing", []),
             ("*", list(VARIANTS)),
@@ -891,7 +891,7 @@ class TestSpecFiles:
             ("null", "a JSON object of fields"),
             ("3", "a JSON object of fields"),
             ("{}", "family=None is unknown; expected one of resnet"),
-            ('{"family": "wgg"}', "family='wgg' is unknown; expected one of resnet, resnet_v2, vgg, densenet"),
+            ('{"family": "wgg"}', "family='wgg' is unknown; expected one of resnet, resnet_v2, vgg, densenet, lenet, alexnet"),
             ('{"family": ["resnet"]}', "is unknown; expected one of resnet"),
             ('{"family": "resnet"}', "field 'block' is missing"),
             ('{"family": "resnet", "block": "basic"}', "field 'blocks' is missing"),

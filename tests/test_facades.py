@@ -32,6 +32,8 @@ def package(request):
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
         ("densenet121", "DenseNet121"),
+        ("lenet5", "LeNet5"),
+        ("alexnet", "AlexNet"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.architectures import densenet, resnet, resnet_v2, vgg
-from common.architectures.spec import Spec, logits, output
+from common.architectures import alexnet, densenet, lenet, resnet, resnet_v2, vgg
+from common.architectures.spec import Spec, least_size, logits, output
 from common.errors import SpecError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "find",
     "from_dict",
     "from_json",
+    "least_size",
     "logits",
     "matching",
     "output",
@@ -29,7 +30,7 @@ __all__ = [
     "variants_of",
 ]
 
-_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet)}
+_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, lenet, alexnet)}
 
 
 def variants() -> dict[str, Spec]:

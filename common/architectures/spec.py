@@ -1,5 +1,6 @@
 """What every family's specification offers; the rest of the project uses nothing else of it."""
 
+from itertools import count
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from common.architectures.layers import Layer, output_shapes
@@ -88,6 +89,19 @@ def logits(spec: Spec) -> str | None:
         return None
     last = spec.layers[-1]
     return last.inputs[0] if spec.head == "softmax" else last.path
+
+
+def least_size(spec: Spec) -> int:
+    """Side of the smallest square images that a network of this kind takes, of any size that a flattened head has; at
+    least its output stride."""
+    bare = spec.with_head(head="none")
+    for side in count(bare.output_stride):
+        try:
+            output_shapes(bare.layers, (side, side, bare.in_channels))
+        except InputError:
+            continue
+        break
+    return side
 
 
 def check_input_size(spec: Any) -> None:

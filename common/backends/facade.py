@@ -12,12 +12,22 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from common import architectures, errors
 from common.architectures import Spec
 
 Model = TypeVar("Model")
+
+
+class Package(ModuleType):
+    """A package of which a builder may be called as the module it comes from is, as `alexnet`: the import of the module
+    takes the name from no one. The module itself is what ``import package.alexnet`` finds, as ever."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in vars(self)["_facade"].builders):
+            super().__setattr__(name, value)
 
 
 @dataclass(frozen=True)

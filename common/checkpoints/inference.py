@@ -17,7 +17,7 @@ from common.architectures import Spec
 from common.architectures.layers import Layer, Shape
 from common.architectures.marks import Mark, marked
 from common.checkpoints.containers import Source, Stored
-from common.errors import CheckpointError, SpecError
+from common.errors import CheckpointError, ParityError, SpecError
 from common.names import Found, Naming
 from common.weights import LazyWeights, Weights, check_names, role_of, shapes
 from common.weights.layouts import to_canonical
@@ -43,7 +43,7 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
     `CheckpointError` for tensors of no network of ours, `SpecError` for an unknown convention.
     """
     native = {name: tensor.shape for name, tensor in source.tensors.items()}
-    failed: list[tuple[int, CheckpointError]] = []
+    failed: list[tuple[int, ParityError]] = []
     for family in architectures.families():
         for naming in names.of(family).namings:
             found: Mapping[str, Found] = {}
@@ -54,7 +54,7 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
                     weights, ignored = exactly(spec, naming, source.tensors, found)
                     assumed = {name: value for name, value in _unseen(spec).items() if name not in (changes or {})}
                     return Inferred(spec=spec, weights=weights, naming=naming, assumed=assumed, ignored=ignored)
-            except CheckpointError as error:
+            except (CheckpointError, SpecError) as error:  # a convention may be another family's
                 failed.append((len(found), error))
     if failed:
         raise max(failed, key=lambda one: one[0])[1]

@@ -147,10 +147,11 @@ def _foreign(
     inferred = infer(source, convention or (known.convention if known else None), changes)
     naming = inferred.naming
     told = beside.told(naming, fetched.path)
+    preset = known.preprocessing if known else naming.preprocessing
     return Checkpoint(
         spec=inferred.spec,
         weights=inferred.weights,
-        preprocessing=PRESETS[known.preprocessing if known else naming.preprocessing],
+        preprocessing=None if preset is None else PRESETS[preset],
         class_names=told.class_names if len(told.class_names) == inferred.spec.classes else (),
         origin=replace(
             origin,

@@ -72,7 +72,7 @@ def write(path: Path | str, checkpoint: Checkpoint, to: str | None = None) -> Wr
                     stack.enter_context(written(place, CheckpointError)).write_text(text, encoding="utf-8")
             tensors = LazyWeights(naming.tensors(spec, checkpoint.weights.__getitem__))
             writer_of(path).write(path, tensors, naming.roles.metadata)
-    usual = PRESETS[naming.preprocessing]
+    usual = None if naming.preprocessing is None else PRESETS[naming.preprocessing]
     return Written(
         format=naming.name,
         fields=_unstated(spec, naming),

@@ -35,6 +35,7 @@ _PANEL = "Train"
 
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
 _RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file."
+_ENLARGED = 4
 _SETTING = "One field of the recipe, as lr=0.05; repeatable."
 
 
@@ -49,6 +50,11 @@ class Material:
     ] = None
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=_SETTING)] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether it says of what size the network's images are."""
+        return bool(self.recipe) or any(one.startswith("augmentation.size") for one in self.settings or [])
 
     def open(self) -> Dataset:
         """The data set, its images counted on the terminal."""
@@ -117,6 +123,9 @@ def train(
     before = runs.facts(output) if keeping.resume and (output / runs.FILE).exists() else None
     earlier = recipes.from_dict(before["recipe"]) if before else None
     recipe = material.by(earlier or dataset.recipe)
+    spec = architectures.find(variant)
+    if not before:
+        recipe = _sized(recipe, spec, dataset, material)
     begun_with = Path(before["init"]) if before and before["init"] else None
     if begun_with and earlier:
         recipe = _normalised(recipe, earlier.augmentation.mean, earlier.augmentation.std)
@@ -124,7 +133,7 @@ def train(
         recipe = _normalised_for(init, recipe, dataset)
     plan = Plan(
         variant=variant,
-        spec=_fitting(architectures.find(variant), variant, dataset, recipe),
+        spec=_fitting(spec, variant, dataset, recipe),
         dataset=dataset,
         data=_absolute(material.data),
         recipe=recipe,
@@ -181,6 +190,7 @@ def evaluate(
     recipe = material.by(dataset.recipe, validation=0)
     found = checkpoints.read(weights)
     _check_fits(found, weights, dataset)
+    recipe = _sized(recipe, found.spec, dataset, material)
     preprocessing = _own(found, material, dataset)
     if preprocessing is not None:
         _say(f"images prepared as {weights} says: {preprocessing}")
@@ -229,12 +239,26 @@ def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe)
         height, width = spec.input_size
         hint = f"resize them, as --set augmentation.size={height}" if height == width else "choose other data"
         raise InputError(f"{found}; {variant} takes {height}x{width} alone: {hint}")
-    if min(size) < spec.output_stride:
+    if min(size) < (least := architectures.least_size(spec)):
         raise InputError(
-            f"{found}, too small for {variant}, whose strides multiply to {spec.output_stride}; enlarge them, as "
-            f"--set augmentation.size={spec.output_stride}"
+            f"{found}, too small for {variant}, which takes {least}x{least} or more; enlarge them, as "
+            f"--set augmentation.size={least}"
         )
     return spec.with_head(classes=len(dataset.classes)).replace(in_channels=dataset.channels)
+
+
+def _sized(recipe: TrainingRecipe, spec: Spec, dataset: Dataset, material: Material) -> TrainingRecipe:
+    """The recipe that was made for the data, at the one size that the network takes, where it takes one only.
+
+    Not where the user says how; and nothing is enlarged more than four times, as digits of 8 pixels are for LeNet.
+    """
+    if material.sized or not spec.input_size or dataset.size is None:
+        return recipe
+    height, width = spec.input_size
+    if height != width or height > _ENLARGED * min(dataset.size):
+        return recipe
+    size = None if spec.input_size == dataset.size else height
+    return recipe.replace(augmentation=asdict(replace(recipe.augmentation, size=size)))
 
 
 def _check_fits(found: Checkpoint, weights: str, dataset: Dataset) -> None:

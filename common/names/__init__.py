@@ -69,7 +69,7 @@ class Naming:
     # those of the named variant that has most of them.
     places: Callable[[Collection[str], ShapeOf], Mapping[str, Place]] | None = None
     convention: Mapping[str, Any] = field(default_factory=dict)  # fields of the spec that differ from its defaults
-    preprocessing: str  # what its users feed it; a name in `images.PRESETS`
+    preprocessing: str | None  # what its users feed it; a name in `images.PRESETS`, None where nobody knows
     aliases: tuple[str, ...] = ()
     as_convolutions: frozenset[str] = frozenset()  # dense layers that it stores as convolutions over the whole map
     shortcut_first: bool = False  # of Keras models: whether an addition reads the shortcut before the branch

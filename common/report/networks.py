@@ -19,13 +19,14 @@ def variants(specs: Mapping[str, Spec]) -> Table:
     for name, spec in specs.items():
         size = spec.default_size
         costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
+        millions = sum(costs.values()) / 1e6
         table.add_row(
             name,
             str(_depth(spec)),
             f"{sum(layer.parameter_count for layer in spec.layers):,}",
             f"{sum(prod(shape) for layer in spec.layers for shape in layer.statistics.values()):,}",
             f"{size[0]}x{size[1]}",
-            f"{sum(costs.values()) / 1e6:,.0f} M",
+            f"{millions:,.{0 if millions >= 10 else 1}f} M",
         )
     return table
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.architectures import Spec
+from common.architectures.alexnet import AlexNetSpec
 from common.architectures.densenet import DenseNetSpec
+from common.architectures.lenet import LeNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.resnet_v2 import ResNetV2Spec
 from common.architectures.vgg import VGGSpec
@@ -19,6 +21,22 @@ VGG_SIZE = (34, 30)
 # A stage that strides at its end, projections, and a pool whose zeros win over what the stem gives below zero.
 RESNET_V2 = ResNetV2Spec(blocks=(2, 1), widths=(4, 6), stem_width=8, classes=10)
 DENSENET = DenseNetSpec(blocks=(2, 1), growth_rate=8, bottleneck=2, stem_width=8, classes=10)
+LENET = LeNetSpec(widths=(4, 6), hidden=(12, 9), conv_activation="scaled_tanh", dense_activation="relu")
+# A norm before the pools, groups, dropout, a flattened map of 2 by 1 pixels; and torchvision's.
+ALEXNET_OF_PAPER = AlexNetSpec(
+    widths=(8, 12, 10, 12, 8),
+    groups=2,
+    hidden=(16, 12),
+    classes=10,
+    padding=0,
+    lrn="before_pool",
+    head_pool="flatten",
+    dropout_place="behind",
+    input_size=(99, 67),
+)
+ALEXNET = AlexNetSpec(widths=(8, 12, 10, 12, 8), hidden=(48, 48), classes=10, map_size=(3, 2))  # 48 cells as well
+# Of the images, where that is not SIZE and the spec does not say it.
+SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +65,8 @@ class Mutant:
 
     @property
     def size(self) -> tuple[int, int]:
-        return VGG_SIZE if self.base is VGG else SIZE
+        height, width = self.spec.input_size or SIZES.get(self.base, SIZE)
+        return height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +287,41 @@ MUTANTS = [
         ("stem_padded_symmetrically", "L0", "exact", "stem.conv", {"stem_padding": "same"}),
         ("maximum_in_the_transition", "L1", "eval", "transitions.0.pool"),
         base=DENSENET,
+    ),
+    *_of(
+        "torch",
+        ("no_activation_between_dense_layers", "L0", "exact", "head.act1"),
+        ("pools_by_maximum", "L1", "eval", "features.pool1"),
+        base=LENET,
+    ),
+    *_of(
+        "keras",
+        ("tanh_without_its_scale", "L1", "eval", "features.act1"),
+        base=LENET,
+    ),
+    *_of(
+        "flax",
+        ("rows_of_fc1_channels_first", "L0", "exact", "head.fc1"),
+        base=LENET,
+    ),
+    *_of(
+        "torch",
+        ("alpha_divided_twice", "L1", "eval", "features.lrn1"),
+        ("k_of_one", "L1", "eval", "features.lrn1"),
+        ("groups_interleaved", "L0", "exact", "features.conv2"),
+        base=ALEXNET_OF_PAPER,
+    ),
+    *_of(
+        "keras",
+        ("radius_taken_for_size", "L1", "eval", "features.lrn1"),
+        base=ALEXNET_OF_PAPER,
+    ),
+    *_of("flax", ("default_beta", "L1", "eval", "features.lrn1"), base=ALEXNET_OF_PAPER),
+    *_of(
+        "torch",
+        ("dropout_mask_channels_last", "L1", "train", "head.dropout1"),
+        ("dropout_behind_the_dense_layers", "L1", "train", "head.dropout1"),
+        base=ALEXNET,
     ),
 ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import densenet, layers, resnet, resnet_v2, vgg
+from resnet_flax import alexnet, densenet, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -138,6 +138,23 @@ stem_padded_symmetrically = replaced(densenet, "conv_layer", _symmetric)
 maximum_in_the_transition = replaced(
     densenet, "avg_pool", lambda x, kernel, stride, **_: layers.max_pool(x, kernel, stride, padding="valid")
 )
+# LeNet and AlexNet.
+
+
+@in_loading
+def rows_of_fc1_channels_first(weights: dict[str, Any]) -> dict[str, Any]:
+    """Rows in the order of channel, height and width, as PyTorch's and Caffe's files have them."""
+    kernel = weights["head.fc1.kernel"]
+    rows = kernel.reshape(25, -1, kernel.shape[1]).swapaxes(0, 1)
+    return weights | {"head.fc1.kernel": rows.reshape(kernel.shape)}
+
+
+def _of_tensorflow(x: Any, **options: Any) -> Any:
+    """With the default exponent of `tf.nn.local_response_normalization`."""
+    return layers.local_response_norm(x, **(options | {"beta": 0.5}))
+
+
+default_beta = replaced(alexnet, "local_response_norm", _of_tensorflow)
 
 
 # Equivalents.

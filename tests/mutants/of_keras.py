@@ -198,6 +198,23 @@ def eps_of_torchvision(model: Any) -> None:
         norm.epsilon = 1e-5
 
 
+# LeNet and AlexNet.
+
+
+@after_build
+def tanh_without_its_scale(model: Any) -> None:
+    for layer in _all(model, layers.Activation):
+        if layer.activation is own.scaled_tanh:
+            layer.activation = keras.activations.tanh
+
+
+@after_build
+def radius_taken_for_size(model: Any) -> None:
+    """TensorFlow's `depth_radius` is half of the window."""
+    for norm in _all(model, own.LocalResponseNormalization):
+        norm.size = 2 * norm.size + 1
+
+
 # Equivalents.
 
 

@@ -327,6 +327,65 @@ def no_relu_behind_the_last_norm(model: Any) -> None:
     model.relu = nn.Identity()
 
 
+# LeNet and AlexNet.
+
+
+@after_build
+def no_activation_between_dense_layers(model: Any) -> None:
+    for i in (3, 4):
+        setattr(model, f"relu{i}", nn.Identity())
+
+
+@after_build
+def pools_by_maximum(model: Any) -> None:
+    """As in most of today's ports."""
+    for name in ("pool1", "pool2"):
+        setattr(model, name, nn.MaxPool2d(2, 2))
+
+
+def _response_norms(model: nn.Module) -> list[nn.LocalResponseNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.LocalResponseNorm)]
+
+
+@after_build
+def alpha_divided_twice(model: Any) -> None:
+    """The paper's number handed to PyTorch, which divides it by the size of the window."""
+    for norm in _response_norms(model):
+        norm.alpha /= norm.size
+
+
+@after_build
+def k_of_one(model: Any) -> None:
+    """PyTorch's default, and Caffe's."""
+    for norm in _response_norms(model):
+        norm.k = 1.0
+
+
+@in_loading
+def groups_interleaved(weights: dict[str, Any]) -> dict[str, Any]:
+    """Grouped kernels taken as if the group were innermost in the output channels."""
+    kernel = weights["features.conv2.kernel"]
+    half = kernel.shape[-1] // 2
+    turned = kernel.reshape(*kernel.shape[:-1], 2, half).swapaxes(-1, -2).reshape(kernel.shape)
+    return weights | {"features.conv2.kernel": turned}
+
+
+def _as_they_are(spec: Any, masks: Any, device: Any) -> Any:
+    """Masks of a flattened map in canonical order, whose channels are the last: PyTorch has flattened them first."""
+    return {layers.nodes(spec)[path].module: torch.tensor(mask, device=device) for path, mask in masks.items()}
+
+
+dropout_mask_channels_last = replaced(probe, "native_masks", _as_they_are)
+
+
+@after_build
+def dropout_behind_the_dense_layers(model: Any) -> None:
+    """As in the paper, where torchvision has it before: the modules of a classifier that moved by one."""
+    classifier, own = model.classifier, model.classifier.forward
+    moved = nn.Sequential(*(classifier[i] for i in (1, 2, 0, 4, 5, 3, 6)))
+    classifier.forward = lambda x: moved(x) if classifier.training else own(x)
+
+
 # Equivalents.
 
 

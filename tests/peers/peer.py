@@ -69,12 +69,15 @@ def _torchvision(name: str) -> Any:
     import torchvision
     from torch import nn
 
-    if not name.startswith("vgg"):
+    if not name.startswith(("vgg", "alexnet")):
         return torchvision.models.get_model(name, weights=None)
-    model = torchvision.models.get_model(name, weights=None, init_weights=False)
     # As wide as it is it takes half a gigabyte.
-    for index, width in ((0, (25088, 256)), (3, (256, 128)), (6, (128, 1000))):
-        model.classifier[index] = nn.Linear(*width)
+    options = {"init_weights": False} if name.startswith("vgg") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    dense = [index for index, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
+    widths = (model.classifier[dense[0]].in_features, 256, 128, 1000)
+    for number, index in enumerate(dense):
+        model.classifier[index] = nn.Linear(*widths[number : number + 2])
     return model
 
 

@@ -52,10 +52,12 @@ ONCE = [
     ("timm", "resnetv2_50", "resnet50v2.timm", "given.safetensors", "timm"),
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
+    ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
     ("torchvision", "vgg11_bn"): {"hidden": (256, 128)},
+    ("torchvision", "alexnet"): {"hidden": (256, 128)},
     ("timm", "vgg11"): {"hidden": (256, 4096)},
     ("keras", "VGG16"): {"input_size": (64, 32)},
 }
