@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.architectures import resnet, vgg
+from common.architectures import efficientnet, resnet, vgg
 from common.architectures.spec import Spec, logits, output
 from common.errors import SpecError
 
@@ -29,7 +29,7 @@ __all__ = [
     "variants_of",
 ]
 
-_FAMILIES = {module.Spec.family: module for module in (resnet, vgg)}
+_FAMILIES = {module.Spec.family: module for module in (resnet, vgg, efficientnet)}
 
 
 def variants() -> dict[str, Spec]:

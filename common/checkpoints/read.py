@@ -150,7 +150,9 @@ def _foreign(
     return Checkpoint(
         spec=inferred.spec,
         weights=inferred.weights,
-        preprocessing=PRESETS[known.preprocessing if known else naming.preprocessing],
+        preprocessing=replace(PRESETS[known.preprocessing], **known.changes)
+        if known
+        else PRESETS[naming.preprocessing],
         class_names=told.class_names if len(told.class_names) == inferred.spec.classes else (),
         origin=replace(
             origin,
