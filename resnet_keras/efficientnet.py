@@ -153,7 +153,6 @@ def builder(variant: str) -> Callable[..., keras.Model]:
     Without weights it only divides the images by 255, as there; with published ones it takes their mean and deviation
     as well.
     """
-    conventional = {name: value for name, value in CONVENTIONS["keras_applications"].items()}
-    conventional |= {"input_mean": (0.0,) * 3, "input_std": (1.0,) * 3}
-    spec = VARIANTS[variant].replace(**conventional)
+    bare = {"input_mean": (0.0,) * 3, "input_std": (1.0,) * 3}
+    spec = VARIANTS[variant].replace(**(CONVENTIONS["keras_applications"] | bare))
     return applications.builder(variant, spec, name=variant.replace("_", ""))

@@ -348,8 +348,8 @@ class Normalization(layers.Normalization):  # type: ignore[misc]
             found = ops.convert_to_numpy(variable)
             if not np.allclose(found, self.stored[name], 1e-6, 0):
                 raise ValueError(
-                    f"{self.name} has the {name} {self.stored[name]} and these weights have {found.tolist()}: theirs is "
-                    "a network that normalises its images otherwise; build it with weights=, or by from_checkpoint"
+                    f"{self.name} has the {name} {self.stored[name]} and these weights have {found.tolist()}: their "
+                    "network normalises its images otherwise; build it with weights=, or by from_checkpoint"
                 )
 
     def adapt(self, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""EfficientNet in PyTorch, under torchvision's names: its checkpoints load with ``strict=True``, its feature names hold.
+"""EfficientNet in PyTorch, under torchvision's names: its checkpoints load with ``strict=True``, its features hold.
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019 (arXiv:1905.11946).
 Images are (N, channels, H, W).

@@ -889,7 +889,7 @@ class TestSpecFiles:
             ("null", "a JSON object of fields"),
             ("3", "a JSON object of fields"),
             ("{}", "family=None is unknown; expected one of resnet"),
-            ('{"family": "wgg"}', "family='wgg' is unknown; expected one of resnet, vgg"),
+            ('{"family": "wgg"}', "family='wgg' is unknown; expected one of resnet, vgg, efficientnet"),
             ('{"family": ["resnet"]}', "is unknown; expected one of resnet"),
             ('{"family": "resnet"}', "field 'block' is missing"),
             ('{"family": "resnet", "block": "basic"}', "field 'blocks' is missing"),

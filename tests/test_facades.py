@@ -29,6 +29,9 @@ def package(request):
         ("resnext101_64x4d", "ResNeXt101_64x4d"),
         ("vgg", "VGG"),
         ("vgg16_bn", "VGG16_bn"),
+        ("efficientnet", "EfficientNet"),
+        ("efficientnet_b0", "EfficientNetB0"),
+        ("efficientnet_lite4", "EfficientNetLite4"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

@@ -32,7 +32,7 @@ from common.architectures.layers import (
 from common.architectures.marks import Mark
 from common.architectures.spec import Head
 from common.errors import ParityError, SpecError
-from common.fields import Between, Bound, Checked, Count, Counts, NotNegative, Positive, Share
+from common.fields import Between, Bound, Checked, Count, Counts, Positive, Share
 
 HeadPool = Literal["average", "max", "none"]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.architectures import Spec
+from common.architectures.efficientnet import EfficientNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.vgg import VGGSpec
 
@@ -14,6 +15,18 @@ SIZE = (32, 32)
 # Maps of 17 by 15 pixels before the last pool and of 8 by 7 behind it: windows that overlap, and a pixel left over.
 VGG = VGGSpec(convs=(1, 2), widths=(8, 12), hidden=(16, 12), dropout=(0.5, 0.25), classes=10, map_size=(3, 3))
 VGG_SIZE = (34, 30)
+# Maps of 17 by 15 pixels behind the stem, which a stride of 2 leaves 9 by 8 of; a residual block that may be left out.
+EFFICIENTNET = EfficientNetSpec(
+    widths=(8, 12, 12),
+    repeats=(2, 2, 1),
+    expand=(1, 3, 2),
+    kernels=(3, 5, 3),
+    strides=(1, 2, 1),
+    stem_width=8,
+    head_width=16,
+    classes=10,
+    stochastic_depth=0.6,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +55,7 @@ class Mutant:
 
     @property
     def size(self) -> tuple[int, int]:
-        return VGG_SIZE if self.base is VGG else SIZE
+        return SIZE if self.base is BASE else VGG_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +217,31 @@ MUTANTS = [
         ("one_rate_for_every_dropout", "L1", "train", "head.dropout2"),
         ("dense_layers_share_the_first_bias", "L0", "exact", "head.fc2", {"hidden": (16, 16), "dropout": (0.5, 0.25)}),
         base=VGG,
+    ),
+    *_of(
+        "torch",
+        ("relu6_for_silu", "L1", "eval", "stem.act"),
+        ("residual_missing", "L0", "exact", "stages.0.blocks.1.add"),
+        ("same_padding_of_an_even_size", "L0", "exact", "stages.1.blocks.0.depthwise", {"padding": "same"}),
+        (
+            "deviations_taken_for_variances",
+            *("L1", "eval", "stem.affine"),
+            {"input_mean": (0.485, 0.456, 0.406), "input_std": (0.229, 0.224, 0.225)},
+        ),
+        base=EFFICIENTNET,
+    ),
+    *_of(
+        "keras",
+        ("stochastic_depth_does_not_scale", "L1", "train", "stages.0.blocks.1.drop"),
+        ("symmetric_padding_for_same", "L0", "exact", "stem.conv", {"padding": "same"}),
+        ("gate_of_the_first_block_everywhere", "L1", "eval", "stages.0.blocks.1.squeeze"),
+        base=EFFICIENTNET,
+    ),
+    *_of(
+        "flax",
+        ("one_rate_of_stochastic_depth", "L1", "train", "stages.0.blocks.1.drop"),
+        ("head_norm_at_default_eps", "L1", "eval", "head.norm", {"bn_eps": 1e-3}),
+        base=EFFICIENTNET,
     ),
 ]
 
