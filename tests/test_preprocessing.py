@@ -52,7 +52,9 @@ class TestPresets:
             "torchvision_v2": (232, 224, "bilinear"),
             "timm": (int(224 / 0.875), 224, "bicubic"),
             "timm_95": (int(224 / 0.95), 224, "bicubic"),
+            "timm_half": (int(224 / 0.875), 224, "bicubic"),
             "keras_caffe": (None, 224, "nearest"),
+            "keras_raw": (None, 224, "nearest"),
             "flax": (256, 224, "bicubic"),
         }
 

@@ -15,10 +15,10 @@ from common.names.roles import FLAX, KERAS, PYTORCH
 
 # fmt: off
 _COLUMNS = ("torchvision", "timm", "keras_applications", "flax")
-# ``{s}`` and ``{b}`` are the numbers of a stage and of a block in it; ``{s1}`` counts from 1, ``{letter}`` is the one
-# of a block in Keras, ``{top}`` the place of the last convolution. Where a block does not expand, its other parts move up:
-# ``{d}``, ``{g}`` and ``{p}`` are the places of depthwise, gate and projection in torchvision's `block`, ``{nd}`` and
-# ``{np}`` timm's numbers of their norms; and timm's `conv_pw` is the projection there, which is `conv_pwl` elsewhere.
+# ``{s}`` and ``{b}`` are the numbers of a stage and of a block in it; ``{s1}`` counts from 1, ``{letter}`` is its
+# in Keras, ``{top}`` the place of the last convolution. Where a block does not expand its other parts move up: ``{d}``,
+# ``{g}`` and ``{p}`` are the places of depthwise, gate and projection in torchvision's `block`, ``{nd}`` and ``{np}``
+# timm's numbers of their norms; and what timm calls `conv_pw` is the projection there, and the expansion elsewhere.
 _BLOCK = ("features.{s1}.{b}.", "blocks.{s}.{b}.", "block{s1}{letter}_", "stages.{s}.blocks.{b}.")
 _PARTS: dict[str, tuple[str | None, ...]] = {
     # part: (kind)     torchvision                    timm               keras.applications      Flax

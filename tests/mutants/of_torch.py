@@ -243,7 +243,7 @@ def relu6_for_silu(model: Any) -> None:
 @after_build
 def residual_missing(model: Any) -> None:
     for block in model.features[1]:
-        block.use_res_connect = False
+        block.forward = lambda x, block=block: block.stochastic_depth(block.block(x))
 
 
 same_padding_of_an_even_size = replaced(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "KERAS_BACKEND": "tensorflow"}
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -149,10 +150,17 @@ def load_transformers(name: str, path: Path) -> Run:
 # --- Keras -----------------------------------------------------------------------------------------------------------
 
 
+# What the published files of EfficientNet hold: the deviations, under the name of variances.
+_PUBLISHED = {"mean": (0.485, 0.456, 0.406), "variance": (0.229, 0.224, 0.225), "count": 0}
+
+
 def make_keras(name: str, path: Path) -> None:
     model = _keras_of_any_size(name, "float32")
     generator = np.random.default_rng(0)
-    for variable in model.variables:
+    for variable in model.weights:
+        if variable.path.startswith("normalization/"):
+            variable.assign(_PUBLISHED[variable.name])
+            continue
         shape = tuple(variable.shape)
         fan_in = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         variable.assign(drawn(variable.name, shape, fan_in, "_3_bn" in variable.path, generator).astype(np.float32))
@@ -171,7 +179,15 @@ def load_keras(name: str, path: Path) -> Run:
     model = _keras_of_any_size(name, "float64")
     for layer in model.layers:  # by name: a file's model may have its layers in another order
         if layer.weights:
-            layer.set_weights([value.astype(np.float64) for value in single.get_layer(layer.name).get_weights()])
+            values = [value.astype(np.float64) for value in single.get_layer(layer.name).get_weights()]
+            if hasattr(layer, "finalize_state"):  # reads its variables only then; its numbers as people wrote them
+                values = [np.array([float(str(number)) for number in value.astype(np.float32)]) for value in values[:2]]
+                values = [*values, np.zeros((), np.int32)]
+            layer.set_weights(values)
+            if hasattr(layer, "finalize_state"):
+                layer.finalize_state()
+        elif hasattr(layer, "scale"):  # a list of numbers would be rounded to float32
+            layer.scale = np.asarray(layer.scale, np.float64)
     return lambda images: np.asarray(model(images, training=False))
 
 
@@ -182,7 +198,16 @@ def _keras_of_any_size(name: str, dtype: str) -> Any:
     keras.config.set_dtype_policy(dtype)
     # With its top, keras.applications wants a size; the top itself takes any, but for one that flattens.
     tensor = keras.Input((*((64, 32) if name.startswith("VGG") else (None, None)), 3))
-    return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
+    if not name.startswith("EfficientNet"):
+        return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
+    # What normalises the images is another thing where published weights are to come: as it is with them.
+    from keras.src.applications import efficientnet
+
+    with (
+        patch.object(efficientnet.file_utils, "get_file", lambda *arguments, **options: ""),
+        patch.object(keras.Model, "load_weights", lambda *arguments: None),
+    ):
+        return getattr(keras.applications, name)(weights="imagenet", input_tensor=tensor)
 
 
 # --- Flax ------------------------------------------------------------------------------------------------------------
