@@ -93,7 +93,7 @@ def _efficientnet(x: Any, style: Style) -> Any:
     spec, layout = style.spec, {"data_format": style.data_format}
     if spec.input_mean:
         x = Affine((1 / 255,) * spec.in_channels, (0.0,) * spec.in_channels, **layout, name="rescaling")(x)
-        numbers = {"mean": spec.input_mean, "std": spec.input_std, "stored": normalization(spec)}
+        numbers: dict[str, Any] = {"mean": spec.input_mean, "std": spec.input_std, "stored": normalization(spec)}
         x = Normalization(**numbers, axis=channel_axis(style.data_format), name="normalization")(x)
     x = style.conv(x, spec.stem_width, 3, 2, "stem_conv", use_bias=False)
     x = style.activation(style.norm(x, "stem_bn"), "stem_activation")

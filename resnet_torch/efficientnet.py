@@ -63,8 +63,8 @@ class MBConv(nn.Module):
         self.block = nn.Sequential()
         if block.expanded != block.in_channels:
             self.block.append(layer(block.in_channels, block.expanded, activation=activation))
-        depthwise = {"kernel": block.kernel, "stride": block.stride, "groups": block.expanded}
-        self.block.append(layer(block.expanded, block.expanded, **depthwise, activation=activation))
+        depthwise = partial(layer, block.expanded, block.expanded, block.kernel, block.stride)
+        self.block.append(depthwise(groups=block.expanded, activation=activation))
         if block.squeezed:
             self.block.append(SqueezeExcitation(block.expanded, block.squeezed, spec))
         # Nothing bends behind the projection: what is narrow would lose too much.

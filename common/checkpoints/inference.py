@@ -137,7 +137,7 @@ def _spec_of(
     found: Mapping[str, Found],
     convention: str | None,
     changes: Mapping[str, Any],
-    told_by_constants: Mapping[str, Any],
+    told_by_constants: dict[str, Any],
 ) -> Spec:
     known = conventions(naming.family)
     if convention is not None and convention not in known:

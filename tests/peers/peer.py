@@ -7,6 +7,7 @@ IMAGES are safetensors files with "images" (N, H, W, C); OUT gets "0", "1", … 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,28 +177,41 @@ def load_keras(name: str, path: Path) -> Run:
     single = keras.models.load_model(path) if path.suffix == ".keras" else _keras_of_any_size(name, "float32")
     if path.suffix != ".keras":
         single.load_weights(path)
-    model = _keras_of_any_size(name, "float64")
+    # Keras numbers the layers that its applications give no name.
+    weights = {re.sub(r"^(normalization)_\d+$", r"\1", layer.name): layer.get_weights() for layer in single.layers}
+    models: dict[Any, Any] = {}
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # EfficientNet takes a size that it does not know for an even one, and pads so.
+        size = images.shape[1:3] if name.startswith("EfficientNet") else None
+        if size not in models:
+            models[size] = _in_float64(_keras_of_any_size(name, "float64", size), weights)
+        return np.asarray(models[size](images, training=False))
+
+    return run
+
+
+def _in_float64(model: Any, weights: dict[str, list[np.ndarray]]) -> Any:
     for layer in model.layers:  # by name: a file's model may have its layers in another order
-        if layer.weights:
-            values = [value.astype(np.float64) for value in single.get_layer(layer.name).get_weights()]
-            if hasattr(layer, "finalize_state"):  # reads its variables only then; its numbers as people wrote them
-                values = [np.array([float(str(number)) for number in value.astype(np.float32)]) for value in values[:2]]
-                values = [*values, np.zeros((), np.int32)]
-            layer.set_weights(values)
-            if hasattr(layer, "finalize_state"):
-                layer.finalize_state()
-        elif hasattr(layer, "scale"):  # a list of numbers would be rounded to float32
+        if hasattr(layer, "finalize_state"):  # it reads its variables only then; its numbers as people wrote them
+            mean, variance, count = weights["normalization"]
+            exact = [np.array([float(str(number)) for number in value]) for value in (mean, variance)]
+            layer.set_weights([*exact, count])
+            layer.finalize_state()
+        elif layer.weights:
+            layer.set_weights([value.astype(np.float64) for value in weights[layer.name]])
+        elif hasattr(layer, "scale"):  # numbers, which would be rounded to float32
             layer.scale = np.asarray(layer.scale, np.float64)
-    return lambda images: np.asarray(model(images, training=False))
+    return model
 
 
-def _keras_of_any_size(name: str, dtype: str) -> Any:
+def _keras_of_any_size(name: str, dtype: str, size: tuple[int, ...] | None = None) -> Any:
     import keras
 
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
     # With its top, keras.applications wants a size; the top itself takes any, but for one that flattens.
-    tensor = keras.Input((*((64, 32) if name.startswith("VGG") else (None, None)), 3))
+    tensor = keras.Input((*(size or ((64, 32) if name.startswith("VGG") else (None, None))), 3))
     if not name.startswith("EfficientNet"):
         return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
     # What normalises the images is another thing where published weights are to come: as it is with them.
