@@ -242,8 +242,8 @@ def relu6_for_silu(model: Any) -> None:
 
 @after_build
 def residual_missing(model: Any) -> None:
-    for block in model.features[1]:
-        block.forward = lambda x, block=block: block.stochastic_depth(block.block(x))
+    block = model.features[2][1]
+    block.forward = lambda x: block.stochastic_depth(block.block(x))
 
 
 same_padding_of_an_even_size = replaced(
