@@ -242,8 +242,10 @@ def relu6_for_silu(model: Any) -> None:
 
 @after_build
 def residual_missing(model: Any) -> None:
+    """Of integers too little would be left to be compared: the exact twin keeps its own."""
     block = model.features[2][1]
-    block.forward = lambda x: block.stochastic_depth(block.block(x))
+    if isinstance(block.stochastic_depth, layers.StochasticDepth):
+        block.forward = lambda x: block.stochastic_depth(block.block(x))
 
 
 same_padding_of_an_even_size = replaced(
