@@ -27,11 +27,12 @@ _DOC = """{variant} in the convention of keras.applications.
     """
 
 
-def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
+def builder(variant: str, spec: Spec, *, name: str = "") -> Callable[..., keras.Model]:
     """A function that makes `spec`, whose channels, classes, head and size become arguments.
 
-    `variant` is the default name of the model.
+    `name` is the default name of the model, or else that of the `variant`.
     """
+    called = name or variant
 
     def build(
         include_top: bool = True,
@@ -41,7 +42,7 @@ def builder(variant: str, spec: Spec) -> Callable[..., keras.Model]:
         pooling: str | None = None,
         classes: int = spec.classes,
         classifier_activation: Any = "softmax",
-        name: str = variant,
+        name: str = called,
     ) -> keras.Model:
         if pooling not in _POOLINGS:
             raise ValueError(f"pooling={pooling!r} is unknown; expected None, 'avg' or 'max'")

@@ -2,10 +2,11 @@
 its own layers, padded by the names of the spec."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from common.architectures.layers import Activation, Padding, adaptive_windows, sides_of, window_padding
@@ -315,6 +316,57 @@ class Affine(layers.Layer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"scale": self.scale, "shift": self.shift, "data_format": self.data_format}
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class Normalization(layers.Normalization):  # type: ignore[misc]
+    """(x - mean) / std for each channel, by numbers that it was made with and in the precision of the network.
+
+    It has the variables of Keras' own, so that files with and without them are those of keras.applications; `stored`
+    are their values. Files that hold others are of a network that sees its images otherwise: they raise a `ValueError`.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], stored: Mapping[str, Any], axis: int = -1, **kwargs: Any
+    ) -> None:
+        super().__init__(axis=axis, **kwargs)
+        self.numbers = {"mean": tuple(mean), "std": tuple(std)}
+        self.stored = {name: np.asarray(values).tolist() for name, values in stored.items()}
+
+    def build(self, input_shape: Any) -> None:
+        self._building = True
+        super().build(input_shape)
+        self.adapt_mean.assign(self.stored["mean"])
+        self.adapt_variance.assign(self.stored["variance"])
+        self._building = False
+
+    def finalize_state(self) -> None:
+        """What Keras calls behind the loading of the variables."""
+        if self._building:
+            return
+        for name, variable in (("mean", self.adapt_mean), ("variance", self.adapt_variance)):
+            found = ops.convert_to_numpy(variable)
+            if not np.allclose(found, self.stored[name], 1e-6, 0):
+                raise ValueError(
+                    f"{self.name} has the {name} {self.stored[name]} and these weights have {found.tolist()}: their "
+                    "network normalises its images otherwise; build it with weights=, or by from_checkpoint"
+                )
+
+    def adapt(self, data: Any) -> None:
+        raise ValueError(f"{self.name} has its numbers from the spec; set input_mean and input_std there")
+
+    def call(self, inputs: Any) -> Any:
+        shape = [1] * len(inputs.shape)
+        shape[self.axis[0]] = -1
+        mean, std = (
+            ops.reshape(ops.convert_to_tensor(self.numbers[name], dtype=inputs.dtype), shape)
+            for name in ("mean", "std")
+        )
+        return (inputs - mean) / std
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config() | self.numbers | {"stored": self.stored, "axis": self.axis[0]}
+        return {name: value for name, value in config.items() if name not in ("variance", "invert")}
 
 
 @keras.saving.register_keras_serializable(package="resnet_keras")

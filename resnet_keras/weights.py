@@ -18,6 +18,7 @@ from common.architectures.layers import Layer
 from common.errors import WeightsError
 from common.names.roles import KERAS
 from common.weights.layouts import canonical_shape, to_canonical, to_native
+from resnet_keras.layers import Normalization
 
 
 def load_weights(model: keras.Model, weights: canonical.Weights, spec: Spec | None = None) -> None:
@@ -90,6 +91,8 @@ def variables(model: keras.Model, spec: Spec | None = None) -> dict[str, Any]:
         raise WeightsError(f"the model is not its spec's: it has no layer {absent[0]}")
     found = {name: _variable(native[names[layer.path]], layer, name) for layer in spec.layers for name in layer.arrays}
     known = {id(variable) for variable in found.values()}
+    # What the spec says in numbers is in variables as well where Keras' files have it, and no weights.
+    known |= {id(variable) for layer in model.layers if isinstance(layer, Normalization) for variable in layer.weights}
     unnamed = [variable.path for variable in model.weights if id(variable) not in known]
     if unnamed:
         raise WeightsError(f"the model is not its spec's: it also has {unnamed[0]}")

@@ -574,7 +574,7 @@ class TestTable:
 
     def test_accuracies_are_percentages_and_of_the_right_order(self):
         published = [known for known in table() if known.top1 is not None]
-        assert len(published) >= 28
+        assert len(published) >= 37
         for known in published:
             assert 65 < known.top1 < known.top5 < 97
 
@@ -587,7 +587,8 @@ class TestTable:
         if keras is None:
             pytest.skip("keras is not installed")
         folder = Path(keras.origin).parent / "src" / "applications"
-        text = "".join((folder / f"{module}.py").read_text() for module in ("resnet", "vgg16", "vgg19", "densenet"))
+        modules = ("resnet", "vgg16", "vgg19", "densenet", "efficientnet")
+        text = "".join((folder / f"{module}.py").read_text() for module in modules)
         for known in table():
             if known.reference.startswith("keras:"):
                 assert known.checksum.removeprefix("md5:") in text

@@ -34,6 +34,9 @@ def package(request):
         ("densenet121", "DenseNet121"),
         ("lenet5", "LeNet5"),
         ("alexnet", "AlexNet"),
+        ("efficientnet", "EfficientNet"),
+        ("efficientnet_b0", "EfficientNetB0"),
+        ("efficientnet_lite4", "EfficientNetLite4"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

@@ -58,6 +58,8 @@ class TestPresets:
             "keras_caffe": (None, 224, "nearest"),
             "keras_tf": (None, 224, "nearest"),
             "keras_torch": (None, 224, "nearest"),
+            "timm_half": (int(224 / 0.875), 224, "bicubic"),
+            "keras_raw": (None, 224, "nearest"),
             "flax": (256, 224, "bicubic"),
         }
 

@@ -50,7 +50,9 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
             try:
                 found = naming.found(native)
                 if found:
-                    spec = _spec_of(naming, found, convention, changes or {})
+                    said = _constants_in(naming, source.tensors)
+                    spec = _spec_of(naming, found, convention, changes or {}, _told(naming, said))
+                    _check_constants(naming, spec, said)
                     weights, ignored = exactly(spec, naming, source.tensors, found)
                     assumed = {name: value for name, value in _unseen(spec).items() if name not in (changes or {})}
                     return Inferred(spec=spec, weights=weights, naming=naming, assumed=assumed, ignored=ignored)
@@ -73,7 +75,8 @@ def exactly(
     here = {name: found[name].native if name in found else native for name, (native, _) in expected.items()}
     wanted = dict.fromkeys(here.values())
     ignored = tuple(name for name in tensors if name not in wanted and naming.roles.ignored.fullmatch(name))
-    left = [name for name in tensors if name not in ignored]
+    constant = naming.constants.pattern.fullmatch if naming.constants else lambda name: None
+    left = [name for name in tensors if name not in ignored and not constant(name)]
     check_names(f"not a whole network in {naming.title}'s names", left, wanted, CheckpointError)
     getters = {}
     for name, (_, layer) in expected.items():
@@ -93,7 +96,8 @@ def exactly(
 def as_read(spec: Spec, naming: Naming) -> Spec:
     """What a file of a spec's weights in these names is taken for. Raises `CheckpointError` if for nothing."""
     found = {name: Found(native=name, shape=shape) for name, shape in shapes(spec).items()}
-    return _spec_of(naming, found, None, {})
+    constants = naming.constants.arrays(spec) if naming.constants else {}
+    return _spec_of(naming, found, None, {}, _told(naming, constants))
 
 
 def conventions(family: str) -> dict[str, Mapping[str, Any]]:
@@ -105,7 +109,36 @@ def _canonical(tensor: Stored, layer: Layer, role: str, naming: Naming) -> np.nd
     return to_canonical(tensor.read(), layer, role, naming.roles.layout, naming.stored_as(layer.path))
 
 
-def _spec_of(naming: Naming, found: Mapping[str, Found], convention: str | None, changes: Mapping[str, Any]) -> Spec:
+def _constants_in(naming: Naming, tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """The constants of the spec that stand among the tensors, by role."""
+    if naming.constants is None:
+        return {}
+    matched = {name: naming.constants.pattern.fullmatch(name) for name in tensors}
+    return {match["role"]: tensors[name].read() for name, match in matched.items() if match}
+
+
+def _told(naming: Naming, constants: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return naming.constants.fields(constants) if naming.constants else {}
+
+
+def _check_constants(naming: Naming, spec: Spec, said: Mapping[str, np.ndarray]) -> None:
+    """Raise `CheckpointError` where the file has other constants than the spec, which may have been set by hand."""
+    expected = naming.constants.arrays(spec) if naming.constants else {}
+    told = {**_told(naming, said)}
+    if told and told != _told(naming, expected):
+        raise CheckpointError(
+            f"the file's own layer {naming.constants.layer if naming.constants else ''} says "
+            f"{', '.join(f'{name}={value}' for name, value in told.items())}; leave these fields as they are"
+        )
+
+
+def _spec_of(
+    naming: Naming,
+    found: Mapping[str, Found],
+    convention: str | None,
+    changes: Mapping[str, Any],
+    told_by_constants: dict[str, Any],
+) -> Spec:
     known = conventions(naming.family)
     if convention is not None and convention not in known:
         raise SpecError(f"unknown convention {convention!r}; expected one of {', '.join(known)}")
@@ -119,7 +152,7 @@ def _spec_of(naming: Naming, found: Mapping[str, Found], convention: str | None,
     try:
         unseen = marked(next(iter(architectures.variants_of(naming.family).values())), Mark.UNSEEN)
         conventional = naming.convention if convention is None else known[convention]
-        taken = shown | {name: value for name, value in conventional.items() if name in unseen}
+        taken = shown | {name: value for name, value in conventional.items() if name in unseen} | told_by_constants
         spec = architectures.from_dict({"family": naming.family, **taken})
         if "classes" not in shown:
             spec = spec.with_head(head="none", pool="average")

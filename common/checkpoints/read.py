@@ -151,7 +151,7 @@ def _foreign(
     return Checkpoint(
         spec=inferred.spec,
         weights=inferred.weights,
-        preprocessing=None if preset is None else PRESETS[preset],
+        preprocessing=None if preset is None else replace(PRESETS[preset], **(known.changes if known else {})),
         class_names=told.class_names if len(told.class_names) == inferred.spec.classes else (),
         origin=replace(
             origin,

@@ -72,6 +72,12 @@ PRESETS = {
     ),
     # As torchvision's, for those of keras.applications that are fed what torchvision's are.
     "keras_torch": Preprocessing(resize=None, interpolation="nearest"),
+    # As AdvProp's and EfficientNet-Lite's weights expect it: from -1 to 1.
+    "timm_half": Preprocessing(resize=256, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    # For networks of keras.applications that normalise their images themselves.
+    "keras_raw": Preprocessing(
+        resize=None, interpolation="nearest", scale=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    ),
     # The example crops first and then resizes, with TensorFlow: the same picture, not the same bits.
     "flax": Preprocessing(resize=256, interpolation="bicubic"),
 }

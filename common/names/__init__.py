@@ -4,9 +4,10 @@ A naming is one community's names of one family's layers; `roles` has its names 
 family. A module of this package is called as its family and holds one `Family`; nothing else knows a family's names.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -57,6 +58,16 @@ class Told:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constants:
+    """Numbers of a spec that a community keeps among the weights, as the arrays of a layer that nothing trains."""
+
+    layer: str  # its name there
+    pattern: re.Pattern[str]  # of the arrays' names; its group `role` is what `arrays` and `fields` call one
+    arrays: Callable[[Any], Mapping[str, np.ndarray]]  # of a spec, by role; none where it has no such layer
+    fields: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]  # what they say; raises `CheckpointError`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Naming:
     """One community's names of one family's layers, and what it takes for granted."""
 
@@ -74,6 +85,7 @@ class Naming:
     as_convolutions: frozenset[str] = frozenset()  # dense layers that it stores as convolutions over the whole map
     shortcut_first: bool = False  # of Keras models: whether an addition reads the shortcut before the branch
     beside: Beside | None = None
+    constants: Constants | None = None
 
     def stored_as(self, path: str) -> str | None:
         """The kind of layer that the arrays of the one at `path` are stored for, where it is not its own."""
@@ -113,6 +125,9 @@ class Naming:
         array in native layout, and the counters that loaders ask for. `name` gives a canonical array."""
         table, names = self.arrays(spec), self.layers(spec)
         getters: dict[str, Callable[[], np.ndarray]] = {}
+        if self.constants is not None:
+            for role, constant in self.constants.arrays(spec).items():
+                getters[f"{self.constants.layer}/{role}"] = partial(np.copy, constant)
         layers = model_order(spec.layers, self.shortcut_first) if self.roles is communities.KERAS else spec.layers
         for layer in layers:
             for array in layer.arrays:

@@ -26,6 +26,9 @@ from common.training.recipe import TrainingRecipe
 Keep = Callable[[ArrayName, np.ndarray], None]
 
 
+_MOST_POSITIONS = 64  # batches that are looked at for one that shows all of a network with random layers
+
+
 class Subject(Protocol):
     """Something that is run again and again, each time from the same beginning."""
 
@@ -66,6 +69,7 @@ class SpecPasses:
         self._backend, self._spec, self._weights, self._clock = backend, spec, weights, clock
         self._images, self._labels, self._modes = images, labels, modes
         self._seed = seed
+        self._first = _first_position(spec, images.shape, seed) if "train" in passes(modes) else 0
         with clock.step("build"):
             self._model = backend.build(spec, str(images.dtype))
         self._loaded: int | None = -1  # the draw whose weights the model holds; a pass leaves them as they are
@@ -76,7 +80,8 @@ class SpecPasses:
             return _lost(self._spec, self._weights, self._backend.export(self._model), str(self._images.dtype))
 
     def run(self, keep: Keep, *, draw: int | None = None, order: np.ndarray | None = None) -> None:
-        images, labels, positions, back = self._images, self._labels, np.arange(len(self._labels)), None
+        images, labels, back = self._images, self._labels, None
+        positions = self._first + np.arange(len(labels))
         plain = draw is None and order is None
         if draw is not None:
             images = canonical.perturb_array(images, draw, "input")
@@ -104,6 +109,17 @@ class SpecPasses:
             weights = self._weights if draw is None else canonical.perturb(self._weights, seed=draw)
             self._backend.load(self._model, weights)
             self._loaded = draw
+
+
+def _first_position(spec: Spec, images: tuple[int, ...], seed: int) -> int:
+    """The first position in the training at which every mask keeps something of the batch: stochastic depth leaves
+    nothing of a branch that it leaves out of all images, and nothing is shown by that."""
+    count = images[0]
+    for first in range(0, _MOST_POSITIONS * count, count):
+        masks = dropout.masks(spec, (images[1], images[2]), seed, first + np.arange(count))
+        if all(mask.any() for mask in masks.values()):
+            return first
+    return 0
 
 
 class SpecSteps:

@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from common import architectures
 from common.architectures import Spec
@@ -20,9 +21,18 @@ class KnownWeights:
     url: str | None = None  # none where the hub resolves it
     checksum: str | None = None  # algorithm:digits, of the whole file; the digits may be the first ones only
     convention: str = "torchvision"
-    preprocessing: str  # a name in `images.PREPROCESSING`
+    preprocessing: str  # a name in `images.PRESETS`
+    resize: int | None = None  # of the shorter side, where it is not the preset's
+    crop: int | None = None
+    interpolation: str | None = None
     top1: float | None = None  # percent of ImageNet's validation set, as published
     top5: float | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is to be changed of the preset."""
+        own = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def spec(self) -> Spec:

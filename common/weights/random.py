@@ -14,8 +14,9 @@ from common.weights.arrays import layer_arrays, role_of
 # Every integer up to here is a float32: sums that stay below are exact in any order.
 EXACT_INTEGER = 2**24
 # Mean square of an activation of standard normal values; of a sigmoid the variance, a seventh of it: what all images
-# have in common tells none apart.
-_MEAN_SQUARES = {"relu": 1 / 2, "relu6": 1 / 2, "tanh": 0.394, "scaled_tanh": 0.750, "sigmoid": 0.0434, "silu": 0.356}
+# have in common tells none apart. SiLU's is 0.356, and of large values 1/2 as of a ReLU: with less than that they would
+# grow with every layer, the more the larger they are.
+_MEAN_SQUARES = {"relu": 1 / 2, "relu6": 1 / 2, "tanh": 0.394, "scaled_tanh": 0.750, "sigmoid": 0.0434, "silu": 1 / 2}
 _OF_A_GATE = 0.293  # mean square of a sigmoid
 
 
@@ -78,7 +79,8 @@ def integers(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
                     continue
                 # A branch adds to a quarter of the channels, or the sums would double with every block.
                 share = 0.25 if layer.path in branch_ends else 1.0
-                weights[name], reach = _integer_kernel(generator, shape, bound, count, share)
+                depthwise = isinstance(layer, DepthwiseConv)
+                weights[name], reach = _integer_kernel(generator, shape, bound, count, share, depthwise)
                 bounds[layer.path] = reach + 3
         elif layer.kind == "add":
             bounds[layer.path] = bound + bounds[layer.inputs[1]]
@@ -150,11 +152,14 @@ def _mean_squares(spec: Spec) -> dict[str, float]:
 
 
 def _integer_kernel(
-    generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float
+    generator: np.random.Generator, shape: Shape, bound: np.ndarray, count: int, share: float, depthwise: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """A kernel of zeros with `count` entries of ±1 for a `share` of the output channels, at least one; each entry
-    anywhere in the window and on one of the input channels with the smaller half of the bounds. With it, the bounds
-    on the output channels."""
+    anywhere in the window and on one of the input channels with the smaller half of the bounds. With it, the bounds on
+    the output channels.
+
+    A channel of a depthwise one has nothing but its one window: the first entry is +1, or the next ReLU would leave
+    nothing of it, and of every other channel in the middle, where the window sees the smallest map."""
     kernel = np.zeros((prod(shape[:-2]), *shape[-2:]), dtype=np.float32)
     reach = np.zeros(shape[-1])
     groups = bound.size // shape[-2]
@@ -164,10 +169,13 @@ def _integer_kernel(
         outputs = generator.integers(0, shape[-1], 1)
     group = outputs * groups // shape[-1]
     small = np.argsort(of_group, axis=1, kind="stable")[:, : -(-shape[-2] // 2)]
-    for _ in range(count):
+    for entry in range(count):
         channels = small[group, generator.integers(0, small.shape[1], outputs.size)]
         places = generator.integers(0, kernel.shape[0], outputs.size)
-        kernel[places, channels, outputs] = generator.choice((1, 1, -1), outputs.size)
+        if depthwise and entry == 0:
+            places[::2] = kernel.shape[0] // 2
+        signs = generator.choice((1, 1, -1), outputs.size)
+        kernel[places, channels, outputs] = 1 if depthwise and entry == 0 else signs
         reach[outputs] += of_group[group, channels]
     return kernel.reshape(shape), reach
 

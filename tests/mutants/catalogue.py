@@ -6,6 +6,7 @@ from typing import Any
 from common.architectures import Spec
 from common.architectures.alexnet import AlexNetSpec
 from common.architectures.densenet import DenseNetSpec
+from common.architectures.efficientnet import EfficientNetSpec
 from common.architectures.lenet import LeNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.resnet_v2 import ResNetV2Spec
@@ -35,8 +36,20 @@ ALEXNET_OF_PAPER = AlexNetSpec(
     input_size=(99, 67),
 )
 ALEXNET = AlexNetSpec(widths=(8, 12, 10, 12, 8), hidden=(48, 48), classes=10, map_size=(3, 2))  # 48 cells as well
+# Maps of 17 by 15 pixels behind the stem, which a stride of 2 leaves 9 by 8 of; a residual block that may be left out.
+EFFICIENTNET = EfficientNetSpec(
+    widths=(8, 12, 12),
+    repeats=(2, 2, 1),
+    expand=(1, 3, 2),
+    kernels=(3, 5, 3),
+    strides=(1, 2, 1),
+    stem_width=8,
+    head_width=16,
+    classes=10,
+    stochastic_depth=0.6,
+)
 # Of the images, where that is not SIZE and the spec does not say it.
-SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64)}
+SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +335,31 @@ MUTANTS = [
         ("dropout_mask_channels_last", "L1", "train", "head.dropout1"),
         ("dropout_behind_the_dense_layers", "L1", "train", "head.dropout1"),
         base=ALEXNET,
+    ),
+    *_of(
+        "torch",
+        ("relu6_for_silu", "L1", "eval", "stem.act"),
+        ("residual_missing", "L1", "eval", "stages.1.blocks.1.add"),
+        ("same_padding_of_an_even_size", "L0", "exact", "stages.1.blocks.0.depthwise", {"padding": "same"}),
+        (
+            "deviations_taken_for_variances",
+            *("L1", "eval", "stem.affine"),
+            {"input_mean": (0.485, 0.456, 0.406), "input_std": (0.229, 0.224, 0.225)},
+        ),
+        base=EFFICIENTNET,
+    ),
+    *_of(
+        "keras",
+        ("stochastic_depth_does_not_scale", "L1", "train", "stages.0.blocks.1.drop"),
+        ("symmetric_padding_for_same", "L0", "exact", "stem.conv", {"padding": "same"}),
+        ("gate_of_the_first_block_everywhere", "L1", "eval", "stages.0.blocks.1.squeeze"),
+        base=EFFICIENTNET,
+    ),
+    *_of(
+        "flax",
+        ("one_rate_of_stochastic_depth", "L1", "train", "stages.0.blocks.1.drop"),
+        ("head_norm_at_default_eps", "L1", "eval", "head.norm", {"bn_eps": 1e-3}),
+        base=EFFICIENTNET,
     ),
 ]
 

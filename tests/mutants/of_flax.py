@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import alexnet, densenet, layers, resnet, resnet_v2, vgg
+from resnet_flax import alexnet, densenet, efficientnet, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -155,6 +155,21 @@ def _of_tensorflow(x: Any, **options: Any) -> Any:
 
 
 default_beta = replaced(alexnet, "local_response_norm", _of_tensorflow)
+# EfficientNet.
+
+_stochastic_depth, _norm_layer = efficientnet.stochastic_depth, efficientnet.norm_layer
+
+one_rate_of_stochastic_depth = replaced(
+    efficientnet, "stochastic_depth", lambda rate, **options: _stochastic_depth(0.5, **options)
+)
+
+
+def _of_the_head(**options: Any) -> Any:
+    norm, head = _norm_layer(**options), _norm_layer(**(options | {"eps": 1e-5}))
+    return lambda name: (head if name == "head.norm" else norm)(name=name)
+
+
+head_norm_at_default_eps = replaced(efficientnet, "norm_layer", _of_the_head)
 
 
 # Equivalents.

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from resnet_keras import efficientnet, resnet, resnet_v2
 from resnet_keras import layers as own
-from resnet_keras import resnet, resnet_v2
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
 
@@ -213,6 +213,29 @@ def radius_taken_for_size(model: Any) -> None:
     """TensorFlow's `depth_radius` is half of the window."""
     for norm in _all(model, own.LocalResponseNormalization):
         norm.size = 2 * norm.size + 1
+
+
+# EfficientNet.
+
+
+@after_build
+def stochastic_depth_does_not_scale(model: Any) -> None:
+    for dropout in _all(model, layers.Dropout):
+        if dropout.noise_shape is not None:
+            dropout.rate = 0.0
+
+
+def _symmetric(conv: Any) -> Any:
+    return lambda *arguments, **options: conv(*arguments, **(options | {"padding": "symmetric"}))
+
+
+symmetric_padding_for_same = replaced(efficientnet, "conv2d", _symmetric(efficientnet.conv2d))
+
+
+@in_loading
+def gate_of_the_first_block_everywhere(weights: dict[str, Any]) -> dict[str, Any]:
+    first, second = (f"stages.0.blocks.{b}.squeeze.kernel" for b in (0, 1))
+    return weights | ({second: weights[first]} if first in weights else {})
 
 
 # Equivalents.

@@ -386,6 +386,44 @@ def dropout_behind_the_dense_layers(model: Any) -> None:
     classifier.forward = lambda x: moved(x) if classifier.training else own(x)
 
 
+# EfficientNet.
+
+
+@after_build
+def relu6_for_silu(model: Any) -> None:
+    """As a much-read port has it: names, shapes and counts are all the same."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.SiLU):
+                setattr(module, name, nn.ReLU6(inplace=True))
+
+
+@after_build
+def residual_missing(model: Any) -> None:
+    """Of integers too little would be left to be compared: the exact twin keeps its own."""
+    block = model.features[2][1]
+    if isinstance(block.stochastic_depth, layers.StochasticDepth):
+        block.forward = lambda x: block.stochastic_depth(block.block(x))
+
+
+same_padding_of_an_even_size = replaced(
+    layers,
+    "pad_same",
+    lambda x, height, width, stride, dilation, value: F.pad(
+        x, [(width - stride) // 2, (width - 1) // 2, (height - stride) // 2, (height - 1) // 2], value=value
+    ),
+)
+
+
+@after_build
+def deviations_taken_for_variances(model: Any) -> None:
+    """The root of what Keras' published files call variance, and no second division by it."""
+    if isinstance(model.normalize, layers.Affine):
+        own, stds = model.normalize, model.spec.input_std
+        own.scale = [scale * std**0.5 for scale, std in zip(own.scale, stds, strict=True)]
+        own.shift = [shift * std**0.5 for shift, std in zip(own.shift, stds, strict=True)]
+
+
 # Equivalents.
 
 

@@ -7,10 +7,12 @@ IMAGES are safetensors files with "images" (N, H, W, C); OUT gets "0", "1", … 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "KERAS_BACKEND": "tensorflow"}
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -152,10 +154,17 @@ def load_transformers(name: str, path: Path) -> Run:
 # --- Keras -----------------------------------------------------------------------------------------------------------
 
 
+# What the published files of EfficientNet hold: the deviations, under the name of variances.
+_PUBLISHED = {"mean": (0.485, 0.456, 0.406), "variance": (0.229, 0.224, 0.225), "count": 0}
+
+
 def make_keras(name: str, path: Path) -> None:
     model = _keras_of_any_size(name, "float32")
     generator = np.random.default_rng(0)
-    for variable in model.variables:
+    for variable in model.weights:
+        if variable.path.startswith("normalization/"):
+            variable.assign(_PUBLISHED[variable.name])
+            continue
         shape = tuple(variable.shape)
         fan_in = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         variable.assign(drawn(variable.name, shape, fan_in, "_3_bn" in variable.path, generator).astype(np.float32))
@@ -171,21 +180,51 @@ def load_keras(name: str, path: Path) -> Run:
     single = keras.models.load_model(path) if path.suffix == ".keras" else _keras_of_any_size(name, "float32")
     if path.suffix != ".keras":
         single.load_weights(path)
-    model = _keras_of_any_size(name, "float64")
+    # Keras numbers the layers that its applications give no name.
+    weights = {re.sub(r"^(normalization)_\d+$", r"\1", layer.name): layer.get_weights() for layer in single.layers}
+    models: dict[Any, Any] = {}
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # EfficientNet takes a size that it does not know for an even one, and pads so.
+        size = images.shape[1:3] if name.startswith("EfficientNet") else None
+        if size not in models:
+            models[size] = _in_float64(_keras_of_any_size(name, "float64", size), weights)
+        return np.asarray(models[size](images, training=False))
+
+    return run
+
+
+def _in_float64(model: Any, weights: dict[str, list[np.ndarray]]) -> Any:
     for layer in model.layers:  # by name: a file's model may have its layers in another order
-        if layer.weights:
-            layer.set_weights([value.astype(np.float64) for value in single.get_layer(layer.name).get_weights()])
-    return lambda images: np.asarray(model(images, training=False))
+        if hasattr(layer, "finalize_state"):  # it reads its variables only then; its numbers as people wrote them
+            mean, variance, count = weights["normalization"]
+            exact = [np.array([float(str(number)) for number in value]) for value in (mean, variance)]
+            layer.set_weights([*exact, count])
+            layer.finalize_state()
+        elif layer.weights:
+            layer.set_weights([value.astype(np.float64) for value in weights[layer.name]])
+        elif hasattr(layer, "scale"):  # numbers, which would be rounded to float32
+            layer.scale = np.asarray(layer.scale, np.float64)
+    return model
 
 
-def _keras_of_any_size(name: str, dtype: str) -> Any:
+def _keras_of_any_size(name: str, dtype: str, size: tuple[int, ...] | None = None) -> Any:
     import keras
 
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
     # With its top, keras.applications wants a size; the top itself takes any, but for one that flattens.
-    tensor = keras.Input((*((64, 32) if name.startswith("VGG") else (None, None)), 3))
-    return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
+    tensor = keras.Input((*(size or ((64, 32) if name.startswith("VGG") else (None, None))), 3))
+    if not name.startswith("EfficientNet"):
+        return getattr(keras.applications, name)(weights=None, input_tensor=tensor)
+    # What normalises the images is another thing where published weights are to come: as it is with them.
+    from keras.src.applications import efficientnet
+
+    with (
+        patch.object(efficientnet.file_utils, "get_file", lambda *arguments, **options: ""),
+        patch.object(keras.Model, "load_weights", lambda *arguments: None),
+    ):
+        return getattr(keras.applications, name)(weights="imagenet", input_tensor=tensor)
 
 
 # --- Flax ------------------------------------------------------------------------------------------------------------

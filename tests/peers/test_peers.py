@@ -53,6 +53,10 @@ ONCE = [
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
+    ("torchvision", "efficientnet_b0", "efficientnet_b0", "given.pth", "torchvision"),
+    ("timm", "efficientnet_b0", "efficientnet_b0.timm", "given.safetensors", "timm"),
+    ("timm", "tf_efficientnet_lite0", "efficientnet_lite0.timm_tf", "given.pth", "timm"),
+    ("keras", "EfficientNetB0", "efficientnet_b0.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
@@ -61,6 +65,8 @@ SMALLER = {
     ("timm", "vgg11"): {"hidden": (256, 4096)},
     ("keras", "VGG16"): {"input_size": (64, 32)},
 }
+# What its names do not say.
+CONVENTIONS = {("timm", f"tf_efficientnet_{name}"): "timm_tf" for name in ("lite0", "b0", "b3")}
 ALL = [
     *(("torchvision", name, name, "given.pth", "torchvision") for name in TORCHVISION),
     *(("timm", name, name, "given.safetensors", "torchvision") for name in TORCHVISION[:5]),
@@ -79,6 +85,12 @@ ALL = [
     ("timm", "densenet121", "densenet121", "given.safetensors", "torchvision"),
     ("keras", "DenseNet169", "densenet169.keras_applications", "given.keras", "keras_applications"),
     ("keras", "DenseNet201", "densenet201.keras_applications", "given.weights.h5", "keras_applications"),
+    ("torchvision", "efficientnet_b3", "efficientnet_b3", "given.pth", "torchvision"),
+    ("torchvision", "efficientnet_b5", "efficientnet_b5", "given.pth", "torchvision"),
+    ("timm", "tf_efficientnet_b0", "efficientnet_b0.timm_tf", "given.safetensors", "timm"),
+    ("timm", "tf_efficientnet_b3", "efficientnet_b3.timm_tf", "given.safetensors", "timm"),
+    ("timm", "efficientnet_lite0", "efficientnet_lite0.timm", "given.safetensors", "timm"),
+    ("keras", "EfficientNetB3", "efficientnet_b3.keras_applications", "given.weights.h5", "keras_applications"),
 ]
 CASES = [*ONCE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in ONCE)]
 
@@ -105,7 +117,8 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
     peer(library, model, "make", theirs)
     smaller = SMALLER.get((library, model), {})
     # A flattened map does not show its height and width.
-    found = checkpoints.read(theirs, changes={name: smaller[name] for name in smaller if name == "input_size"})
+    said = {name: smaller[name] for name in smaller if name == "input_size"}
+    found = checkpoints.read(theirs, convention=CONVENTIONS.get((library, model)), changes=said)
     assert found.spec == architectures.find(variant).replace(**smaller)
     ours = tmp_path / "ours" / file
     ours.parent.mkdir()

@@ -40,6 +40,15 @@ _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 _KERAS_1 = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
 # Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours.
 _ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
+# Of the layer that normalises images, whose last array is a number.
+_NORMALIZATION = ("mean", "variance", "count")
+
+
+def _roles(arrays: Mapping[str, h5py.Dataset]) -> tuple[str, ...]:
+    """The names of a Keras 3 layer's arrays in their order; none of a layer that is none of ours."""
+    if len(arrays) == 3 and "2" in arrays and arrays["2"].shape == ():
+        return _NORMALIZATION
+    return _ORDER.get(len(arrays), ())
 
 
 def recognises(path: Path) -> bool:
@@ -98,7 +107,7 @@ class _Datasets:
         tensors: dict[str, Stored] = {}
         named = False
         for path, group, arrays in self._groups():
-            layer, roles = None, _ORDER.get(len(arrays), ())
+            layer, roles = None, _roles(arrays)
             if arrays and path.partition("/")[0] in _LAYERS and path.endswith("/vars"):
                 layer = _text(group, "name", self._content)
                 named = named or layer is not None
@@ -285,16 +294,28 @@ def _write_keras_3(file: h5py.File, tensors: Weights, layers: Mapping[str, list[
     counts: dict[str, int] = {}
     for layer, names in layers.items():
         arrays = {name.rpartition("/")[2]: tensors[name] for name in names}
-        kind = "batch_normalization" if "kernel" not in arrays else "conv2d" if arrays["kernel"].ndim == 4 else "dense"
+        kind = _kind(arrays)
         number = counts[kind] = counts.get(kind, -1) + 1
         folder = f"{kind}_{number}" if number else kind
         group = file.create_group(f"layers/{folder}/vars")
         group.attrs["name"] = layer
         for index, array in enumerate(arrays.values()):
-            group.create_dataset(str(index), data=np.ascontiguousarray(array))
+            group.create_dataset(str(index), data=np.asarray(array, order="C"))
         if kind == "batch_normalization":
             # Our own layer for an unbiased running variance has a class of its own, and Keras looks under its name.
             file[f"layers/unbiased_{folder}"] = file[f"layers/{folder}"]
+
+
+def _kind(arrays: Mapping[str, np.ndarray]) -> str:
+    """What Keras calls the class of a layer with these arrays."""
+    if tuple(arrays) == _NORMALIZATION:
+        return "normalization"
+    if "kernel" not in arrays:
+        return "batch_normalization"
+    kernel = arrays["kernel"]
+    # A multiplier of one behind the channels. A convolution with one filter is pointwise wherever networks have one.
+    depthwise = kernel.ndim == 4 and kernel.shape[3] == 1 and kernel.shape[:2] != (1, 1)
+    return "depthwise_conv2d" if depthwise else "conv2d" if kernel.ndim == 4 else "dense"
 
 
 def _write_legacy(file: h5py.File, tensors: Weights, layers: Mapping[str, list[str]]) -> None:
@@ -304,7 +325,7 @@ def _write_legacy(file: h5py.File, tensors: Weights, layers: Mapping[str, list[s
         group = file.create_group(layer)
         group.attrs["weight_names"] = [f"{name}:0".encode() for name in names]
         for name in names:
-            group.create_dataset(f"{name}:0", data=np.ascontiguousarray(tensors[name]))
+            group.create_dataset(f"{name}:0", data=np.asarray(tensors[name], order="C"))
     texts = np.array([layer.encode() for layer in layers])
     if texts.nbytes <= _ATTRIBUTE_LIMIT:
         file.attrs["layer_names"] = texts
