@@ -144,7 +144,7 @@ class TestFile:
             ({"format": canonical.FORMAT, "spec": "{"}, "the spec inside is damaged: a spec is JSON"),
             ({"format": canonical.FORMAT, "spec": "[" * 100_000}, "the spec inside is damaged"),
             ({"format": canonical.FORMAT, "spec": "[]"}, "the spec inside is damaged: a spec is a JSON obj"),
-            ({"format": canonical.FORMAT, "spec": '{"family": "lenet"}'}, "the spec inside is damaged: family="),
+            ({"format": canonical.FORMAT, "spec": '{"family": "mobilenet"}'}, "the spec inside is damaged: family="),
             (
                 {"format": canonical.FORMAT, "spec": '{"family": "resnet", "block": "basic", "blocks": [0]}'},
                 "the spec inside is damaged: blocks=[0] is not allowed",

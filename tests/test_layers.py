@@ -377,12 +377,12 @@ class TestRandomWeights:
         for i in range(8):
             found.append(conv_of(f"b{i}.conv", last, 3 if i == 0 else 16, 16, bias=True))
             found.append(conv_of(f"b{i}.depthwise", f"b{i}.conv", 16, 16, DepthwiseConv))
-            found.append(ACTIVATIONS["silu"](path=f"b{i}.silu", inputs=(f"b{i}.depthwise",)))
-            found.append(GlobalPool(path=f"b{i}.pool", inputs=(f"b{i}.silu",), op="average", keep=True))
+            found.append(ReLU(path=f"b{i}.relu", inputs=(f"b{i}.depthwise",)))
+            found.append(GlobalPool(path=f"b{i}.pool", inputs=(f"b{i}.relu",), op="average", keep=True))
             found.append(conv_of(f"b{i}.expand", f"b{i}.pool", 16, 16, kernel=1, bias=True))
             found.append(Sigmoid(path=f"b{i}.sigmoid", inputs=(f"b{i}.expand",)))
             last = f"b{i}.gate"
-            found.append(Gate(path=last, inputs=(f"b{i}.silu", f"b{i}.sigmoid")))
+            found.append(Gate(path=last, inputs=(f"b{i}.relu", f"b{i}.sigmoid")))
         spec = Walk(tuple(found))
         taps = computed(spec, weights.randomize(spec), np.random.default_rng(0).standard_normal((4, 10, 10, 3)))
         assert 0.02 < taps["b7.gate"].std(axis=0).mean() < 10

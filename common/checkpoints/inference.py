@@ -43,10 +43,10 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
     `CheckpointError` for tensors of no network of ours, `SpecError` for an unknown convention.
     """
     native = {name: tensor.shape for name, tensor in source.tensors.items()}
-    failed: list[tuple[int, ParityError]] = []
+    failed: list[_Failed] = []
     for family in architectures.families():
         for naming in names.of(family).namings:
-            found: Mapping[str, Found] = {}
+            found: Mapping[str, Found] | None = None
             try:
                 found = naming.found(native)
                 if found:
@@ -57,11 +57,27 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
                     assumed = {name: value for name, value in _unseen(spec).items() if name not in (changes or {})}
                     return Inferred(spec=spec, weights=weights, naming=naming, assumed=assumed, ignored=ignored)
             except (CheckpointError, SpecError) as error:  # a convention may be another family's
-                failed.append((len(found), error))
-    if failed:
-        raise max(failed, key=lambda one: one[0])[1]
+                # Where two names are spellings of one nothing was found yet, though these names are known best.
+                known = {one.native for one in found.values()} if found is not None else set(native)
+                failed.append(_Failed(known=known, naming=naming, error=error))
+    closest = max(failed, key=lambda one: len(one.known), default=None)
+    if closest is not None and 2 * len(closest.known) >= len(native):
+        raise closest.error
     some = ", ".join(list(native)[:4]) or "none"
-    raise CheckpointError(f"a {source.container} file whose {len(native)} tensors have no names known here: {some}")
+    message = f"a {source.container} file whose {len(native)} tensors have no names known here: {some}"
+    if closest is not None and closest.known:
+        stranger = next(name for name in native if name not in closest.known)
+        message += f"; most like a {closest.naming.family} in {closest.naming.title}'s names, which has no {stranger}"
+    raise CheckpointError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failed:
+    """A naming that a file is not in: which of the file's names it knows, and what speaks against it."""
+
+    known: set[str]
+    naming: Naming
+    error: ParityError
 
 
 def exactly(
