@@ -9,7 +9,7 @@ in a setting, and its random numbers (common/training/augment.py) are its own.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from common.errors import ParityError, RecipeError
 from common.fields import Bound, Checked, Count, Natural, NotNegative, Positive
@@ -35,9 +35,10 @@ class Step(Checked):
         if cls is not Step or not isinstance(data, Mapping):
             return super().from_data(data)
         if "step" not in data:
-            raise RecipeError(f"field 'step' is missing in a step of the augmentation; expected one of {', '.join(KINDS)}")
-        made: Self = kind(data["step"]).from_data(data)
-        return made
+            raise RecipeError(
+                f"field 'step' is missing in a step of the augmentation; expected one of {', '.join(KINDS)}"
+            )
+        return cast(Self, kind(data["step"]).from_data(data))
 
     def output(self, size: Size | None) -> Size | None:
         """The height and width of an image after this step; None, of images that differ, where they still do. Raises
@@ -205,18 +206,20 @@ def output(steps: Iterable[Step], size: Size | None) -> Size | None:
 
 def sized(steps: Augmentation, side: int | None) -> Augmentation:
     """The steps with which the network sees a square of this side: the last step that cuts one cuts this, of images
-    that are resized to no less; where none does, images are resized first, and their middle is taken.
+    resized to no less, or to this if they were just so large; where none does, images are resized first, and their
+    middle is taken.
 
     None: images stay as large as they come.
     """
-    cuts = [n for n, step in enumerate(steps) if isinstance(step, CentreCrop | ResizedCrop) or _cuts(step)]
-    if side is not None and cuts:
+    cut = max((n for n, step in enumerate(steps) if _cuts(step)), default=None)
+    if side is not None and cut is not None:
+        before = getattr(steps[cut], "size", None)
         made = list(steps)
         for n, step in enumerate(steps):
-            if n == cuts[-1]:
-                made[n] = replace(step, size=side)
-            elif isinstance(step, Resize):
-                made[n] = replace(step, size=max(step.size, side) if n < cuts[-1] else side)
+            if isinstance(step, Resize):
+                made[n] = Resize(size=max(step.size, side) if n < cut and step.size != before else side)
+            elif n == cut:
+                made[n] = Step.from_data(asdict(step) | {"size": side})
         return tuple(made)
     free = tuple(
         replace(step, size=None) if isinstance(step, Crop | ResizedCrop) else step
@@ -227,7 +230,8 @@ def sized(steps: Augmentation, side: int | None) -> Augmentation:
 
 
 def _cuts(step: Step) -> bool:
-    return isinstance(step, Crop) and step.size is not None
+    """Whether it makes images of one size, or may."""
+    return isinstance(step, CentreCrop | ResizedCrop) or (isinstance(step, Crop) and step.size is not None)
 
 
 def changed(steps: Augmentation, settings: Mapping[str, Any]) -> Augmentation:

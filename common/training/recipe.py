@@ -30,7 +30,7 @@ from common.errors import ParityError, RecipeError
 from common.fields import Between, Checked, Count, Natural, NotNegative, Positive, Share
 from common.files import reason
 from common.training import augmentation as augmentations
-from common.training.augmentation import Augmentation, Crop, Flip, Jitter, Normalise, ResizedCrop, Resize
+from common.training.augmentation import Augmentation, Crop, Flip, Jitter, Normalise, Resize, ResizedCrop
 
 Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["coupled", "decoupled"]
