@@ -1,6 +1,8 @@
 import json
 import math
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -228,3 +230,9 @@ def test_the_cifar_preset_is_the_papers():
     assert recipe.total_steps(351) == 64_000
     at = [recipe.learning_rate_at(step, 351) for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
     assert at == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_page_on_training_shows_the_tutorials_augmentation():
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert recipes.from_dict(tomllib.loads(block)).augmentation == TUTORIAL

@@ -38,7 +38,7 @@ _PANEL = "Train"
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
 _RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file."
 _ENLARGED = 4
-_SETTING = "One field of the recipe, as lr=0.05; repeatable."
+_SETTING = "One field of the recipe, as lr=0.05 or augmentation.crop.pad=4; repeatable."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,7 @@ def train(
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with, as final.safetensors of another run.")
     ] = None,
     print_every: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="STEPS", help="Print the mean loss of every so many steps.", show_default="epochs"),
+        int | None, typer.Option(min=1, metavar="STEPS", help="Print the mean loss of every so many steps, as 100.")
     ] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="One of several processes that the framework's launcher started.")
@@ -381,16 +380,16 @@ def _progress(plan: Plan, replica: Replica, every: int | None) -> Iterator[Calla
             m = event.measured
             doing = f"loss {m.loss:.4f}  acc {m.accuracy:6.2%}  {event.images_per_second:,.0f} images/s"
             bar.update(task, total=event.steps, completed=event.step, doing=doing)
-            if event.evaluated is None:
-                losses.append(m.loss)
-                if every and event.step % every == 0:
-                    say(f"epoch {event.epoch:5.1f}  step {event.step:7,}  loss {sum(losses) / len(losses):.4f}")
-                    losses.clear()
-            else:
+            if event.evaluated is not None:
                 say(
                     f"epoch {event.epoch:5.1f}  loss {m.loss:.4f}  {event.part} loss {event.evaluated.loss:.4f}  "
                     f"accuracy {event.evaluated.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s"
                 )
+            elif every:
+                losses.append(m.loss)
+                if event.step % every == 0:
+                    say(f"epoch {event.epoch:5.1f}  step {event.step:7,}  loss {sum(losses) / len(losses):.4f}")
+                    losses.clear()
 
         yield show
 
