@@ -397,9 +397,9 @@ class TestAugmentation:
     @pytest.mark.parametrize("draw", [0.0, 0.3, 0.5, 0.998, 1.0])
     def test_the_hue_turns_in_whole_steps_towards_zero(self, draw):
         hues = np.array(Image.fromarray(self.IMAGE).convert("HSV"))
-        hues[..., 0] += np.uint8(int(255 * 0.3 * (2 * draw - 1)) % 256)
+        hues[..., 0] += np.uint8(int(255 * 0.5 * (2 * draw - 1)) % 256)
         expected = Image.frombytes("HSV", (14, 10), hues.tobytes()).convert("RGB")
-        assert np.array_equal(self.made(self.draws(hue=draw), Jitter(hue=0.3)), np.asarray(expected))
+        assert np.array_equal(self.made(self.draws(hue=draw), Jitter(hue=0.5)), np.asarray(expected))
 
     def test_a_grey_image_has_neither_saturation_nor_hue(self):
         grey, jitter = self.IMAGE[..., :1], Jitter(contrast=0.4, saturation=0.4, hue=0.4)
