@@ -268,11 +268,10 @@ def changed(steps: Augmentation, settings: Mapping[str, Any]) -> Augmentation:
 
 def _check_name(step: str, field: str) -> None:
     """Raise `RecipeError` for the name of a setting that is none."""
-    known = ["size", *KINDS]
     if step not in KINDS:
-        near = get_close_matches(step, known, n=1)
+        near = get_close_matches(step, KINDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of size, {', '.join(map(_settings, KINDS))}"
-        raise RecipeError(f"unknown setting augmentation.{step}; {hint}")
+        raise RecipeError(f"unknown setting augmentation.{step}{field and '.'}{field}; {hint}")
     if field:
         KINDS[step].check_names({field: None})
 
