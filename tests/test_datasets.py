@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from common import datasets
 from common import images as photographs
 from common.errors import DataError
+from common.training.augmentation import Resize, ResizedCrop
 from common.training.recipe import PRESETS
 
 RNG = np.random.default_rng(0)
@@ -336,7 +337,7 @@ class TestIdx:
         mnist(tmp_path, *self.PARTS, ending=ending, dot=dot)
         found = datasets.open(str(tmp_path))
         assert (found.channels, found.size, found.classes) == (1, (28, 28), tuple("0123456789"))
-        assert PRESETS[found.recipe].augmentation.size == 224
+        assert PRESETS[found.recipe].augmentation == (Resize(size=224),)
         for part, (images, labels) in zip((found.train, found.test), self.PARTS, strict=True):
             assert np.array_equal(everything(part)[0], images[..., None])
             assert part.labels.tolist() == labels.tolist()
@@ -452,7 +453,7 @@ class TestFolder:
                 for n in range(3):
                     colour(first + 100 * label + n).save(tmp_path / part / name / f"{n}.png")
         found = datasets.open(str(tmp_path))
-        assert PRESETS[found.recipe].augmentation.resized_crop
+        assert PRESETS[found.recipe].augmentation[0] == ResizedCrop(size=224)
         assert found.classes == ("a", "b")
         assert (found.channels, found.size, found.notes) == (3, (16, 24), ())
         assert self.values(found.train) == [100, 101, 102, 0, 1, 2]

@@ -1,21 +1,23 @@
 """The input pipeline: a batch is a function of data, recipe and step, whoever prepares it, and for whatever share."""
 
+import colorsys
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from hashlib import sha256
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from common import datasets, images
 from common.datasets import Dataset, Examples, Records
@@ -23,7 +25,8 @@ from common.datasets.base import Bytes
 from common.errors import DataError, RecipeError, TrainingError
 from common.training import augment, pipeline, streams
 from common.training.augment import DRAWS
-from common.training.recipe import Augmentation, TrainingRecipe
+from common.training.augmentation import CentreCrop, Crop, Flip, Jitter, Normalise, Resize, ResizedCrop
+from common.training.recipe import PRESETS, TrainingRecipe
 from common.training.trainer import Replica
 
 COUNT, TESTED, BATCH = 100, 21, 12  # eight batches in an epoch, four images left over
@@ -48,7 +51,8 @@ DATA = Dataset(
     std=(0.2, 0.3, 0.4),
     recipe="digits",
 )
-AUGMENTED = PLAIN.replace(augmentation={"pad": 2, "flip": True, "color_jitter": 0.3})
+JITTER = Jitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+AUGMENTED = PLAIN.replace(augmentation=(Crop(pad=2), Flip(), JITTER))
 
 
 def batches(recipe=AUGMENTED, start=0, stop=8, data=DATA, **options):
@@ -115,7 +119,7 @@ class TestOrder:
 
     def test_the_bytes_never_change(self):
         # The first batches of two epochs, on every machine and with every release of NumPy.
-        recipe = TrainingRecipe(batch_size=64, augmentation=Augmentation(pad=1, flip=True), seed=7)
+        recipe = TrainingRecipe(batch_size=64, augmentation=(Crop(pad=1), Flip()), seed=7)
         digits = datasets.open("digits")
         assert pipeline.steps_per_epoch(digits, recipe) == 22
         digest = sha256()
@@ -223,11 +227,19 @@ class TestEvaluation:
         with pytest.raises(RecipeError, match="validation=100; numbers has 100 training images in all"):
             pipeline.evaluation_batches(DATA, PLAIN.replace(validation=COUNT))
 
-    @pytest.mark.parametrize("augmentation", [{"size": 4}, {"size": 4, "resized_crop": True}, {"size": 7}])
-    def test_the_words_for_a_preprocessing_prepare_what_the_recipe_prepares(self, augmentation):
-        recipe = PLAIN.replace(augmentation=augmentation)
+    @pytest.mark.parametrize(
+        ("steps", "crop", "resize"),
+        [
+            ((Resize(size=7), CentreCrop(size=4), Crop(pad=2), Flip(), JITTER), 4, 7),
+            ((ResizedCrop(size=4),), 4, 5),
+            ((Flip(), CentreCrop(size=3)), 3, 4),
+            ((Crop(size=6, pad=1),), 6, 4),
+        ],
+    )
+    def test_the_words_for_a_preprocessing_prepare_what_the_recipe_prepares(self, steps, crop, resize):
+        recipe = PLAIN.replace(augmentation=steps)
         said = pipeline.preprocessing(DATA, recipe)
-        assert (said.crop, said.mean, said.std) == (augmentation["size"], DATA.mean, DATA.std)
+        assert (said.crop, said.resize, said.mean, said.std) == (crop, resize, DATA.mean, DATA.std)
         by_recipe, by_words = (
             list(pipeline.evaluation_batches(DATA, recipe, preprocessing=how)) for how in (None, said)
         )
@@ -242,10 +254,12 @@ class TestEvaluation:
     def test_what_photographs_have_no_words_for(self):
         assert pipeline.preprocessing(DATA, PLAIN) is None  # 4 x 5 pixels
         grey = Dataset(**(vars(DATA) | {"channels": 1, "mean": (0.5,), "std": (0.5,)}))
-        assert pipeline.preprocessing(grey, PLAIN.replace(augmentation={"size": 4})) is None
+        assert pipeline.preprocessing(grey, PLAIN.replace(augmentation=(CentreCrop(size=4),))) is None
+        for steps in ((Resize(size=8), ResizedCrop(size=4)), (CentreCrop(size=4), Resize(size=8))):
+            assert pipeline.preprocessing(DATA, PLAIN.replace(augmentation=steps)) is None
 
     def test_nothing_is_random(self):
-        recipe = AUGMENTED.replace(augmentation={"pad": 2, "flip": True, "size": 4, "color_jitter": 0.5})
+        recipe = AUGMENTED.replace(augmentation=(Crop(size=4, pad=2), Flip(), JITTER))
         assert same(
             list(pipeline.evaluation_batches(DATA, recipe)),
             list(pipeline.evaluation_batches(DATA, recipe.replace(seed=9))),
@@ -253,12 +267,30 @@ class TestEvaluation:
 
     def test_images_of_different_sizes_need_a_size(self):
         data = Dataset(**(vars(DATA) | {"size": None}))
-        with pytest.raises(RecipeError, match=r"images of numbers differ in size; set augmentation\.size"):
-            pipeline.evaluation_batches(data, PLAIN)
+        for steps in ((), (Resize(size=4), Crop(pad=1), ResizedCrop())):
+            recipe = PLAIN.replace(augmentation=steps)
+            with pytest.raises(RecipeError, match=r"images of numbers differ in size; set augmentation\.size"):
+                pipeline.evaluation_batches(data, recipe)
+        pipeline.evaluation_batches(data, PLAIN.replace(augmentation=(Crop(size=4),)))
+
+    def test_a_crop_larger_than_the_images(self):
+        with pytest.raises(RecipeError, match=r"a crop of 7x7 does not fit into images of 4x5 with pad=1; resize"):
+            batches(PLAIN.replace(augmentation=(Crop(size=7, pad=1),)))
 
     def test_a_mean_for_other_channels(self):
-        with pytest.raises(RecipeError, match=r"augmentation.mean=\(0.5,\); expected 3 values"):
-            batches(PLAIN.replace(augmentation={"mean": [0.5], "std": [0.5]}))
+        recipe = PLAIN.replace(augmentation=(Normalise(mean=(0.5, 0.5), std=(0.5, 0.5)),))
+        with pytest.raises(RecipeError, match=r"augmentation.normalise.mean=\(0.5, 0.5\); expected 3 values .*or one"):
+            batches(recipe)
+
+    def test_the_recipes_own_normalisation_takes_the_place_of_the_datas(self):
+        whole, each = (
+            PLAIN.replace(augmentation=(Normalise(mean=(0.5,) * count, std=(0.25,) * count),)) for count in (1, 3)
+        )
+        assert same(batches(whole), batches(each))
+        made, labels = batches(whole)[0]
+        assert np.allclose(made, (DATA.train.images(labels) / 255 - 0.5) * 4, atol=1e-6)
+        square = whole.replace(augmentation=(CentreCrop(size=4), *whole.augmentation))
+        assert pipeline.preprocessing(DATA, square).std == (0.25, 0.25, 0.25)
 
 
 class TestAugmentation:
@@ -266,11 +298,9 @@ class TestAugmentation:
     MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     KEY = np.array([3, 4], np.uint64)
 
-    def made(self, draws, image=IMAGE, **fields):
-        """The pixels of one example, its normalisation undone."""
-        (values,) = augment.examples(
-            [image], Augmentation(**fields), (0.0,) * image.shape[2], (1.0,) * image.shape[2], draws
-        )
+    def made(self, draws, *steps, image=IMAGE):
+        """The pixels of one example, not normalised."""
+        (values,) = augment.examples([image], steps, (0.0,), (1.0,), draws)
         assert values.dtype == np.float32
         pixels = values * 255
         assert np.abs(pixels - pixels.round()).max() < 1e-3
@@ -295,7 +325,7 @@ class TestAugmentation:
         assert abs(np.corrcoef(draws.T) - np.eye(DRAWS)).max() < 5 / 5000**0.5
 
     def test_normalised_values_are_those_of_the_formula_to_the_bit(self):
-        (values,) = augment.examples([self.IMAGE], Augmentation(), self.MEAN, self.STD, None)
+        (values,) = augment.examples([self.IMAGE], (), self.MEAN, self.STD, None)
         single = [np.array(one, np.float32) for one in (self.MEAN, self.STD)]
         expected = (self.IMAGE.astype(np.float32) / np.float32(255) - single[0]) / single[1]
         assert values.tobytes() == expected.tobytes()
@@ -307,19 +337,34 @@ class TestAugmentation:
         for draws in pipeline.draws_at(self.KEY, 0, 400):
             top, left = (int(draws[place] * (2 * pad + 1)) for place in (0, 1))
             windows.add((top, left))
-            assert np.array_equal(self.made(draws[None], pad=pad), padded[top : top + 10, left : left + 14])
+            assert np.array_equal(self.made(draws[None], Crop(pad=pad)), padded[top : top + 10, left : left + 14])
         assert len(windows) == (2 * pad + 1) ** 2
+
+    @pytest.mark.parametrize(("size", "pad"), [(6, 0), (10, 0), (3, 2), (12, 1)])
+    def test_a_crop_of_a_size_is_any_window_of_it(self, size, pad):
+        padded = np.pad(self.IMAGE, ((pad, pad), (pad, pad), (0, 0)))
+        windows = {
+            padded[top : top + size, left : left + size].tobytes()
+            for top in range(10 + 2 * pad - size + 1)
+            for left in range(14 + 2 * pad - size + 1)
+        }
+        found = {self.made(d[None], Crop(size=size, pad=pad)).tobytes() for d in pipeline.draws_at(self.KEY, 0, 1500)}
+        assert found == windows
+
+    def test_a_crop_that_does_not_fit(self):
+        with pytest.raises(RecipeError, match=r"a crop of 13x13 does not fit into images of 10x14 with pad=1"):
+            self.made(self.draws(), Crop(size=13, pad=1))
 
     def test_half_of_the_images_are_flipped(self):
         flipped = 0
         for draws in pipeline.draws_at(self.KEY, 0, 400):
-            made = self.made(draws[None], flip=True)
+            made = self.made(draws[None], Flip())
             assert np.array_equal(made, self.IMAGE) != np.array_equal(made, self.IMAGE[:, ::-1])
             flipped += np.array_equal(made, self.IMAGE[:, ::-1])
         assert abs(flipped - 200) < 5 * 10
 
-    def test_brightness_contrast_and_saturation_are_their_formulas(self):
-        most, image = 0.4, self.IMAGE.astype(float)
+    def test_each_jitter_of_its_own_factor_is_its_formula(self):
+        image = self.IMAGE.astype(float)
 
         def grey(pixels):
             return (pixels @ [0.299, 0.587, 0.114])[..., None]
@@ -329,17 +374,56 @@ class TestAugmentation:
             ("contrast", lambda pixels: round(grey(pixels).mean())),
             ("saturation", grey),
         ):
-            for draw in (0.0, 0.2, 0.9):
-                factor = 1 + most * (2 * draw - 1)
+            for most, draw in ((0.4, 0.0), (0.4, 0.2), (0.4, 0.9), (1.5, 0.0), (1.5, 0.7)):
+                low, high = max(0, 1 - most), 1 + most
                 start = reference(image)
-                expected = np.clip(start + factor * (image - start), 0, 255)
-                made = self.made(self.draws(**{name: draw}), color_jitter=most)
+                expected = np.clip(start + (low + draw * (high - low)) * (image - start), 0, 255)
+                made = self.made(self.draws(**{name: draw}), Jitter(**{name: most}))
                 assert np.abs(made - expected).max() <= 2  # rounded down, and the grey in whole numbers
 
-    def test_a_grey_image_has_no_saturation(self):
-        grey = self.IMAGE[..., :1]
-        assert np.array_equal(self.made(self.draws(saturation=0.9), grey, color_jitter=0.4), grey)
-        assert not np.array_equal(self.made(self.draws(contrast=0.9), grey, color_jitter=0.4), grey)
+    @pytest.mark.parametrize(("hue", "draw"), [(0.5, 0.0), (0.3, 0.9), (0.25, 1.0), (0.1, 0.0), (0.4, 0.5)])
+    def test_the_hue_turns_by_its_factor_of_a_circle(self, hue, draw):
+        colours = [(one, 255, 255) for one in np.linspace(0, 1, 12, endpoint=False)]
+        image = np.array([[colorsys.hsv_to_rgb(h, 0.8, 0.9) for h, _, _ in colours]] * 2)
+        image = (image * 255).round().astype(np.uint8)
+        made = self.made(self.draws(hue=draw), Jitter(hue=hue), image=image)
+        turned = hue * (2 * draw - 1)
+        for before, after in zip(image[0] / 255, made[0] / 255, strict=True):
+            h, s, v = colorsys.rgb_to_hsv(*before)
+            found = colorsys.rgb_to_hsv(*after)
+            assert abs((found[0] - h - turned + 0.5) % 1 - 0.5) < 0.015  # hues are 256
+            assert found[1:] == pytest.approx((s, v), abs=0.02)
+
+    @pytest.mark.parametrize("draw", [0.0, 0.3, 0.5, 0.998, 1.0])
+    def test_the_hue_turns_in_whole_steps_towards_zero(self, draw):
+        hues = np.array(Image.fromarray(self.IMAGE).convert("HSV"))
+        hues[..., 0] += np.uint8(int(255 * 0.5 * (2 * draw - 1)) % 256)
+        expected = Image.frombytes("HSV", (14, 10), hues.tobytes()).convert("RGB")
+        assert np.array_equal(self.made(self.draws(hue=draw), Jitter(hue=0.5)), np.asarray(expected))
+
+    def test_a_grey_image_has_neither_saturation_nor_hue(self):
+        grey, jitter = self.IMAGE[..., :1], Jitter(contrast=0.4, saturation=0.4, hue=0.4)
+        assert np.array_equal(self.made(self.draws(saturation=0.9, hue=0.9), jitter, image=grey), grey)
+        assert not np.array_equal(self.made(self.draws(contrast=0.9), jitter, image=grey), grey)
+
+    def test_the_jitters_come_in_every_order_equally_often(self):
+        jitter = Jitter(brightness=0.9, contrast=0.9, saturation=0.9, hue=0.4)
+        factors = {"brightness": 1.81, "contrast": 0.19, "saturation": 1.81, "hue": 0.36}
+        orders = {}
+        for order in permutations(factors):
+            picture = Image.fromarray(self.IMAGE)
+            for name in order:
+                picture = augment.coloured(picture, name, factors[name])
+            orders[np.asarray(picture).tobytes()] = order
+        seen = Counter()
+        for draws in pipeline.draws_at(self.KEY, 0, 2400):
+            for name, draw in (("brightness", 0.95), ("contrast", 0.05), ("saturation", 0.95), ("hue", 0.95)):
+                draws[getattr(augment, f"_{name.upper()}")] = draw
+            seen[orders[self.made(draws[None], jitter).tobytes()]] += 1
+        firsts = Counter(order[0] for order in seen.elements())
+        assert len(set(orders.values())) == len(seen) == 24
+        assert all(abs(count - 100) < 5 * 10 for count in seen.values())
+        assert all(abs(count - 600) < 5 * 22 for count in firsts.values())
 
     def test_a_random_part_is_a_box_of_the_image_resized(self):
         # Both coordinates of a pixel can be read off it: rows in red, columns in green.
@@ -347,7 +431,7 @@ class TestAugmentation:
         image = np.stack([2 * rows, 2 * columns, 0 * rows], axis=-1).astype(np.uint8)
         shares, ratios, corners = [], [], set()
         for draws in pipeline.draws_at(self.KEY, 0, 500):
-            made = self.made(draws[None], image, size=16, resized_crop=True).astype(float) / 2
+            made = self.made(draws[None], ResizedCrop(size=16), image=image).astype(float) / 2
             assert made.shape == (16, 16, 3)
             # The middles of sixteen bins: the first and last are half a bin inside the box.
             height, width = (
@@ -369,37 +453,65 @@ class TestAugmentation:
         for shape in ((4, 400), (400, 4), (1, 1), (1, 50)):
             image = RNG.integers(0, 256, (*shape, 3), np.uint8)
             for draws in pipeline.draws_at(self.KEY, 0, 20):
-                assert self.made(draws[None], image, size=8, resized_crop=True).shape == (8, 8, 3)
+                assert self.made(draws[None], ResizedCrop(size=8), image=image).shape == (8, 8, 3)
 
     def test_a_random_part_without_a_size_is_resized_to_the_image(self):
         draws = pipeline.draws_at(self.KEY, 0, 1)
-        assert self.made(draws, resized_crop=True).shape == self.IMAGE.shape
+        assert self.made(draws, ResizedCrop()).shape == self.IMAGE.shape
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_a_size_squeezes_nothing_and_takes_the_middle(self, training):
+    def test_a_resize_squeezes_nothing_and_the_middle_is_the_middle(self, training):
         draws = self.draws() if training else None
         small = Image.fromarray(self.IMAGE).resize((28, 20), Image.Resampling.BILINEAR)  # the shorter side, 10, to 20
-        assert np.array_equal(self.made(draws, size=20), np.asarray(small.crop((4, 0, 24, 20))))
+        assert np.array_equal(self.made(draws, Resize(size=20)), np.asarray(small))
+        made = self.made(draws, Resize(size=20), CentreCrop(size=20))
+        assert np.array_equal(made, np.asarray(small.crop((4, 0, 24, 20))))
+        assert np.array_equal(self.made(draws, CentreCrop(size=6)), self.IMAGE[2:8, 4:10])
+        assert np.array_equal(self.made(draws, CentreCrop(size=14)), np.pad(self.IMAGE, ((2, 2), (0, 0), (0, 0))))
 
     def test_after_training_on_parts_an_image_is_tested_as_torchvision_does(self):
         (photo, *_) = images.sample_photos()
         (made,) = augment.examples(
             [np.asarray(images.read(photo))],
-            Augmentation(size=224, resized_crop=True, flip=True),
+            (ResizedCrop(size=224), Flip()),
             tuple(images.IMAGENET_MEAN),
             tuple(images.IMAGENET_STD),
             None,
         )
         assert np.array_equal(made, images.preprocess(photo, images.PRESETS["torchvision"]))
 
-    def test_the_steps_follow_each_other_as_the_recipe_says(self):
+    def test_the_steps_follow_each_other_in_the_order_of_the_recipe(self):
         draws = self.draws(top=0.0, left=0.99, flip=0.1, brightness=0.9)
-        small = np.asarray(Image.fromarray(self.IMAGE).resize((16, 12), Image.Resampling.BILINEAR))[:, 2:14]
-        assert np.array_equal(self.made(self.draws(), size=12), small)
-        shifted = np.pad(small, ((3, 3), (3, 3), (0, 0)))[:12, 6:]
-        bright = ImageEnhance.Brightness(Image.fromarray(np.ascontiguousarray(shifted[:, ::-1]))).enhance(1.4)
-        made = self.made(draws, size=12, pad=3, flip=True, color_jitter=0.5)
-        assert np.array_equal(made, np.asarray(bright))
+        picture = Image.fromarray(self.IMAGE)
+        resize, crop, flip, jitter = (Resize(size=12), Crop(size=9, pad=2), Flip(), Jitter(brightness=0.5))
+        by_hand = {
+            resize: lambda one: one.resize(
+                (12 * one.width // min(one.size), 12 * one.height // min(one.size)), Image.Resampling.BILINEAR
+            ),
+            crop: lambda one: one.crop((one.width + 2 - 9, -2, one.width + 2, 7)),
+            flip: ImageOps.mirror,
+            jitter: lambda one: ImageEnhance.Brightness(one).enhance(1.4),
+        }
+        found = set()
+        for order in permutations(by_hand):
+            expected = picture
+            for step in order:
+                expected = by_hand[step](expected)
+            made = self.made(draws, *order)
+            assert np.array_equal(made, np.asarray(expected)), order
+            found.add(made.tobytes())
+        assert len(found) >= 4  # so that an order kept by the code could not pass
+
+    def test_an_example_of_the_tutorials_preset_by_hand(self):
+        image = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+        large = ImageOps.mirror(Image.fromarray(image).resize((256, 256), Image.Resampling.BILINEAR))
+        part = large.crop((48, 96, 112, 160))
+        for name, factor in (("brightness", 1.3), ("contrast", 0.8), ("hue", 0.24)):
+            part = augment.coloured(part, name, factor)
+        draws = self.draws(top=0.5, left=0.25, flip=0.1, brightness=0.8, contrast=0.3, hue=0.9)
+        draws[0, [augment._FIRST, augment._SECOND, augment._THIRD]] = 0.0  # in the order of the fields
+        made = self.made(draws, *PRESETS["cifar10_step"].augmentation, image=image)
+        assert np.array_equal(made, np.asarray(part))
 
     def test_one_example_is_that_of_a_batch(self):
         key = streams.key(AUGMENTED.seed, streams.AUGMENTATION)
@@ -415,11 +527,11 @@ class TestAugmentation:
     def test_examples_of_different_sizes(self):
         pair = [self.IMAGE, self.IMAGE[:, 1:]]
         with pytest.raises(RecipeError, match=r"\(10, 14\) and \(10, 13\) pixels cannot share a batch"):
-            augment.examples(pair, Augmentation(), self.MEAN, self.STD, None)
+            augment.examples(pair, (), self.MEAN, self.STD, None)
 
     def test_an_image_is_not_changed(self):
         before = self.IMAGE.copy()
-        self.made(pipeline.draws_at(self.KEY, 5, 1), pad=2, flip=True, color_jitter=0.5)
+        self.made(pipeline.draws_at(self.KEY, 5, 1), Crop(pad=2), Flip(), JITTER)
         assert np.array_equal(before, self.IMAGE)
 
 
@@ -493,9 +605,7 @@ class TestWorkers:
                 Image.fromarray(pixels).save(tmp_path / name / f"{n}.png")
         data = datasets.open(str(tmp_path))
         assert data.size is None
-        recipe = PLAIN.replace(
-            batch_size=5, augmentation={"size": 8, "resized_crop": True, "flip": True, "color_jitter": 0.4}
-        )
+        recipe = PLAIN.replace(batch_size=5, augmentation=(ResizedCrop(size=8), Flip(), JITTER))
         alone = batches(recipe, stop=4, data=data)
         assert {made.shape for made, _ in alone} == {(5, 8, 8, 3)}
         assert same(batches(recipe, stop=4, data=data, workers=2), alone)

@@ -1,12 +1,16 @@
 import json
 import math
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from common.errors import RecipeError
+from common.training import augmentation as augmentations
 from common.training import recipe as recipes
-from common.training.recipe import PRESETS, Augmentation, TrainingRecipe
+from common.training.augmentation import CentreCrop, Crop, Flip, Jitter, Normalise, Resize, ResizedCrop
+from common.training.recipe import PRESETS, TrainingRecipe
 
 FULL = TrainingRecipe(
     optimizer="adamw",
@@ -18,7 +22,15 @@ FULL = TrainingRecipe(
     warmup_steps=5,
     steps=90,
     ema_decay=0.99,
-    augmentation=Augmentation(size=32, pad=4, flip=True, mean=(0.5,), std=(0.25,)),
+    augmentation=(
+        Resize(size=40),
+        CentreCrop(size=36),
+        ResizedCrop(),
+        Flip(),
+        Crop(size=32, pad=4),
+        Jitter(brightness=1.5, hue=0.5),
+        Normalise(mean=(0.5, 0.4, 0.3), std=(0.25, 1.0, 2.0)),
+    ),
 )
 
 
@@ -35,14 +47,39 @@ def test_a_recipe_comes_back_from_toml_and_json_as_it_was(recipe, tmp_path):
 
 def test_fields_left_out_take_their_defaults():
     assert recipes.from_dict({}) == TrainingRecipe()
-    assert recipes.from_dict({"augmentation": {"pad": 2}}).augmentation == Augmentation(pad=2)
+    crop = recipes.from_dict({"augmentation": [{"step": "crop", "pad": 2}]}).augmentation
+    assert crop == (Crop(pad=2),)
+    assert crop[0].size is None
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
         ("momentun=0.9", "did you mean 'momentum'?"),
-        ("augmentation.flop=true", "unknown field 'flop' in a recipe's augmentation; did you mean 'flip'?"),
+        ("augmentation.flop=true", "unknown setting augmentation.flop; did you mean 'flip'?"),
+        ("augmentation.pad=2", "unknown setting augmentation.pad; expected one of size, resize.size,"),
+        ("augmentation.crop.side=2", "unknown field 'side' in the step 'crop'; did you mean 'size'?"),
+        ("augmentation.crop.pad=-1", "pad=-1 is not allowed in the step 'crop'; expected an integer of at least 0"),
+        ("augmentation.crop=4", "augmentation.crop=4; expected true or false, or one of crop.size, crop.pad"),
+        ("augmentation.size=0", "augmentation.size=0; expected an integer of at least 1, or none"),
+        ("augmentation.size=true", "augmentation.size=True; expected an integer of at least 1, or none"),
+        ("augmentation.resize=true", "field 'size' is missing in the step 'resize'"),
+        ("augmentation.jitter.hue=0.6", "hue=0.6 is not allowed in the step 'jitter'; expected a number of 0 … 0.5"),
+        ("augmentation.jitter.contrast=-1", "expected a number of at least 0"),
+        ("augmentation.normalise.mean=[0.5]", "field 'std' is missing in the step 'normalise'"),
+        ('augmentation=[{"step":"normalise","mean":[],"std":[]}]', "expected a list of one or more numbers"),
+        ('augmentation=[{"step":"normalise","mean":[1],"std":[0]}]', "expected a list of one or more numbers above 0"),
+        ('augmentation=[{"step":"normalise","mean":[1],"std":[1,1]}]', "as many values as mean=(1.0,)"),
+        ('augmentation=[{"step":"flop"}]', "unknown step 'flop' of the augmentation; did you mean 'flip'?"),
+        ('augmentation=[{"step":3}]', "unknown step 3 of the augmentation; expected one of resize, centre_crop,"),
+        ('augmentation=[{"size":3}]', "field 'step' is missing in a step of the augmentation; expected one of resize,"),
+        ('augmentation=["flip"]', "expected a list, each a table of fields, a step of the augmentation"),
+        ('augmentation={"pad":4}', "expected a list, each a table of fields, a step of the augmentation"),
+        ('augmentation=[{"step":"flip"},{"step":"flip"}]', "has the step 'flip' 2 times; expected it once"),
+        (
+            'augmentation=[{"step":"normalise","mean":[1],"std":[1]},{"step":"flip"}]',
+            "normalises before its step 'flip'; put 'normalise' last",
+        ),
         ("lr=fast", "learning_rate='fast' is not allowed in a recipe; expected a number"),
         ("lr=0", "learning_rate=0 is not allowed in a recipe; expected a number above 0"),
         ("lr=NaN", "learning_rate=nan is not allowed in a recipe; expected a number"),
@@ -54,8 +91,7 @@ def test_fields_left_out_take_their_defaults():
         ("ema_decay=1", "ema_decay=1 is not allowed in a recipe; expected a number above 0 and below 1, or none"),
         ("clip_norm=-1", "clip_norm=-1 is not allowed in a recipe; expected a number above 0, or none"),
         ("milestones=[3]", "expected some with multistep alone"),
-        ("augmentation.mean=[0.5]", "as many values as mean"),
-        ("augmentation=3", "expected a table of fields"),
+        ("augmentation=3", "expected a list, each a table of fields"),
         ("lr", "expected NAME=VALUE"),
     ],
 )
@@ -88,7 +124,80 @@ def test_settings_of_the_command_line_take_numbers_words_lists_and_none():
         "clip_norm=none",
     ]
     made = recipes.changed(TrainingRecipe(), settings)
-    assert (made.learning_rate, made.milestones, made.augmentation.size, made.clip_norm) == (1.0, (2, 4), 32, None)
+    assert (made.learning_rate, made.milestones, made.clip_norm) == (1.0, (2, 4), None)
+    assert made.augmentation == (Resize(size=32), CentreCrop(size=32))
+
+
+TUTORIAL = PRESETS["cifar10_step"].augmentation
+
+
+def test_the_tutorials_preset_is_the_tutorials():
+    recipe = PRESETS["cifar10_step"]
+    half = Normalise(mean=(0.5,), std=(0.5,))
+    jitter = Jitter(brightness=0.5, contrast=0.5, saturation=0.0, hue=0.3)
+    assert recipe.augmentation == (Resize(size=256), Flip(), Crop(size=64, pad=0), jitter, half)
+    assert (recipe.optimizer, recipe.momentum, recipe.nesterov, recipe.weight_decay) == ("sgd", 0.9, False, 0.0)
+    assert (recipe.batch_size, recipe.total_steps(6250)) == (8, 18_750)
+    longer = recipe.replace(epochs=25)
+    at = [longer.learning_rate_at(epoch * 6250 - before, 6250) for epoch in (10, 20) for before in (1, 0)]
+    assert at == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # A step that is missing comes to its usual place, and one that is there keeps its own.
+        (["crop.pad=4"], (TUTORIAL[0], Flip(), Crop(size=64, pad=4), *TUTORIAL[3:])),
+        (["resized_crop=true"], (TUTORIAL[0], ResizedCrop(), *TUTORIAL[1:])),
+        (["flip=false", "jitter=none"], (TUTORIAL[0], TUTORIAL[2], TUTORIAL[4])),
+        (
+            ["jitter.saturation=2", "jitter.hue=0"],
+            (*TUTORIAL[:3], Jitter(brightness=0.5, contrast=0.5, saturation=2), TUTORIAL[4]),
+        ),
+        (["normalise.mean=[1,2]", "normalise.std=[3,4]"], (*TUTORIAL[:4], Normalise(mean=(1, 2), std=(3, 4)))),
+        (["size=32"], (TUTORIAL[0], Flip(), Crop(size=32), *TUTORIAL[3:])),
+        (["size=299"], (Resize(size=299), Flip(), Crop(size=299), *TUTORIAL[3:])),
+        (["size=none"], (Flip(), Crop(), *TUTORIAL[3:])),
+        (["size=8", "crop=none", "resize=none"], (Resize(size=8), CentreCrop(size=8), Flip(), *TUTORIAL[3:])),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_settings_of_the_augmentation_name_the_step(settings, expected):
+    made = recipes.changed(PRESETS["cifar10_step"], [f"augmentation.{one}" for one in settings]).augmentation
+    assert made == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_preset_can_be_made_to_show_the_network_a_square(preset):
+    steps = PRESETS[preset].augmentation
+    for side in (7, 300):
+        made = augmentations.sized(steps, side)
+        for size in ((30, 50), (400, 320), None):
+            assert augmentations.output(made, size) == augmentations.output(augmentations.tested(made), size)
+            assert augmentations.output(made, size) == (side, side)
+        assert augmentations.sized(augmentations.sized(steps, 300), side) == made or preset == "cifar10_step"
+    assert augmentations.output(augmentations.sized(steps, None), (30, 50)) == (30, 50)
+
+
+def test_a_file_may_write_the_steps_in_a_line_or_as_tables(tmp_path):
+    line, tables = tmp_path / "line.toml", tmp_path / "tables.toml"
+    line.write_text('augmentation = [{step = "flip"}, {step = "crop", pad = 4}]')
+    tables.write_text('[[augmentation]]\nstep = "flip"\n[[augmentation]]\nstep = "crop"\npad = 4\n')
+    for path in (line, tables):
+        assert recipes.find(str(path)).augmentation == (Flip(), Crop(pad=4))
+
+
+def test_an_image_to_test_with_undergoes_nothing_random():
+    found = augmentations.tested(TUTORIAL)
+    assert found == (Resize(size=256), CentreCrop(size=64), TUTORIAL[4])
+    assert augmentations.tested((ResizedCrop(size=224), Flip())) == (Resize(size=256), CentreCrop(size=224))
+    assert augmentations.tested((Crop(pad=4), ResizedCrop(), Jitter(hue=0.1))) == ()
+
+
+def test_a_crop_that_does_not_fit_is_told_before_a_training():
+    assert augmentations.output([Crop(size=40, pad=4)], (32, 60)) == (40, 40)
+    with pytest.raises(RecipeError, match=r"crop of 41x41 does not fit into images of 32x60 with pad=4; resize them"):
+        augmentations.output([Crop(size=41, pad=4)], (32, 60))
 
 
 def rates(steps_per_epoch=10, **fields):
@@ -121,3 +230,9 @@ def test_the_cifar_preset_is_the_papers():
     assert recipe.total_steps(351) == 64_000
     at = [recipe.learning_rate_at(step, 351) for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
     assert at == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_page_on_training_shows_the_tutorials_augmentation():
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert recipes.from_dict(tomllib.loads(block)).augmentation == TUTORIAL

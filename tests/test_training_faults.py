@@ -381,3 +381,26 @@ def test_a_damaged_run_file_is_one_line(tmp_path):
         (tmp_path / run.FILE).write_text(content)
         with pytest.raises(TrainingError):
             run.facts(tmp_path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_loss_is_printed_every_so_many_steps(backend, tmp_path):
+    options = ["--set", "batch_size=128", "--set", "steps=13", "--print-every", "4"]
+    done = ran(backend, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics.read(tmp_path / "run") if line["kind"] == "train"]
+    words = [line.split() for line in done.stderr.splitlines()]
+    printed = [(line[3], line[5]) for line in words if "step" in line]
+    assert printed == [(str(n), f"{sum(losses[n - 4 : n]) / 4:.4f}") for n in (4, 8, 12)]
+    assert sum("test" in line for line in words) == 2  # the lines of epochs are as ever
+
+
+def test_a_run_begun_with_the_recipes_of_before_is_told_so(whole, tmp_path):
+    folder = shutil.copytree(whole("torch"), tmp_path / "run")
+    facts = run.facts(folder)
+    facts["recipe"]["augmentation"] = {"pad": 1, "flip": False}
+    (folder / run.FILE).write_text(json.dumps(facts))
+    done = ran("torch", folder, "--resume")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{folder}: was begun with another version's recipe: augmentation={{'pad': 1, 'flip': False}}" in line

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,10 @@ from common.commands.terminal import check_writable, counting, err, examples, na
 from common.datasets import Dataset
 from common.errors import InputError
 from common.images import Preprocessing
+from common.training import augmentation as augmentations
 from common.training import recipe as recipes
 from common.training import run as runs
+from common.training.augmentation import Normalise
 from common.training.recipe import PRESETS, TrainingRecipe
 from common.training.run import Event, Observer, Outcome, Plan, Run
 from common.training.trainer import SINGLE, Replica
@@ -36,7 +38,7 @@ _PANEL = "Train"
 _DATA = "digits, or a folder: CIFAR-10 or -100, MNIST or Fashion-MNIST, or images by class."
 _RECIPE = f"One of {', '.join(PRESETS)}, or a .toml or .json file."
 _ENLARGED = 4
-_SETTING = "One field of the recipe, as lr=0.05; repeatable."
+_SETTING = "One field of the recipe, as lr=0.05 or augmentation.crop.pad=4; repeatable."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,16 @@ class Material:
     @property
     def sized(self) -> bool:
         """Whether it says of what size the network's images are."""
-        return bool(self.recipe) or any(one.startswith("augmentation.size") for one in self.settings or [])
+        names = [one.partition("=")[0] for one in self.settings or []]
+        # As augmentation.size, augmentation.resize.size, augmentation.resized_crop.
+        return bool(self.recipe) or any(
+            name == "augmentation" or (name.startswith("augmentation.") and "size" in name) for name in names
+        )
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it says how images become examples."""
+        return bool(self.recipe) or any(one.startswith("augmentation") for one in self.settings or [])
 
     def open(self) -> Dataset:
         """The data set, its images counted on the terminal."""
@@ -113,6 +124,9 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights to begin with, as final.safetensors of another run.")
     ] = None,
+    print_every: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Print the mean loss of every so many steps, as 100.")
+    ] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="One of several processes that the framework's launcher started.")
     ] = False,
@@ -121,14 +135,15 @@ def train(
     column = resolve(engine.name)
     dataset = material.open()
     before = runs.facts(output) if keeping.resume and (output / runs.FILE).exists() else None
-    earlier = recipes.from_dict(before["recipe"]) if before else None
+    earlier = runs.recipe_of(output, before) if before else None
     recipe = material.by(earlier or dataset.recipe)
     spec = architectures.find(variant)
     if not before:
         recipe = _sized(recipe, spec, dataset, material)
     begun_with = Path(before["init"]) if before and before["init"] else None
     if begun_with and earlier:
-        recipe = _normalised(recipe, earlier.augmentation.mean, earlier.augmentation.std)
+        normalised = augmentations.normalisation(earlier.augmentation)
+        recipe = _normalised(recipe, normalised) if normalised else recipe
     elif init:
         recipe = _normalised_for(init, recipe, dataset)
     plan = Plan(
@@ -161,7 +176,7 @@ def train(
     )
     if not before and replica.rank == 0:
         runs.begin(output, plan, {"versions": started.describe(), "threads": threads, "processes": replica.count})
-    with _stoppable() as stopped, _progress(plan, replica) as show:
+    with _stoppable() as stopped, _progress(plan, replica, print_every) as show:
         result = run.train(Observer(step=show, warn=_say, stop=lambda: bool(stopped)))
     if replica.rank == 0:
         _report(plan, output, result, stopped)
@@ -229,8 +244,7 @@ def _absolute(data: str) -> str:
 
 def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe) -> Spec:
     """The variant with the channels and classes of the data. Raises `InputError` for images it cannot take."""
-    side = recipe.augmentation.size
-    size = (side, side) if side else dataset.size
+    size = augmentations.output(recipe.augmentation, dataset.size)
     if size is None:
         usual = max(spec.default_size)
         raise InputError(f"the images of {dataset.name} differ in size; choose one, as --set augmentation.size={usual}")
@@ -258,7 +272,7 @@ def _sized(recipe: TrainingRecipe, spec: Spec, dataset: Dataset, material: Mater
     if height != width or height > _ENLARGED * min(dataset.size):
         return recipe
     size = None if spec.input_size == dataset.size else height
-    return recipe.replace(augmentation=asdict(replace(recipe.augmentation, size=size)))
+    return recipe.replace(augmentation=augmentations.sized(recipe.augmentation, size))
 
 
 def _check_fits(found: Checkpoint, weights: str, dataset: Dataset) -> None:
@@ -289,28 +303,26 @@ def _own(found: Checkpoint, material: Material, dataset: Dataset) -> Preprocessi
 
     A foreign format only guesses it, from what its community does with photographs of any size.
     """
-    asked = material.recipe or any(setting.startswith("augmentation.") for setting in material.settings or [])
     guessed = found.origin.format != checkpoints.CANONICAL and dataset.size is not None
-    return None if asked or guessed or dataset.channels != 3 else found.preprocessing
+    return None if material.prepared or guessed or dataset.channels != 3 else found.preprocessing
 
 
 def _normalised_for(init: Path, recipe: TrainingRecipe, dataset: Dataset) -> TrainingRecipe:
     """The recipe with the normalisation that the weights to begin with want, where it says nothing itself."""
     wanted = checkpoints.read(init).preprocessing
-    if wanted is None or recipe.augmentation.mean or dataset.channels != 3:
+    if wanted is None or augmentations.normalisation(recipe.augmentation) or dataset.channels != 3:
         return recipe
     if wanted.channel_order != "RGB" or wanted.scale != 255:
         _say(f"{init} wants its images {wanted}; a recipe has no words for that, and normalises as {dataset.name} does")
         return recipe
-    return _normalised(recipe, wanted.mean, wanted.std)
+    return _normalised(recipe, Normalise(mean=wanted.mean, std=wanted.std))
 
 
-def _normalised(recipe: TrainingRecipe, mean: tuple[float, ...], std: tuple[float, ...]) -> TrainingRecipe:
+def _normalised(recipe: TrainingRecipe, by: Normalise) -> TrainingRecipe:
     """The recipe with this normalisation, where it says nothing itself."""
-    augmentation = recipe.augmentation
-    if augmentation.mean:
+    if augmentations.normalisation(recipe.augmentation):
         return recipe
-    return recipe.replace(augmentation=asdict(replace(augmentation, mean=mean, std=std)))
+    return recipe.replace(augmentation=(*recipe.augmentation, by))
 
 
 def _join(column: str) -> Replica:
@@ -339,8 +351,11 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]:
-    """A bar with loss, accuracy, images/s and time left, and a line for every epoch; lines alone without a terminal."""
+def _progress(plan: Plan, replica: Replica, every: int | None) -> Iterator[Callable[[Event], None]]:
+    """A bar with loss, accuracy, images/s and time left, and a line for every epoch; lines alone without a terminal.
+
+    With `every` a line for every so many steps too, counted from the training's first: the mean of their losses.
+    """
     console = err()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -352,6 +367,12 @@ def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]
         transient=True,
         disable=not console.is_terminal or replica.rank > 0,
     )
+    losses: list[float] = []
+
+    def say(line: str) -> None:
+        if replica.rank == 0:
+            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     with bar:
         task: Any = bar.add_task(f"{plan.variant} {plan.backend}", total=None, doing="starting")
 
@@ -359,14 +380,16 @@ def _progress(plan: Plan, replica: Replica) -> Iterator[Callable[[Event], None]]
             m = event.measured
             doing = f"loss {m.loss:.4f}  acc {m.accuracy:6.2%}  {event.images_per_second:,.0f} images/s"
             bar.update(task, total=event.steps, completed=event.step, doing=doing)
-            if event.evaluated is not None and replica.rank == 0:
-                bar.console.print(
+            if event.evaluated is not None:
+                say(
                     f"epoch {event.epoch:5.1f}  loss {m.loss:.4f}  {event.part} loss {event.evaluated.loss:.4f}  "
-                    f"accuracy {event.evaluated.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
+                    f"accuracy {event.evaluated.accuracy:7.2%}  {event.images_per_second:8,.0f} images/s"
                 )
+            elif every:
+                losses.append(m.loss)
+                if event.step % every == 0:
+                    say(f"epoch {event.epoch:5.1f}  step {event.step:7,}  loss {sum(losses) / len(losses):.4f}")
+                    losses.clear()
 
         yield show
 

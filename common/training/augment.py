@@ -2,6 +2,7 @@
 
 The random numbers of an example are `DRAWS` uniform ones, at a place in a counter-based stream (Philox 4x64, Salmon et
 al. 2011) that its position in the training names. So an example can be made anywhere, alone, and comes out the same.
+Each step has its own among them, wherever it stands in the list.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from PIL import Image, ImageEnhance
 from common import images as photographs
 from common.errors import InputError, RecipeError
 from common.images import Preprocessing
-from common.training.recipe import Augmentation
+from common.training.augmentation import Augmentation, CentreCrop, Crop, Flip, Jitter, Resize, ResizedCrop, Step, tested
 
 # Which number decides what. The attempts at a random part take two each, from `_PART` on.
 _TOP, _LEFT, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _PART_TOP, _PART_LEFT, _PART = range(9)
 _ATTEMPTS = 10
+_HUE, _FIRST, _SECOND, _THIRD = range(_PART + 2 * _ATTEMPTS, _PART + 2 * _ATTEMPTS + 4)
 DRAWS = 32  # eight blocks of the counter
 
 _AREA = (0.08, 1.0)  # of a random part, as a share of the image
@@ -26,66 +28,61 @@ _RATIO = (3 / 4, 4 / 3)  # of its width to its height
 
 def examples(
     images: Sequence[np.ndarray] | np.ndarray,
-    augmentation: Augmentation,
+    steps: Augmentation,
     mean: Sequence[float],
     std: Sequence[float],
     draws: np.ndarray | None,
 ) -> np.ndarray:
-    """Images (H, W, C) in uint8 as examples (N, height, width, C) in float32, normalised.
+    """Images (H, W, C) in uint8 as examples (N, height, width, C) in float32: the steps in their order, then normalised
+    by `mean` and `std`, of a value for all channels or one for each.
 
     `draws` (N, `DRAWS`) are uniform in [0, 1); without them nothing is random: images to test with. Raises
-    `RecipeError` where the examples differ in size or their channels are not those of `mean`.
+    `RecipeError` where the examples differ in size, one is too small for a crop, or their channels are not those of
+    `mean`.
     """
-    cut = [_cut(image, augmentation, None if draws is None else draws[n]) for n, image in enumerate(images)]
+    if draws is None:
+        steps, draws = tested(steps), np.empty((len(images), 0))
+    cut = [_done(image, steps, own) for image, own in zip(images, draws, strict=True)]
     if shapes := {image.shape for image in cut} - {cut[0].shape}:
         raise RecipeError(
             f"images of {cut[0].shape[:2]} and {shapes.pop()[:2]} pixels cannot share a batch; set augmentation.size"
         )
-    if len(mean) != cut[0].shape[-1]:
-        raise RecipeError(f"augmentation.mean has {len(mean)} values; these images have {cut[0].shape[-1]} channels")
+    channels = cut[0].shape[-1]
+    if len(mean) not in (1, channels):
+        raise RecipeError(f"the mean has {len(mean)} values; these images have {channels} channels")
     # To the bit as torchvision: divided by 255 first, then by the deviation, each rounded to float32.
     values = np.stack(cut).astype(np.float32)
     values /= np.float32(255)
     # By rows: NumPy is four times slower where the innermost axis has three values.
     rows = values.reshape(-1, values.shape[2] * values.shape[3])
-    rows -= np.tile(np.array(mean, np.float32), values.shape[2])
-    rows /= np.tile(np.array(std, np.float32), values.shape[2])
+    rows -= np.resize(np.array(mean, np.float32), rows.shape[1])  # which repeats them
+    rows /= np.resize(np.array(std, np.float32), rows.shape[1])
     return values
 
 
-def _cut(image: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None) -> np.ndarray:
-    """The image at its final size, in uint8."""
-    side = augmentation.size
-    if draws is None:
-        return _middle(image, side, resize_before_crop(augmentation)) if side else image
-    if augmentation.resized_crop:
-        image = _part(image, (side, side) if side else image.shape[:2], draws)
-    elif side:
-        image = _middle(image, side, side)
-    if augmentation.pad:
-        image = _shifted(image, augmentation.pad, draws)
-    if augmentation.flip and draws[_FLIP] < 0.5:
-        image = image[:, ::-1]
-    if augmentation.color_jitter:
-        image = _jittered(image, augmentation.color_jitter, draws)
+def _done(image: np.ndarray, steps: Augmentation, draws: np.ndarray) -> np.ndarray:
+    """The image after the steps, in uint8."""
+    for step in steps:
+        image = _step(image, step, draws)
     return image
 
 
-def resize_before_crop(augmentation: Augmentation) -> int:
-    """What the shorter side of a test image is resized to, before the square of `size` is cut from its middle.
-
-    What was trained on parts of images is tested on the middle of one, as 224 of 256.
-    """
-    side = augmentation.size or 0
-    return round(side * 8 / 7) if augmentation.resized_crop else side
-
-
-def _middle(image: np.ndarray, side: int, shorter: int) -> np.ndarray:
-    """The square in the middle, once the shorter side has been resized."""
-    if image.shape[:2] == (side, side) and side == shorter:
-        return image
-    preprocessing = Preprocessing(crop=side, resize=shorter)
-    return _array(photographs.centre(photographs.resized(_picture(image), preprocessing), side))
+def _step(image: np.ndarray, step: Step, draws: np.ndarray) -> np.ndarray:
+    match step:
+        case Resize(size=side) if side != min(image.shape[:2]):
+            return _array(photographs.resized(_picture(image), Preprocessing(resize=side)))
+        case CentreCrop(size=side) if (side, side) != image.shape[:2]:
+            return _array(photographs.centre(_picture(image), side))
+        case Crop():
+            return _crop(image, step, draws)
+        case ResizedCrop(size=side):
+            return _part(image, (side, side) if side else image.shape[:2], draws)
+        case Flip() if draws[_FLIP] < 0.5:
+            return image[:, ::-1]
+        case Jitter():
+            return _jittered(image, step, draws)
+        case _:
+            return image
 
 
 def _part(image: np.ndarray, size: tuple[int, int], draws: np.ndarray) -> np.ndarray:
@@ -110,26 +107,48 @@ def _part_size(height: int, width: int, draws: np.ndarray) -> tuple[int, int]:
     return max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
 
 
-def _shifted(image: np.ndarray, pad: int, draws: np.ndarray) -> np.ndarray:
-    """A random crop, of the size before, of the image with black around it."""
-    height, width, channels = image.shape
-    padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), np.uint8)
-    padded[pad : pad + height, pad : pad + width] = image
-    top, left = (int(draws[which] * (2 * pad + 1)) for which in (_TOP, _LEFT))
-    return padded[top : top + height, left : left + width]
+def _crop(image: np.ndarray, step: Crop, draws: np.ndarray) -> np.ndarray:
+    """A random window of the image with black around it."""
+    before, pad = image.shape, step.pad
+    height, width = step.output((before[0], before[1])) or before[:2]
+    if pad:
+        padded = np.zeros((before[0] + 2 * pad, before[1] + 2 * pad, before[2]), np.uint8)
+        padded[pad : pad + before[0], pad : pad + before[1]] = image
+        image = padded
+    top = int(draws[_TOP] * (image.shape[0] - height + 1))
+    left = int(draws[_LEFT] * (image.shape[1] - width + 1))
+    return image[top : top + height, left : left + width]
 
 
-def _jittered(image: np.ndarray, most: float, draws: np.ndarray) -> np.ndarray:
-    """Brightness, contrast and, of a colour image, saturation, in this order, each by a factor of 1 ± `most`."""
+def _jittered(image: np.ndarray, step: Jitter, draws: np.ndarray) -> np.ndarray:
+    """Its four changes in a random order, all of them equally likely; a grey image has neither saturation nor hue."""
+    order = ["brightness", "contrast", "saturation", "hue"]
+    for place, which in enumerate((_FIRST, _SECOND, _THIRD)):
+        other = place + int(draws[which] * (len(order) - place))
+        order[place], order[other] = order[other], order[place]
     picture = _picture(image)
-    for which, enhance in (
-        (_BRIGHTNESS, ImageEnhance.Brightness),
-        (_CONTRAST, ImageEnhance.Contrast),
-        (_SATURATION, ImageEnhance.Color),
-    ):
-        if which != _SATURATION or picture.mode == "RGB":
-            picture = enhance(picture).enhance(1 + most * (2 * draws[which] - 1))
+    for name in order:
+        most = getattr(step, name)
+        if most and (picture.mode == "RGB" or name in ("brightness", "contrast")):
+            low = -most if name == "hue" else max(0.0, 1 - most)
+            high = most if name == "hue" else 1 + most
+            picture = coloured(picture, name, low + (high - low) * draws[_JITTER[name]])
     return _array(picture)
+
+
+_JITTER = {"brightness": _BRIGHTNESS, "contrast": _CONTRAST, "saturation": _SATURATION, "hue": _HUE}
+_ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
+
+
+def coloured(picture: Image.Image, name: str, factor: float) -> Image.Image:
+    """An RGB or grey picture with its brightness, contrast or saturation multiplied, or an RGB one with its hue turned,
+    by so much of a full turn: to the bit as torchvision does it of a PIL image."""
+    if name != "hue":
+        return _ENHANCE[name](picture).enhance(factor)
+    hue, saturation, value = picture.convert("HSV").split()
+    steps = int(255 * factor)  # towards zero; of 255 to a turn, though the hues are 256
+    turned = hue.point([(one + steps) % 256 for one in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
 def _picture(image: np.ndarray) -> Image.Image:

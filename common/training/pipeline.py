@@ -27,10 +27,12 @@ from PIL import Image
 from common.datasets.base import Dataset, Examples, Subset, fixed_permutation
 from common.errors import RecipeError
 from common.images import Preprocessing, preprocess
+from common.training import augmentation as augmentations
 from common.training import streams
-from common.training.augment import DRAWS, examples, resize_before_crop
+from common.training.augment import DRAWS, examples
+from common.training.augmentation import Augmentation, CentreCrop, Normalise, Resize
 from common.training.loaders import Team
-from common.training.recipe import Augmentation, TrainingRecipe, shared
+from common.training.recipe import TrainingRecipe, shared
 from common.training.trainer import SINGLE, Replica
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -173,17 +175,29 @@ class _Test:
 
 def preprocessing(dataset: Dataset, recipe: TrainingRecipe) -> Preprocessing | None:
     """How `evaluation_batches` prepares an image, in the words of photographs; None where these cannot say it."""
-    augmentation = recipe.augmentation
-    height, width = (augmentation.size,) * 2 if augmentation.size else dataset.size or (0, 1)
-    if dataset.channels != 3 or height != width:
+    steps = [one for one in augmentations.tested(recipe.augmentation) if not isinstance(one, Normalise)]
+    size = augmentations.output(steps, dataset.size)
+    if dataset.channels != 3 or size is None or size[0] != size[1]:
         return None
-    before_crop = resize_before_crop(augmentation) if augmentation.size else height
-    mean, std = (augmentation.mean or dataset.mean), (augmentation.std or dataset.std)
-    return Preprocessing(crop=height, resize=before_crop, mean=_three(mean), std=_three(std))
+    match steps:
+        case [Resize(size=side)] | [Resize(size=side), CentreCrop()]:
+            before_crop = side
+        case [] | [CentreCrop()] if dataset.size:
+            before_crop = min(dataset.size)
+        case _:
+            return None
+    mean, std = _normalisation(dataset, recipe)
+    return Preprocessing(crop=size[0], resize=before_crop, mean=_three(mean), std=_three(std))
+
+
+def _normalisation(dataset: Dataset, recipe: TrainingRecipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the deviation, as the recipe says or else as is usual for the data."""
+    said = augmentations.normalisation(recipe.augmentation)
+    return (said.mean, said.std) if said else (dataset.mean, dataset.std)
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
-    red, green, blue = values
+    red, green, blue = values * 3 if len(values) == 1 else values
     return red, green, blue
 
 
@@ -211,13 +225,15 @@ def _parts(dataset: Dataset, recipe: TrainingRecipe) -> tuple[Examples, Examples
 
 
 def _load(dataset: Dataset, recipe: TrainingRecipe, chosen: Examples, dtype: str, key: np.ndarray | None) -> _Load:
-    augmentation = recipe.augmentation
-    if dataset.size is None and augmentation.size is None:
+    steps = recipe.augmentation if key is not None else augmentations.tested(recipe.augmentation)
+    if augmentations.output(steps, dataset.size) is None:
         raise RecipeError(f"the images of {dataset.name} differ in size; set augmentation.size, as 224")
-    mean, std = (augmentation.mean or dataset.mean), (augmentation.std or dataset.std)
-    if len(mean) != dataset.channels:
-        raise RecipeError(f"augmentation.mean={mean!r}; expected {dataset.channels} values for {dataset.name}, or none")
-    return _Load(chosen, augmentation, mean, std, dtype, key)
+    mean, std = _normalisation(dataset, recipe)
+    if len(mean) not in (1, dataset.channels):
+        raise RecipeError(
+            f"augmentation.normalise.mean={mean!r}; expected {dataset.channels} values for {dataset.name}, or one"
+        )
+    return _Load(chosen, recipe.augmentation, mean, std, dtype, key)
 
 
 def _prepared(make: Make, numbers: range, workers: int) -> Iterator[Arrays]:

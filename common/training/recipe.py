@@ -20,8 +20,7 @@ in a run that goes on.
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from math import cos, pi
 from pathlib import Path
@@ -30,32 +29,13 @@ from typing import Any, ClassVar, Literal
 from common.errors import ParityError, RecipeError
 from common.fields import Between, Checked, Count, Natural, NotNegative, Positive, Share
 from common.files import reason
+from common.training import augmentation as augmentations
+from common.training.augmentation import Augmentation, Crop, Flip, Jitter, Normalise, Resize, ResizedCrop
 
 Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["coupled", "decoupled"]
 Schedule = Literal["constant", "step", "multistep", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation(Checked):
-    """How an image becomes an example. All of it, in this order; only `size`, `mean` and `std` apply to test images,
-    which are resized and cropped at the centre. Raises `RecipeError`."""
-
-    error: ClassVar[type[ParityError]] = RecipeError
-    title: ClassVar[str] = "a recipe's augmentation"
-
-    size: Count | None = None  # side of the square the network sees; None: as the data come
-    resized_crop: bool = False  # a random part of 8 to 100 % of the area, resized (Szegedy et al. 2015)
-    pad: Natural = 0  # zeros on every side before a random crop of the size before
-    flip: bool = False  # left and right, half of the time
-    color_jitter: Share = 0.0  # brightness, contrast and saturation by factors within 1 ± this
-    mean: tuple[float, ...] = ()  # by channel, of values 0 … 1; empty: as the data set is usually normalised
-    std: tuple[Positive, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("std", len(self.std) == len(self.mean), f"as many values as mean={self.mean!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +75,11 @@ class TrainingRecipe(Checked):
     # So many training examples, the last of a fixed permutation, are held out and evaluated after every epoch, the test
     # images at the end alone.
     validation: Natural = 0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augmentation = ()  # the steps by which an image becomes an example, in their order
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        augmentations.check(self.augmentation)
         self.require("nesterov", not self.nesterov or self.momentum > 0, "momentum above 0 with it")
         both = self.warmup_steps and self.warmup_epochs
         self.require("warmup_steps", not both, f"0 beside warmup_epochs={self.warmup_epochs}; set one of them to 0")
@@ -108,7 +89,7 @@ class TrainingRecipe(Checked):
         self.require("milestones", bool(self.milestones) == multistep, "some with multistep alone")
 
     def replace(self, **changes: Any) -> "TrainingRecipe":
-        """The same recipe with other values; ``augmentation`` may be a mapping of its fields."""
+        """The same recipe with other values; a step of the ``augmentation`` may be a mapping of its fields."""
         return from_dict(asdict(self) | changes)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -146,7 +127,7 @@ PRESETS: dict[str, TrainingRecipe] = {
     "imagenet2015": TrainingRecipe(
         weight_decay=1e-4,
         schedule="step",
-        augmentation=Augmentation(size=224, resized_crop=True, flip=True, color_jitter=0.4),
+        augmentation=(ResizedCrop(size=224), Flip(), Jitter(brightness=0.4, contrast=0.4, saturation=0.4)),
     ),
     "cifar2015": TrainingRecipe(
         weight_decay=1e-4,
@@ -155,13 +136,25 @@ PRESETS: dict[str, TrainingRecipe] = {
         steps=64_000,
         batch_size=128,
         validation=5_000,
-        augmentation=Augmentation(pad=4, flip=True),
+        augmentation=(Crop(pad=4), Flip()),
     ),
     "fashion_mnist_224": TrainingRecipe(
-        learning_rate=0.05, batch_size=128, epochs=10, momentum=0.0, augmentation=Augmentation(size=224)
+        learning_rate=0.05, batch_size=128, epochs=10, momentum=0.0, augmentation=(Resize(size=224),)
     ),
+    # As it goes from tutorial to tutorial: three epochs, so that the rate never comes to its first tenth.
     "cifar10_step": TrainingRecipe(
-        learning_rate=0.001, schedule="step", step_epochs=10, epochs=30, batch_size=128, augmentation=Augmentation()
+        learning_rate=0.001,
+        schedule="step",
+        step_epochs=10,
+        epochs=3,
+        batch_size=8,
+        augmentation=(
+            Resize(size=256),
+            Flip(),
+            Crop(size=64),
+            Jitter(brightness=0.5, contrast=0.5, hue=0.3),
+            Normalise(mean=(0.5,), std=(0.5,)),
+        ),
     ),
     "digits": TrainingRecipe(
         learning_rate=0.1,
@@ -173,7 +166,7 @@ PRESETS: dict[str, TrainingRecipe] = {
         label_smoothing=0.1,
         epochs=20,
         batch_size=64,
-        augmentation=Augmentation(pad=1),
+        augmentation=(Crop(pad=1),),
     ),
 }
 
@@ -202,14 +195,13 @@ def read(path: Path) -> TrainingRecipe:
 def to_dict(recipe: TrainingRecipe) -> dict[str, Any]:
     """A recipe as data of JSON and TOML; what is none is left out, since TOML has no such value."""
 
-    def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: plain(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None
-        }
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items() if one is not None}
+        return [plain(one) for one in value] if isinstance(value, tuple) else value
 
-    return plain(asdict(recipe))
+    data: dict[str, Any] = plain(asdict(recipe))
+    return data
 
 
 def from_dict(data: Any) -> TrainingRecipe:
@@ -220,16 +212,18 @@ def from_dict(data: Any) -> TrainingRecipe:
 def to_toml(recipe: TrainingRecipe) -> str:
     """A recipe as TOML text: numbers, strings, booleans and lists are written as in JSON, none needs more."""
     data = to_dict(recipe)
-    sections = {"": {k: v for k, v in data.items() if not isinstance(v, dict)}, "[augmentation]": data["augmentation"]}
+    tables = [("", {name: value for name, value in data.items() if name != "augmentation"})]
+    tables += [("[[augmentation]]", step) for step in data["augmentation"]]
     lines: list[str] = []
-    for title, values in sections.items():
+    for title, values in tables:
         lines += ["", title] if title else []
         lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
 def changed(recipe: TrainingRecipe, settings: list[str]) -> TrainingRecipe:
-    """The recipe with settings of the command line, ``name=value``; ``lr`` is short for the learning rate.
+    """The recipe with settings of the command line, ``name=value``; ``lr`` is short for the learning rate, and
+    ``augmentation.…`` is as common/training/augmentation.py has it.
 
     Raises `RecipeError`.
     """
@@ -248,6 +242,5 @@ def changed(recipe: TrainingRecipe, settings: list[str]) -> TrainingRecipe:
         else:
             changes[{"lr": "learning_rate"}.get(name, name)] = value
     # All together: one alone may contradict what it replaces.
-    if inner:
-        changes["augmentation"] = asdict(recipe.augmentation) | inner
-    return recipe.replace(**changes)
+    made = recipe.replace(**changes)
+    return made.replace(augmentation=augmentations.changed(made.augmentation, inner)) if inner else made

@@ -22,7 +22,7 @@ from common.architectures import Spec
 from common.backends.protocol import Backend
 from common.checkpoints import Checkpoint, Origin
 from common.datasets import Dataset, Examples
-from common.errors import TrainingError
+from common.errors import RecipeError, TrainingError
 from common.files import reason, written
 from common.images import Preprocessing
 from common.training import dropout, pipeline
@@ -379,6 +379,14 @@ def facts(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"{folder}: its {FILE} is damaged; the run cannot go on") from None
     found: dict[str, Any] = data
     return found
+
+
+def recipe_of(folder: Path, facts: Mapping[str, Any]) -> TrainingRecipe:
+    """The recipe in the `facts` of the run in `folder`. Raises `TrainingError`."""
+    try:
+        return recipes.from_dict(facts["recipe"])
+    except RecipeError as error:
+        raise TrainingError(f"{folder}: was begun with another version's recipe: {error}; begin anew") from None
 
 
 def check_same(folder: Path, plan: Plan) -> None:
