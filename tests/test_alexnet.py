@@ -25,7 +25,7 @@ PHOTOS = tuple(sample_photos())
 COUNTS = {
     "alexnet": (61_100_840, 714_188_480, 224, [27, 13, 6]),
     **dict.fromkeys(
-        ("alexnet.paper", "alexnet.caffe", "alexnet.caffenet"), (60_965_224, 724_406_816, 227, [27, 13, 6])
+        ("alexnet.paper", "alexnet.caffe"), (60_965_224, 724_406_816, 227, [27, 13, 6])
     ),
     **dict.fromkeys(("alexnet.single_tower", "alexnet.tutorial"), (62_378_344, 1_135_256_096, 224, [27, 13, 6])),
     "alexnet.slim": (50_303_912, 736_555_776, 224, [26, 12, 5]),
@@ -288,7 +288,7 @@ KINDS: dict[AlexNetSpec, str] = {}
 for _name, _spec in VARIANTS.items():
     KINDS.setdefault(twin(_spec), _name)
 # Every pool, norm, end, place of dropout and padding is in one of them.
-SHORT = ("alexnet", "alexnet.paper", "alexnet.caffenet")
+SHORT = ("alexnet", "alexnet.paper")
 
 
 @pytest.mark.slow

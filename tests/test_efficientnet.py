@@ -257,7 +257,9 @@ def test_keras_models_are_those_of_keras_applications_and_its_files_are_theirs(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name.endswith("b5") else []) for name in KINDS]
+)
 def test_every_kind_of_efficientnet_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
     case = Case(variant=name, spec=KINDS[name], size=(64, 65), photos=tuple(sample_photos()), dtypes=("float64",))
     result = session.check(case)
