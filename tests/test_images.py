@@ -178,6 +178,7 @@ class TestRead:
             assert str(error).startswith(f"{path}: ")  # noqa: PT017 - it may be an image still
             assert "\n" not in str(error)  # noqa: PT017
 
+
 GREY_LEVEL = 1 / 255 / 0.224  # the largest of a channel, in units of a normalised image
 
 
