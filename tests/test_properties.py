@@ -8,7 +8,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from test_parity import explain
 
-from common.architectures.resnet import ResNetSpec
+from common.architectures.resnet import ResNetSpec, Shortcut
 from common.errors import InputError
 from common.images import sample_photos
 from common.parity.case import Case
@@ -29,6 +29,9 @@ def specs(draw: st.DrawFn, most_stages: int = 3) -> ResNetSpec:
     # Few, since Keras on TensorFlow compiles every grouped convolution each time anew.
     groups = draw(st.sampled_from([1] * 6 + [2, 4])) if bottleneck else 1
     widths = sorted(draw(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=stages, max_size=stages)))
+    # Where a bottleneck's expansion pads, nearly all of a shortcut is zero: rightly refused as too empty.
+    shortcut: Shortcut = draw(st.sampled_from(["projection"] * 2 + (["none"] if bottleneck else ["zero_pad", "none"])))
+    dilation = tuple(draw(st.booleans()) for _ in range(stages - 1))
     return ResNetSpec(
         block="bottleneck" if bottleneck else "basic",
         blocks=tuple(draw(st.lists(st.integers(1, 2), min_size=stages, max_size=stages))),
@@ -45,9 +48,14 @@ def specs(draw: st.DrawFn, most_stages: int = 3) -> ResNetSpec:
         pool_padding=draw(st.sampled_from(["symmetric", "same", "valid", "ceil"])),
         block_padding=draw(st.sampled_from(["symmetric", "same"])),
         stride_in=draw(st.sampled_from(["conv1", "conv2"])),
-        # Where a bottleneck's expansion pads, nearly all of a shortcut is zero: rightly refused as too empty.
-        shortcut="projection" if bottleneck else draw(st.sampled_from(["projection", "zero_pad"])),
-        replace_stride_with_dilation=tuple(draw(st.booleans()) for _ in range(stages - 1)),
+        shortcut=shortcut,
+        replace_stride_with_dilation=dilation,
+        deep_stem=draw(st.sampled_from([(), (), (4, 8)])),
+        shortcut_pool=shortcut == "projection" and not any(dilation) and draw(st.booleans()),
+        squeeze=draw(st.sampled_from([(), (), (8,) * stages])),
+        relu_before_add=shortcut != "none" and draw(st.booleans()),
+        relu_after_add=shortcut == "none" or draw(st.booleans()),
+        shared=draw(st.sampled_from(["none", "none", "conv", *(["norm"] if norm else [])])),
         conv_bias=draw(st.booleans()),
         norm=norm,
         shortcut_norm=norm and draw(st.booleans()),
