@@ -71,21 +71,15 @@ class Place(NamedTuple):
     """Where a block stands: its stage, and strides and dilations of its first two convolutions."""
 
     stage: int
-    stride1: int
-    stride2: int
-    dilation1: int
-    dilation2: int
-
-    @property
-    def stride(self) -> int:
-        return self.stride1 * self.stride2
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
 
 
 def _place(spec: ResNetSpec, stage: int, stride: int, before: int, after: int) -> Place:
     # A convolution keeps the dilation it had up to the one whose stride was taken away, and doubles after it.
     if spec.stride_in == "conv2":
-        return Place(stage, 1, stride, before, before)
-    return Place(stage, stride, 1, before, after)
+        return Place(stage, (1, stride), (before, before))
+    return Place(stage, (stride, 1), (before, after))
 
 
 class Block(nn.Module):
@@ -99,7 +93,7 @@ class Block(nn.Module):
 
     def _end(self, spec: ResNetSpec, in_channels: int, channels: int, place: Place, norm_layer: NormLayer) -> None:
         self.se = SqueezeExcitation(channels, spec.squeeze[place.stage]) if spec.squeeze else None
-        self.downsample = _downsample(spec, in_channels, channels, place.stride, norm_layer)
+        self.downsample = _downsample(spec, in_channels, channels, max(place.strides), norm_layer)
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.se is not None:
@@ -121,11 +115,12 @@ class BasicBlock(Block):
     def __init__(self, spec: ResNetSpec, in_channels: int, width: int, place: Place, norm_layer: NormLayer) -> None:
         super().__init__(spec)
         conv = _conv_layer(spec)
-        self.conv1 = conv(in_channels, width, 3, place.stride1, dilation=place.dilation1)
+        self.conv1 = conv(in_channels, width, 3, place.strides[0], dilation=place.dilations[0])
         self.bn1 = norm_layer(width)
-        alike = (in_channels, place.stride1, place.dilation1) == (width, place.stride2, place.dilation2)
-        again = alike and spec.shared == "conv"  # then conv2 and bn2 are None
-        self.conv2 = None if again else conv(width, width, 3, place.stride2, dilation=place.dilation2)
+        # None: the first one again, where they are alike.
+        alike = in_channels == width and len({*place.strides}) == len({*place.dilations}) == 1
+        again = spec.shared == "conv" and alike
+        self.conv2 = None if again else conv(width, width, 3, place.strides[1], dilation=place.dilations[1])
         self.bn2 = None if again or spec.shared == "norm" else norm_layer(width)
         self._end(spec, in_channels, width, place, norm_layer)
 
@@ -146,9 +141,9 @@ class Bottleneck(Block):
         super().__init__(spec)
         inner, out_channels = spec.inner_width(width), width * spec.expansion
         conv = _conv_layer(spec)
-        self.conv1 = conv(in_channels, inner, 1, place.stride1)
+        self.conv1 = conv(in_channels, inner, 1, place.strides[0])
         self.bn1 = norm_layer(inner)
-        self.conv2 = conv(inner, inner, 3, place.stride2, dilation=place.dilation2, groups=spec.groups)
+        self.conv2 = conv(inner, inner, 3, place.strides[1], dilation=place.dilations[1], groups=spec.groups)
         self.bn2 = None if spec.shared == "norm" else norm_layer(inner)  # None: the first one again
         self.conv3 = conv(inner, out_channels, 1)
         self.bn3 = norm_layer(out_channels)

@@ -388,6 +388,24 @@ def test_a_canonical_file_of_the_format_before_still_reads(tmp_path):
     same(dict(checkpoints.read(path).weights), weights)
 
 
+def test_a_network_of_nobody_here_is_told_what_it_is_most_like(tmp_path):
+    """torchvision's MobileNetV2 begins as its EfficientNet does."""
+    arrays = {"features.0.0.weight": (32, 3, 3, 3), "features.1.conv.0.0.weight": (32, 1, 3, 3)}
+    arrays |= {f"features.{i}.conv.3.weight": (16,) for i in range(2, 9)} | {"features.0.1.weight": (32,)}
+    counters = {"features.0.1.num_batches_tracked": np.zeros((), np.int64)}
+    save_file(
+        {name: np.ones(shape, np.float32) for name, shape in arrays.items()} | counters, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.read(tmp_path / "a.safetensors")
+    message = str(caught.value)
+    assert "11 tensors have no names known here: " in message
+    assert message.endswith(
+        "most like the family efficientnet in torchvision's names, which has no features.1.conv.0.0.weight"
+    )
+    assert "\n" not in message
+
+
 def test_two_spellings_of_one_name_are_refused(tmp_path):
     tensors = native(BOTTLENECK, names.find("resnet", "keras_applications"))
     tensors["probs/kernel"] = tensors["predictions/kernel"]

@@ -66,8 +66,9 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
     some = ", ".join(list(native)[:4]) or "none"
     message = f"a {source.container} file whose {len(native)} tensors have no names known here: {some}"
     if closest is not None and closest.known:
-        stranger = next(name for name in native if name not in closest.known)
-        message += f"; most like a {closest.naming.family} in {closest.naming.title}'s names, which has no {stranger}"
+        naming = closest.naming
+        left = [name for name in native if name not in closest.known and not naming.roles.ignored.fullmatch(name)]
+        message += f"; most like the family {naming.family} in {naming.title}'s names, which has no {left[0]}"
     raise CheckpointError(message)
 
 
