@@ -707,6 +707,31 @@ class TestPrecision:
             assert verdicts(compared, tensor) == {expected}
             assert compared.passed == (expected == "reported")
 
+    @pytest.mark.parametrize(
+        ("tensor", "verdict"),
+        [
+            ("train/grad/stem.conv.kernel", "reported"),
+            ("train/grad/input", "reported"),
+            ("eval/grad/stem.conv.kernel", "different"),  # another pass
+            ("train/stat/stem.norm.var", "different"),  # no gradient
+        ],
+    )
+    @pytest.mark.parametrize("switched", [True, False])
+    def test_where_one_switched_a_unit_off_no_gradient_of_that_pass_is_gated(self, write, tensor, verdict, switched):
+        values = arrays(ALL, "float32")
+        reference = write("torch", modes=ALL, dtype="float32", response=responses(values, 1e-6))
+        tap = {"train/tap/stem.conv": put(1e-9) if switched else lambda a: a}  # within rounding either way
+        moved = {tensor: put(1e-2 * record.norm(values[tensor]))}
+        compared = compare([reference, write("flax", tap | moved, modes=ALL, dtype="float32")])
+        assert verdicts(compared, "train/tap/stem.conv") == {"same"}
+        assert verdicts(compared, tensor) == {verdict if switched else "different"}
+
+    def test_in_float64_a_unit_that_one_switched_off_is_no_excuse(self, write):
+        tensor = "train/grad/stem.conv.kernel"
+        moved = {"train/tap/stem.conv": put(1e-20), tensor: put(1e-2)}
+        compared = compare([write("torch", modes=ALL), write("flax", moved, modes=ALL)])
+        assert verdicts(compared, tensor) == {"different"}
+
     def test_a_comparison_in_which_everything_is_only_reported_does_not_pass(self, write):
         response = responses(arrays(("grad",), "float32"), 1e-2)
         compared = compare([write(b, modes=("grad",), dtype="float32", response=response) for b in TWO])

@@ -212,7 +212,8 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         measured = dict(zip(expected, pool.map(measure, expected), strict=True))
     problems += [problem for found in measured.values() for problem in found.problems]
     norms = {name: found.norm for name, found in measured.items()}
-    gate = Gate(level, reference, float32, labels, soft, expected, norms)
+    flips = {(name.run, pair) for name, found in measured.items() for pair in found.flips}
+    gate = Gate(level, reference, float32, labels, soft, expected, norms, flips)
     dependent = [found for label in labels if (found := gate.order_dependence(label))]
     judged = tuple(
         Difference(tensor=name, pair=pair, distance=apart, norm=found.norm, **vars(gate.judge(name, pair, apart)))
@@ -258,6 +259,9 @@ class _Measured:
     problems: tuple[Problem, ...]
     norm: float = 0.0  # of the reference
     distances: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    flips: frozenset[tuple[str, str]] = (
+        frozenset()
+    )  # pairs of which one has a zero in an output where the other has not
     errors: Mapping[str, float] = field(default_factory=dict)  # each backend's own, where an exact record is given
 
 
@@ -284,7 +288,10 @@ def _measure(
             true_size = norm(true)
             errors = {label: distance(array, true) / true_size for label, array in arrays.items()}
     distances = {(a, b): distance(arrays[a], arrays[b]) for a, b in combinations(arrays, 2)}
-    return _Measured(problems=tuple(problems), norm=size, distances=distances, errors=errors)
+    flips = frozenset(
+        (a, b) for a, b in distances if name.kind == "tap" and not np.array_equal(arrays[a] == 0, arrays[b] == 0)
+    )
+    return _Measured(problems=tuple(problems), norm=size, distances=distances, flips=flips, errors=errors)
 
 
 def _examine(record: Record, name: ArrayName, shape: tuple[int, ...]) -> tuple[str | None, np.ndarray | None]:

@@ -9,7 +9,7 @@ from math import inf
 from typing import Literal
 
 from common.parity.levels import DECIDABLE, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, floor, rho
-from common.parity.names import KINDS, ArrayName
+from common.parity.names import KINDS, ArrayName, Pass
 from common.parity.record import Array, Record
 
 Level = Literal["L0", "L1", "L2"]
@@ -78,7 +78,8 @@ class Gate:
 
     `records` are the columns by their label, `soft` those of them that are held to level L2 in a float64 comparison, by
     the response of the record `float32`. `arrays` are all that is compared, in the order in which it comes about, and
-    `norms` their norms in the reference.
+    `norms` their norms in the reference. `flips` are the passes of pairs of which one switched a unit off that the
+    other left on.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Gate:
         soft: Set[str],
         arrays: Mapping[ArrayName, Array],
         norms: Mapping[ArrayName, float],
+        flips: Set[tuple[Pass | int, tuple[str, ...]]] = frozenset(),
     ) -> None:
         self._level = level
         self._response = reference.response
@@ -97,7 +99,7 @@ class Gate:
         # In a float64 comparison level L2 is for the soft columns alone.
         self._float32 = float32.response if float32 is not None else {}
         self._records, self._soft = records, soft
-        self._arrays, self._norms = arrays, norms
+        self._arrays, self._norms, self._flips = arrays, norms, flips
         self._flipped: dict[tuple[tuple[str, ...], str], tuple[float, bool]] = {}
         self._largest: dict[tuple[str | int, str, str], float] = {}
         for name, value in norms.items():
@@ -163,11 +165,12 @@ class Gate:
         """Whether the level asks only for the figure, since rounding flips choices of ReLU or max-pool.
 
         One flipped unit changes the gradients of its own layer by percents and of no other, and three draws show
-        some of those that may flip: where one gradient shows it, no other of the pass is safe.
+        some of those that may flip: where one gradient shows it, no other of the pass is safe. The two that are
+        compared may have flipped another one, which their outputs show.
         """
         if policy(self.level(*backends), name).shaken != "reported":
             return False
-        if self._shaken(name, backends):
+        if self._shaken(name, backends) or (KINDS[name.kind].backward and (name.run, backends) in self._flips):
             return True
         if (when := _when(name)) is None:
             return False
