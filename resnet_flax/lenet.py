@@ -18,10 +18,10 @@ from flax import linen as nn
 
 from common.architectures.layers import Padding, output_shapes
 from common.architectures.lenet import VARIANTS, LeNetSpec
-from common.checkpoints import Given, adopt
+from common.checkpoints import Given
 from common.errors import InputError
+from resnet_flax import building
 from resnet_flax.layers import ACTIVATIONS, avg_pool, conv_layer, max_pool, tap, uniform_in_fan
-from resnet_flax.weights import read_variables
 
 Dtype = Any
 
@@ -98,20 +98,10 @@ def from_spec(
     read or holds the weights of another spec.
     """
     model = LeNet(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
-    return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
+    return building.bound(model, weights)
 
 
 def builder(variant: str) -> Callable[..., LeNet]:
     """The public function that makes a named variant."""
     spec = VARIANTS[variant]
-
-    def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> LeNet:
-        own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopt(spec, options.pop("weights", None), variant)
-        return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
-
-    build.__doc__ = (
-        f"{variant}, of tanh and average pools. `param_dtype`, `axis_name` and `weights` as in `from_spec`; with "
-        "foreign weights the network takes their conventions. Every other keyword is a field of `LeNetSpec` to change."
-    )
-    return build
+    return building.builder(variant, spec, from_spec, "of tanh and average pools")

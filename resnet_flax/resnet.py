@@ -21,11 +21,11 @@ from flax import linen as nn
 
 from common.architectures.layers import output_shapes
 from common.architectures.resnet import CONVENTIONS, VARIANTS, ResNetSpec
-from common.checkpoints import Given, adopt, weights_for
+from common.checkpoints import Given
 from common.errors import InputError
 from common.names.resnet import FLAX_EXAMPLE
+from resnet_flax import building
 from resnet_flax.layers import ModuleDef, avg_pool, conv_layer, no_norm, norm_layer, tap, window_padding
-from resnet_flax.weights import to_variables
 
 Dtype = Any
 
@@ -227,21 +227,10 @@ def from_spec(
     bound.unbind()``. Raises `WeightsError` for a file that cannot be read or holds the weights of another spec.
     """
     model = ResNet(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
-    return model if weights is None else model.bind(to_variables(spec, weights_for(spec, weights), param_dtype))
+    return building.bound(model, weights)
 
 
 def builder(variant: str) -> Callable[..., ResNet]:
     """The public function that makes a named variant, in the convention of the Flax example."""
     spec = VARIANTS[variant].replace(**CONVENTIONS["flax_examples"])
-
-    def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNet:
-        own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopt(spec, options.pop("weights", None), variant)
-        return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
-
-    build.__doc__ = (
-        f"{variant} in the convention of the Flax example. `param_dtype`, `axis_name` and `weights` as in "
-        "`from_spec`; with foreign weights the network takes their conventions. Every other keyword is a field of "
-        "`ResNetSpec` to change."
-    )
-    return build
+    return building.builder(variant, spec, from_spec, "in the convention of the Flax example")

@@ -21,10 +21,10 @@ from flax import linen as nn
 
 from common.architectures.layers import output_shapes
 from common.architectures.resnet_v2 import VARIANTS, ResNetV2Spec
-from common.checkpoints import Given, adopt
+from common.checkpoints import Given
 from common.errors import InputError
+from resnet_flax import building
 from resnet_flax.layers import ModuleDef, conv_layer, max_pool, no_norm, norm_layer, tap, zero_pad
-from resnet_flax.weights import read_variables
 
 Dtype = Any
 
@@ -144,21 +144,10 @@ def from_spec(
     read or holds the weights of another spec.
     """
     model = ResNetV2(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
-    return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
+    return building.bound(model, weights)
 
 
 def builder(variant: str) -> Callable[..., ResNetV2]:
     """The public function that makes a named variant."""
     spec = VARIANTS[variant]
-
-    def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> ResNetV2:
-        own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopt(spec, options.pop("weights", None), variant)
-        return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
-
-    build.__doc__ = (
-        f"{variant} as keras.applications has it, with logits. `param_dtype`, `axis_name` and `weights` as in "
-        "`from_spec`; with foreign weights the network takes their conventions. Every other keyword is a field of "
-        "`ResNetV2Spec` to change."
-    )
-    return build
+    return building.builder(variant, spec, from_spec, "as keras.applications has it, with logits")

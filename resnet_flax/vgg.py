@@ -20,10 +20,10 @@ from flax import linen as nn
 
 from common.architectures.layers import output_shapes
 from common.architectures.vgg import VARIANTS, VGGSpec
-from common.checkpoints import Given, adopt
+from common.checkpoints import Given
 from common.errors import InputError
+from resnet_flax import building
 from resnet_flax.layers import ModuleDef, adaptive_pool, conv_layer, no_norm, norm_layer, tap
-from resnet_flax.weights import read_variables
 
 Dtype = Any
 
@@ -113,20 +113,10 @@ def from_spec(
     read or holds the weights of another spec.
     """
     model = VGG(spec=spec, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
-    return model if weights is None else model.bind(read_variables(spec, weights, param_dtype))
+    return building.bound(model, weights)
 
 
 def builder(variant: str) -> Callable[..., VGG]:
     """The public function that makes a named variant."""
     spec = VARIANTS[variant]
-
-    def build(num_classes: int = spec.classes, *, dtype: Dtype = jnp.float32, **options: Any) -> VGG:
-        own = {name: options.pop(name) for name in ("param_dtype", "axis_name") if name in options}
-        taken, weights = adopt(spec, options.pop("weights", None), variant)
-        return from_spec(taken.replace(classes=num_classes, **options), dtype=dtype, weights=weights, **own)
-
-    build.__doc__ = (
-        f"{variant} in the convention of torchvision. `param_dtype`, `axis_name` and `weights` as in `from_spec`; with "
-        "foreign weights the network takes their conventions. Every other keyword is a field of `VGGSpec` to change."
-    )
-    return build
+    return building.builder(variant, spec, from_spec, "in the convention of torchvision")
