@@ -26,7 +26,7 @@ from common.architectures.layers import (
     Softmax,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head
+from common.architectures.spec import Head, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Between, Bound, Checked, Count, Counts, Natural, Positive, Share
 
@@ -88,12 +88,7 @@ class DenseNetSpec(Checked):
     def with_head(self, *, classes: int | None = None, head: Head | None = None, pool: HeadPool = "none") -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves the classifier off and returns the last map, pooled by `pool` into a vector an image."""
-        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
-        if head == "none":
-            changes |= {"head": "none", "head_pool": pool}
-        elif head is not None:
-            changes |= {"head": head} | ({"head_pool": "average"} if self.head == "none" else {})
-        return self.replace(**changes)
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from common.architectures.layers import (
     StochasticDepth,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head
+from common.architectures.spec import Head, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Between, Bound, Checked, Count, Counts, Positive, Share
 
@@ -141,12 +141,7 @@ class EfficientNetSpec(Checked):
     ) -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         returns the map of the last convolution, pooled by `pool` into a vector an image."""
-        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
-        if head == "none":
-            changes |= {"head": "none", "head_pool": pool}
-        elif head is not None:
-            changes |= {"head": head} | ({"head_pool": "average"} if self.head == "none" else {})
-        return self.replace(**changes)
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from common.architectures.layers import (
     output_shapes,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head, Size, check_input_size
+from common.architectures.spec import Head, Size, check_input_size, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Between, Bound, Checked, Count, Counts, Positive
 
@@ -178,12 +178,7 @@ class ResNetSpec(Checked):
     ) -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves the classifier off and returns the last map, pooled by `pool` into a vector an image."""
-        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
-        if head == "none":
-            changes |= {"head": "none", "head_pool": pool}
-        elif head is not None:
-            changes |= {"head": head} | ({"head_pool": "average"} if self.head == "none" else {})
-        return self.replace(**changes)
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     def with_output_stride(self, output_stride: int) -> Self:
         """The same weights at a finer stride: the last stages dilate instead (DeepLab's output stride 8, 16, 32)."""

@@ -25,7 +25,7 @@ from common.architectures.layers import (
     Softmax,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head
+from common.architectures.spec import Head, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Between, Checked, Count, Counts, Positive
 
@@ -99,12 +99,7 @@ class ResNetV2Spec(Checked):
     ) -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves the classifier off and returns the last map, normalised, pooled by `pool` into a vector an image."""
-        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
-        if head == "none":
-            changes |= {"head": "none", "head_pool": pool}
-        elif head is not None:
-            changes |= {"head": head} | ({"head_pool": "average"} if self.head == "none" else {})
-        return self.replace(**changes)
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     def stride(self, stage: int, block: int) -> int:
         """Stride of a block."""

@@ -104,6 +104,16 @@ def least_size(spec: Spec) -> int:
     return side
 
 
+def head_changes(spec: Spec, usual_pool: str, *, classes: int | None, head: Head | None, pool: str) -> dict[str, Any]:
+    """The fields by which `with_head` changes a spec; a network without a classifier gets one behind `usual_pool`."""
+    changes: dict[str, Any] = {} if classes is None else {"classes": classes}
+    if head == "none":
+        return changes | {"head": "none", "head_pool": pool}
+    if head is not None:
+        changes |= {"head": head} | ({"head_pool": usual_pool} if spec.head == "none" else {})
+    return changes
+
+
 def check_input_size(spec: Any) -> None:
     """Raise the spec's error where the network cannot take the one size that it says it takes."""
     checked: Checked = spec

@@ -28,7 +28,7 @@ from common.architectures.layers import (
     output_shapes,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head, Size, check_input_size
+from common.architectures.spec import Head, Size, check_input_size, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Between, Bound, Checked, Count, Counts, Positive, Share
 
@@ -121,12 +121,7 @@ class VGGSpec(Checked):
     ) -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves all dense layers off and returns the last map, pooled by `pool` into a vector an image."""
-        changes: dict[str, Any] = {} if classes is None else {"classes": classes}
-        if head == "none":
-            changes |= {"head": "none", "head_pool": pool}
-        elif head is not None:
-            changes |= {"head": head} | ({"head_pool": "adaptive"} if self.head == "none" else {})
-        return self.replace(**changes)
+        return self.replace(**head_changes(self, "adaptive", classes=classes, head=head, pool=pool))
 
     @property
     def output_stride(self) -> int:
