@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from common.architectures.efficientnet import VARIANTS, Block, EfficientNetSpec
 from common.checkpoints import Given, adopt, weights_for
 from common.names.efficientnet import TORCHVISION
-from resnet_torch.layers import ACTIVATIONS, Affine, Node, NormLayer, StochasticDepth, batch_norm2d, conv2d
+from resnet_torch.layers import (
+    ACTIVATIONS,
+    Affine,
+    Node,
+    NormLayer,
+    SqueezeExcitation,
+    StochasticDepth,
+    batch_norm2d,
+    conv2d,
+)
 from resnet_torch.weights import load_weights
 
 
@@ -37,22 +46,6 @@ class ConvNormActivation(nn.Sequential):
         super().__init__(conv, norm_layer(out_channels), *([] if activation is None else [activation()]))
 
 
-class SqueezeExcitation(nn.Module):
-    """Each channel times a number in 0 … 1 that all channels' averages give (Hu et al. 2017, arXiv:1709.01507)."""
-
-    def __init__(self, channels: int, squeezed: int, spec: EfficientNetSpec) -> None:
-        super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
-        self.activation = ACTIVATIONS[spec.activation]()
-        self.scale_activation = ACTIVATIONS[spec.gate_activation]()
-
-    def forward(self, input: Tensor) -> Tensor:
-        scale = self.activation(self.fc1(self.avgpool(input)))
-        return self.scale_activation(self.fc2(scale)) * input
-
-
 class MBConv(nn.Module):
     """Expansion, depthwise convolution, squeeze and excitation, projection: wide inside, narrow outside."""
 
@@ -66,7 +59,8 @@ class MBConv(nn.Module):
         depthwise = partial(layer, block.expanded, block.expanded, block.kernel, block.stride)
         self.block.append(depthwise(groups=block.expanded, activation=activation))
         if block.squeezed:
-            self.block.append(SqueezeExcitation(block.expanded, block.squeezed, spec))
+            gate = SqueezeExcitation(block.expanded, block.squeezed, spec.activation, spec.gate_activation)
+            self.block.append(gate)
         # Nothing bends behind the projection: what is narrow would lose too much.
         self.block.append(layer(block.expanded, block.out_channels, activation=None))
         self.stochastic_depth = StochasticDepth(block.drop) if block.drop else nn.Identity()

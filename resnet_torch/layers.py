@@ -121,18 +121,22 @@ class ZeroPadShortcut(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """A gate a channel, of what all pixels have in common (Hu et al. 2017, arXiv:1709.01507), in timm's names."""
+    """Each channel times a number that all channels' averages give (Hu et al. 2017, arXiv:1709.01507): torchvision's,
+    whose convolutions timm calls the same."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(
+        self, channels: int, width: int, activation: Activation = "relu", gate_activation: Activation = "sigmoid"
+    ) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(channels, width, 1)
-        self.act = nn.ReLU(inplace=True)
         self.fc2 = nn.Conv2d(width, channels, 1)
-        self.gate = nn.Sigmoid()
+        self.activation = ACTIVATIONS[activation]()
+        self.scale_activation = ACTIVATIONS[gate_activation]()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc2(self.act(self.fc1(self.pool(x)))))
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.activation(self.fc1(self.avgpool(input)))
+        return self.scale_activation(self.fc2(scale)) * input
 
 
 def biased_batch_norm(

@@ -43,24 +43,24 @@ _HOLDING: dict[str, tuple[str | None, ...]] = {
 }
 # The others, where a community has names for them.
 _OTHERS: dict[str, tuple[str | None, ...]] = {
-    #                 torchvision      keras.applications     classic
-    "stem.relu":     ("relu",          "conv1_relu",          "conv1_relu"),
-    "stem.reluN":    ("conv1.{relu}",  "conv1_{i}_relu",      "conv1_{i}_relu"),
-    "stem.pool":     ("maxpool",       "pool1_pool",          "pool1"),
-    "relu1":         ("{}.relu",       "{}_1_relu",           "res{}_branch2a_relu"),
-    "relu2":         ("{}.relu",       "{}_2_relu",           "res{}_branch2b_relu"),
-    "relu3":         ("{}.relu",       "{}_3_relu",           "res{}_branch2c_relu"),
-    "se.pool":       ("{}.se.pool",    "{}_se_squeeze",       "res{}_se_squeeze"),
-    "se.relu":       ("{}.se.act",     "{}_se_relu",          "res{}_se_relu"),
-    "se.sigmoid":    ("{}.se.gate",    "{}_se_sigmoid",       "res{}_se_sigmoid"),
-    "se.gate":       ("{}.se",         "{}_se_excite",        "res{}_se_excite"),
-    "shortcut.pool": (None,            "{}_0_pool",           "res{}_branch1_pool"),
-    "shortcut.pad":  ("{}.downsample", "{}_0_pad",            "res{}_branch1"),
-    "add":           (None,            "{}_add",              "res{}"),
-    "relu":          ("{}.relu",       "{}_out",              "res{}_relu"),
-    "head.pool":     ("avgpool",       "avg_pool",            "pool5"),
-    "head.flatten":  (None,            "flatten",             "flatten"),
-    "head.softmax":  ("softmax",       "predictions_softmax", "prob"),
+    #                 torchvision               keras.applications     classic
+    "stem.relu":     ("relu",                   "conv1_relu",          "conv1_relu"),
+    "stem.reluN":    ("conv1.{relu}",           "conv1_{i}_relu",      "conv1_{i}_relu"),
+    "stem.pool":     ("maxpool",                "pool1_pool",          "pool1"),
+    "relu1":         ("{}.relu",                "{}_1_relu",           "res{}_branch2a_relu"),
+    "relu2":         ("{}.relu",                "{}_2_relu",           "res{}_branch2b_relu"),
+    "relu3":         ("{}.relu",                "{}_3_relu",           "res{}_branch2c_relu"),
+    "se.pool":       ("{}.se.avgpool",          "{}_se_squeeze",       "res{}_se_squeeze"),
+    "se.relu":       ("{}.se.activation",       "{}_se_relu",          "res{}_se_relu"),
+    "se.sigmoid":    ("{}.se.scale_activation", "{}_se_sigmoid",       "res{}_se_sigmoid"),
+    "se.gate":       ("{}.se",                  "{}_se_excite",        "res{}_se_excite"),
+    "shortcut.pool": (None,                     "{}_0_pool",           "res{}_branch1_pool"),
+    "shortcut.pad":  ("{}.downsample",          "{}_0_pad",            "res{}_branch1"),
+    "add":           (None,                     "{}_add",              "res{}"),
+    "relu":          ("{}.relu",                "{}_out",              "res{}_relu"),
+    "head.pool":     ("avgpool",                "avg_pool",            "pool5"),
+    "head.flatten":  (None,                     "flatten",             "flatten"),
+    "head.softmax":  ("softmax",                "predictions_softmax", "prob"),
 }
 # fmt: on
 # timm's ResNet-D has its average pool before the projection, or nothing in its place where that does not stride.

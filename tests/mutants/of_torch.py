@@ -208,7 +208,7 @@ def dense_bias_shifted(weights: dict[str, Any]) -> dict[str, Any]:
 def gate_without_its_sigmoid(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, SqueezeExcitation):
-            module.gate = nn.Identity()
+            module.scale_activation = nn.Identity()
 
 
 @after_build
