@@ -51,8 +51,9 @@ def infer(source: Source, convention: str | None = None, changes: Mapping[str, A
                 found = naming.found(native)
                 if found:
                     said = _constants_in(naming, source.tensors)
-                    spec = _spec_of(naming, found, convention, changes or {}, _told(naming, said))
-                    _check_constants(naming, spec, said)
+                    told = _told(naming, said)
+                    spec = _spec_of(naming, found, convention, changes or {}, told)
+                    _check_constants(naming, spec, told)
                     weights, ignored = exactly(spec, naming, source.tensors, found)
                     assumed = {name: value for name, value in _unseen(spec).items() if name not in (changes or {})}
                     return Inferred(spec=spec, weights=weights, naming=naming, assumed=assumed, ignored=ignored)
@@ -138,13 +139,12 @@ def _told(naming: Naming, constants: Mapping[str, np.ndarray]) -> dict[str, Any]
     return naming.constants.fields(constants) if naming.constants else {}
 
 
-def _check_constants(naming: Naming, spec: Spec, said: Mapping[str, np.ndarray]) -> None:
-    """Raise `CheckpointError` where the file has other constants than the spec, which may have been set by hand."""
-    expected = naming.constants.arrays(spec) if naming.constants else {}
-    told = {**_told(naming, said)}
-    if told and told != _told(naming, expected):
+def _check_constants(naming: Naming, spec: Spec, told: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where the file's constants tell of other fields than the spec's, which may have been set
+    by hand."""
+    if naming.constants is not None and told and told != _told(naming, naming.constants.arrays(spec)):
         raise CheckpointError(
-            f"the file's own layer {naming.constants.layer if naming.constants else ''} says "
+            f"the file's own layer {naming.constants.layer} says "
             f"{', '.join(f'{name}={value}' for name, value in told.items())}; leave these fields as they are"
         )
 
