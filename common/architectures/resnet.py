@@ -506,7 +506,7 @@ def _variants() -> dict[str, ResNetSpec]:
         f"{name}.{form}": depths[name].replace(**changes)
         for form, changes in GALLERY.items()
         for name in ("resnet18", "resnet50")
-        if depths[name].replace(**changes).layers != depths[name].layers
+        if form != "shared_conv" or depths[name].block == "basic"
     }
     for name in ("resnet18", "resnet50"):
         gallery[f"{name}.extra_block"] = depths[name].replace(blocks=tuple(n + 1 for n in depths[name].blocks))
