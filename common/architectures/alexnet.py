@@ -28,7 +28,7 @@ from common.architectures.layers import (
     output_shapes,
 )
 from common.architectures.marks import Mark
-from common.architectures.spec import Head, Size, check_input_size, head_changes
+from common.architectures.spec import Head, Size, check_dense_head, head_changes
 from common.errors import ParityError, SpecError
 from common.fields import Bound, Checked, Count, Counts, Natural, Positive, Share
 
@@ -99,19 +99,7 @@ class AlexNetSpec(Checked):
             self.require("groups", fits, f"a divisor of {reads} and {width}, the channels around convolution {number}")
         count = len(self.hidden)
         self.require("dropout", len(self.dropout) == count, f"{count} entries, as many as hidden has")
-        if self.head == "none":
-            bare = self.head_pool in ("average", "max", "none")
-            self.require("head_pool", bare, "average, max or none with head none")
-        else:
-            dense = adaptive or self.head_pool == "flatten"
-            self.require("head_pool", dense, f"adaptive, adaptive_max or flatten with head {self.head}")
-        with_cells = "height and width with an adaptive head_pool, empty otherwise"
-        self.require("map_size", bool(self.map_size) == adaptive, with_cells)
-        if self.head_pool == "flatten":
-            self.require("input_size", bool(self.input_size), "height and width with head_pool flatten")
-            check_input_size(self)
-        else:
-            self.require("input_size", not self.input_size, "empty unless head_pool is flatten")
+        check_dense_head(self)
 
     def replace(self, **changes: Any) -> Self:
         """This specification with some fields changed.

@@ -114,6 +114,26 @@ def head_changes(spec: Spec, usual_pool: str, *, classes: int | None, head: Head
     return changes
 
 
+def check_dense_head(spec: Any) -> None:
+    """Raise the spec's error where `head_pool`, `map_size`, `input_size` and `head` contradict each other, in a network
+    whose dense layers read a flattened map: of cells, at any size of images, or as it is, at one size."""
+    checked: Checked = spec
+    adaptive = spec.head_pool in ("adaptive", "adaptive_max")
+    if spec.head == "none":
+        bare = spec.head_pool in ("average", "max", "none")
+        checked.require("head_pool", bare, "average, max or none with head none")
+    else:
+        dense = adaptive or spec.head_pool == "flatten"
+        checked.require("head_pool", dense, f"adaptive, adaptive_max or flatten with head {spec.head}")
+    with_cells = "height and width with an adaptive head_pool, empty otherwise"
+    checked.require("map_size", bool(spec.map_size) == adaptive, with_cells)
+    if spec.head_pool == "flatten":
+        checked.require("input_size", bool(spec.input_size), "height and width with head_pool flatten")
+        check_input_size(spec)
+    else:
+        checked.require("input_size", not spec.input_size, "empty unless head_pool is flatten")
+
+
 def check_input_size(spec: Any) -> None:
     """Raise the spec's error where the network cannot take the one size that it says it takes."""
     checked: Checked = spec
