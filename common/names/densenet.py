@@ -12,6 +12,7 @@ from common.architectures.layers import Shape
 from common.errors import CheckpointError
 from common.names import Family, Naming, Place, ShapeOf
 from common.names.roles import FLAX, KERAS, PYTORCH
+from common.names.shapes import check_gap, kernels
 
 # fmt: off
 _COLUMNS = ("torchvision", "keras_applications", "keras_hub", "flax")
@@ -133,21 +134,15 @@ def _number(match: re.Match[str], letter: str) -> int:
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that shapes show, of any depth and width."""
-
-    def kernel(layer: str) -> Shape:
-        shape = shapes.get(f"{layer}.kernel")
-        if shape is None:
-            raise CheckpointError(f"no kernel of {layer} is there; is the file whole?")
-        return shape
-
+    kernel = kernels(shapes)
     blocks: dict[int, set[int]] = {}
     for name in shapes:
         if name.startswith("blocks."):
             _, b, _, i, _ = name.split(".", 4)
             blocks.setdefault(int(b), set()).add(int(i))
-    _check_gap("blocks", blocks)
+    check_gap("blocks", blocks)
     for block, layers in sorted(blocks.items()):
-        _check_gap(f"layers of block {block}", layers)
+        check_gap(f"layers of block {block}", layers)
     stem, growth = kernel("stem.conv"), kernel("blocks.0.layers.0.conv2")
     widths = [kernel(f"transitions.{block}.conv")[2:] for block in range(len(blocks) - 1)]
     fields: dict[str, Any] = {
@@ -163,14 +158,6 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         fields["compression"] = _compression(widths)
     dense = shapes.get("head.fc.kernel")
     return fields if dense is None else fields | {"classes": dense[1]}
-
-
-def _check_gap(what: str, numbers: Collection[int]) -> None:
-    """Raise `CheckpointError` where one is missing in between: the file is not whole."""
-    # Not the difference to a whole range: a hostile name may hold any number.
-    if numbers and max(numbers) >= len(numbers):
-        gap = next(number for number in range(len(numbers)) if number not in numbers)
-        raise CheckpointError(f"the {what} have a gap: number {gap} is missing, and {max(numbers)} is there")
 
 
 def _compression(widths: Iterable[tuple[int, ...]]) -> float:

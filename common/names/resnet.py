@@ -16,6 +16,7 @@ from common.architectures.resnet import CONVENTIONS, ResNetSpec
 from common.errors import CheckpointError
 from common.names import Beside, Family, Naming, Place, ShapeOf, Told
 from common.names.roles import FLAX, KERAS, PYTORCH
+from common.names.shapes import check_gap, kernels
 
 _HF = "resnet.embedder.embedder"
 # fmt: off
@@ -99,7 +100,7 @@ def _flax_places(blocks: Collection[str], shape_of: ShapeOf) -> dict[str, tuple[
     parameter-free shortcuts. No shape tells them apart.
     """
     numbered = {int(block.rpartition("_")[2]): block for block in blocks}
-    _check_gap("blocks", numbered)
+    check_gap("blocks", numbered)
     places: dict[str, tuple[int, int]] = {}
     stage, index, width = -1, 0, None
     for _, block in sorted(numbered.items()):
@@ -269,14 +270,6 @@ def _pattern(name: str, block: str) -> str:
     return re.sub(r"^resnet\\\.", r"(?:resnet\\.)?", pattern)
 
 
-def _check_gap(what: str, numbers: Collection[int]) -> None:
-    """Raise `CheckpointError` where one is missing in between: the file is not whole."""
-    # Not the difference to a whole range: a hostile name may hold any number.
-    if numbers and max(numbers) >= len(numbers):
-        gap = next(number for number in range(len(numbers)) if number not in numbers)
-        raise CheckpointError(f"the {what} have a gap: number {gap} is missing, and {max(numbers)} is there")
-
-
 def _blocks_in(names: Iterable[str]) -> tuple[int, ...]:
     """Number of blocks of every stage among canonical names."""
     stages: dict[int, set[int]] = {}
@@ -284,21 +277,15 @@ def _blocks_in(names: Iterable[str]) -> tuple[int, ...]:
         if name.startswith("stages."):
             _, stage, _, block, _ = name.split(".", 4)
             stages.setdefault(int(stage), set()).add(int(block))
-    _check_gap("stages", stages)
+    check_gap("stages", stages)
     for number, blocks in sorted(stages.items()):
-        _check_gap(f"blocks of stage {number}", blocks)
+        check_gap(f"blocks of stage {number}", blocks)
     return tuple(len(blocks) for _, blocks in sorted(stages.items()))
 
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that shapes show, of any depth and width; and the stem's, where its kernel is a CIFAR network's."""
-
-    def kernel(layer: str) -> Shape:
-        shape = shapes.get(f"{layer}.kernel")
-        if shape is None:
-            raise CheckpointError(f"no kernel of {layer} is there; is the file whole?")
-        return shape
-
+    kernel = kernels(shapes)
     blocks = _blocks_in(shapes)
     bottleneck = any(name.endswith(".conv3.kernel") for name in shapes)
     firsts = [f"stages.{stage}.blocks.0" for stage in range(len(blocks))]
@@ -353,7 +340,7 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def _deep(shapes: Mapping[str, Shape]) -> int:
     """The number of convolutions before the stem's own."""
     numbers = {int(match[1]) - 1 for name in shapes if (match := re.match(r"stem\.conv(\d+)\.", name))}
-    _check_gap("convolutions of the stem", numbers)
+    check_gap("convolutions of the stem", numbers)
     return len(numbers)
 
 

@@ -10,6 +10,7 @@ from common.architectures.resnet_v2 import CONVENTIONS, ResNetV2Spec
 from common.errors import CheckpointError
 from common.names import Family, Naming, Place, ShapeOf
 from common.names.roles import FLAX, KERAS, PYTORCH
+from common.names.shapes import kernels
 
 # fmt: off
 _COLUMNS = ("torchvision", "timm", "keras_applications", "flax")
@@ -98,13 +99,7 @@ def _kind(path: str) -> str:
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that shapes show, of any depth and width; and what they tell of the source: convolutions without
     biases are timm's network, or with a small stem the paper's for CIFAR."""
-
-    def kernel(layer: str) -> Shape:
-        shape = shapes.get(f"{layer}.kernel")
-        if shape is None:
-            raise CheckpointError(f"no kernel of {layer} is there; is the file whole?")
-        return shape
-
+    kernel = kernels(shapes)
     found: dict[int, set[int]] = {}
     for name in shapes:
         if name.startswith("stages."):
