@@ -49,7 +49,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/train_keras.py
 	$(BIN)/python benchmarks/train_flax.py
 	$(BIN)/python benchmarks/scaling.py
-	@echo "benchmarks/train_torch.py compares with torchvision: run it with $(PEERS)/python after make test-peers"
+	@echo "benchmarks/train_torch.py and families.py compare with torchvision: run them with $(PEERS)/python after make test-peers"
 
 # constraints.txt pins torch to a release whose CPU build is small; a range could take a CUDA build of several GB.
 .venv/installed: pyproject.toml constraints.txt
