@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.architectures import Spec
 from common.training.recipe import TrainingRecipe
 from resnet_flax import framework
 
@@ -9,15 +10,23 @@ with framework():
     import optax  # type: ignore[import-untyped]
     from flax.traverse_util import path_aware_map
 
+    from resnet_flax.weights import variable_paths
+
 # By optimiser, optax's name of an array that it keeps of every parameter, and the recipe's.
 MOMENTS = {"sgd": {"trace": "velocity"}, "adamw": {"mu": "moment1", "nu": "moment2"}}
 
 
-def optimizer(recipe: TrainingRecipe) -> optax.GradientTransformation:
+def optimizer(recipe: TrainingRecipe, spec: Spec) -> optax.GradientTransformation:
     """The updates that common/training/recipe.py defines, at the learning rate in the ``hyperparams`` of the state."""
+    native = variable_paths(spec)
+    # Their gradient is zero here, and what has none does not decay either.
+    unused = {native[name][1:] for layer in spec.layers if layer.unused for name in layer.parameters}
+
+    def decays(path: Any, _: Any) -> bool:
+        return path not in unused and (recipe.decay_norms_and_biases or path[-1] == "kernel")
 
     def decaying(params: Any) -> Any:
-        return path_aware_map(lambda path, _: recipe.decay_norms_and_biases or path[-1] == "kernel", params)
+        return path_aware_map(decays, params)
 
     decay = optax.add_decayed_weights(recipe.weight_decay, mask=decaying)
     if recipe.optimizer == "adamw":

@@ -51,6 +51,8 @@ class Block(nn.Module):
         # Not `x.shape != y.shape`: a single pixel keeps its shape under a stride, and would lose its projection.
         strides = self.strides
         if strides == 1 and x.shape[-1] == filters:
+            if self.spec.unused_projection and self.is_initializing():
+                self.project(x, filters, strides)
             return x
         if self.spec.shortcut == "zero_pad":
             x = x[:, ::strides, ::strides]
@@ -58,6 +60,9 @@ class Block(nn.Module):
         if self.spec.shortcut_pool and strides > 1:
             x = tap(self, "pool", avg_pool(x, 2, 2, padding="ceil", count_padding=False))
             strides = 1
+        return self.project(x, filters, strides)
+
+    def project(self, x: jax.Array, filters: int, strides: int) -> jax.Array:
         x = self.conv(filters, 1, strides, name="conv_proj")(x)
         return self.shortcut_norm(name="norm_proj")(x)
 

@@ -111,7 +111,7 @@ class FlaxTrainer:
         # Without a softmax at its end, which is left to the loss: there, no probability underflows.
         logits = spec.with_head(head="logits")
         module = from_spec(logits, dtype=jnp.bfloat16 if narrow else dtype, param_dtype=dtype)
-        self._apply, self._optimizer = module.apply, optimizer(recipe)
+        self._apply, self._optimizer = module.apply, optimizer(recipe, spec)
         self._whole, self._split = distributed.shardings()
         self._step = jax.jit(
             partial(train_step, recipe),

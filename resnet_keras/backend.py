@@ -182,7 +182,8 @@ class KerasBackend:
         taps_model = with_masks(keras.Model(model.input, _taps(model, spec, training)), masked)
         canonical_names = {id(variable): name for name, variable in variables(model).items()}
         trained = [canonical_names[id(variable)] for variable in taps_model.trainable_variables]
-        # Keras' own dropout has the state of its random numbers, which has no name and, in eval mode, no use.
+        # Keras' own dropout has the state of its random numbers, which has no name and, in eval mode, no use. Arrays of
+        # layers that do not run have no value here.
         frozen = [(canonical_names.get(id(one)), one) for one in taps_model.non_trainable_variables]
         last, *auxiliary = outputs(spec, training)
         kind = spec.layers[-1].kind
@@ -193,7 +194,7 @@ class KerasBackend:
             values = parameters | statistics
             taps, after = taps_model.stateless_call(
                 [values[name] for name in trained],
-                [values[name] if name else one.value for name, one in frozen],
+                [values[name] if name and name in values else one.value for name, one in frozen],
                 (images, *masks) if masks else images,
                 training=training,
             )

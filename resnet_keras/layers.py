@@ -134,6 +134,31 @@ def with_masks(model: keras.Model, names: Sequence[str]) -> keras.Model:
     return keras.Model((model.input, *inputs.values()), renewed(model.output), name=model.name)
 
 
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class UnusedConv2D(layers.Conv2D):  # type: ignore[misc]
+    """A convolution whose arrays are stored and never used: what it is given goes through as it is.
+
+    A functional model has no layers that lead nowhere, as a module of PyTorch has.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"trainable": False} | kwargs)
+
+    def call(self, inputs: Any) -> Any:
+        return inputs
+
+
+@keras.saving.register_keras_serializable(package="resnet_keras")
+class UnusedBatchNormalization(layers.BatchNormalization):  # type: ignore[misc]
+    """As `UnusedConv2D`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"trainable": False} | kwargs)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return inputs
+
+
 class _Strided(layers.Layer):  # type: ignore[misc]
     """Every `strides`-th pixel of images, in either data format."""
 

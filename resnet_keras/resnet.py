@@ -19,6 +19,8 @@ from common.names.resnet import KERAS_CLASSIC, block_names
 from resnet_keras import applications
 from resnet_keras.layers import (
     UnbiasedBatchNormalization,
+    UnusedBatchNormalization,
+    UnusedConv2D,
     ZeroPadShortcut,
     average_pool2d,
     channel_axis,
@@ -158,7 +160,14 @@ def identity_block(
     `filters` are two for a basic block and three for a bottleneck; `style` gives the conventions (padding, bias,
     norm, groups) and the data format; `dilation_rates` apply up to and after the convolution that may be strided.
     """
-    shortcut = None if style.spec.shortcut == "none" else x
+    spec, where = style.spec, f"{stage}{block}"
+    shortcut = None if spec.shortcut == "none" else x
+    if spec.unused_projection:
+        options = {"use_bias": spec.conv_bias, "kernel_initializer": style.kernel_initializer}
+        unused = UnusedConv2D(filters[-1], 1, data_format=style.data_format, name=f"res{where}_branch1", **options)
+        shortcut = unused(shortcut)
+        if spec.shortcut_norm:
+            shortcut = UnusedBatchNormalization(axis=style.axis, name=f"bn{where}_branch1")(shortcut)
     return _residual(x, shortcut, kernel_size, filters, stage, block, 1, style, dilation_rates)
 
 

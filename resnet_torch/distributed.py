@@ -112,6 +112,7 @@ def parallel(model: nn.Module, spec: Spec, replica: Replica, device: torch.devic
         model,
         device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=any(layer.unused for layer in spec.layers),
     )
 
 

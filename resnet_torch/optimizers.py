@@ -55,7 +55,7 @@ def make(model: nn.Module, spec: Spec, recipe: TrainingRecipe, *, fused: bool | 
 def _decay(optimizer: Optimizer, *arguments: Any) -> None:
     """Decoupled decay for SGD, as AdamW does it."""
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in (p for p in group["params"] if p.grad is not None):
             parameter.mul_(1 - group["lr"] * group["decoupled_decay"])
 
 

@@ -41,7 +41,8 @@ def _norm_layer(spec: ResNetSpec) -> NormLayer:
 def _downsample(
     spec: ResNetSpec, in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer
 ) -> nn.Module | None:
-    if spec.shortcut == "none" or (stride == 1 and in_channels == out_channels):
+    needed = stride > 1 or in_channels != out_channels
+    if spec.shortcut == "none" or not (needed or spec.unused_projection):
         return None
     if spec.shortcut == "zero_pad":
         return ZeroPadShortcut(stride, out_channels - in_channels)
@@ -94,6 +95,7 @@ class Block(nn.Module):
     def _end(self, spec: ResNetSpec, in_channels: int, channels: int, place: Place, norm_layer: NormLayer) -> None:
         self.se = SqueezeExcitation(channels, spec.squeeze[place.stage]) if spec.squeeze else None
         self.downsample = _downsample(spec, in_channels, channels, max(place.strides), norm_layer)
+        self.projects = max(place.strides) > 1 or in_channels != channels
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.se is not None:
@@ -101,7 +103,7 @@ class Block(nn.Module):
         if self.relu_before_add:
             out = self.relu(out)
         if self.residual:
-            shortcut = x if self.downsample is None else self.downsample(x)
+            shortcut = x if self.downsample is None or not self.projects else self.downsample(x)
             if self.relu_before_add:
                 out = out + shortcut  # not in place: that ReLU keeps its output for the backward pass
             else:

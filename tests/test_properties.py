@@ -51,6 +51,7 @@ def specs(draw: st.DrawFn, most_stages: int = 3) -> ResNetSpec:
         shortcut=shortcut,
         replace_stride_with_dilation=dilation,
         deep_stem=draw(st.sampled_from([(), (), (4, 8)])),
+        unused_projection=shortcut == "projection" and draw(st.booleans()),
         shortcut_pool=shortcut == "projection" and not any(dilation) and draw(st.booleans()),
         squeeze=draw(st.sampled_from([(), (), (8,) * stages])),
         relu_before_add=shortcut != "none" and draw(st.booleans()),

@@ -27,7 +27,13 @@ OF_TIMM = {
 }
 FORMS = [
     *("resnet50d", "resnet18d", "seresnet50", "seresnet18", "plain20", "resnet18.shared_conv"),
-    *("resnet18.shared_norm", "resnet50.shared_norm", "resnet18.early_relu", "resnet50.no_last_relu"),
+    *(
+        "resnet18.unused_projection",
+        "resnet18.shared_norm",
+        "resnet50.shared_norm",
+        "resnet18.early_relu",
+        "resnet50.no_last_relu",
+    ),
 ]
 
 
@@ -87,6 +93,7 @@ class TestSpec:
                 {"relu_after_add": False},
                 "relu_after_add=False is not allowed in a resnet spec; expected true",
             ),
+            ("plain20", {"unused_projection": True}, "expected false without projections"),
             ("plain20", {"relu_before_add": True}, "expected false without a shortcut"),
             ("resnet50d", {"replace_stride_with_dilation": (False, True, True)}, "expected false with dilation"),
             ("resnet18.shared_norm", {"norm": False}, "expected none or conv where norm is false"),
@@ -118,7 +125,7 @@ class TestNames:
         checkpoints.write(tmp_path / file, made, to)
         found = checkpoints.read(tmp_path / file)
         assert all(np.array_equal(found.weights[array], made.weights[array]) for array in made.weights)
-        shown = ("deep_stem", "squeeze", "shared", "shortcut_pool", "blocks", "widths")
+        shown = ("deep_stem", "squeeze", "shared", "shortcut_pool", "unused_projection", "blocks", "widths")
         assert all(getattr(found.spec, field) == getattr(spec, field) for field in shown)
         for field in ("shortcut", "relu_before_add", "relu_after_add"):
             assert getattr(found.spec, field) == getattr(spec, field) or field in found.origin.assumed

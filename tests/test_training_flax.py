@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_reference import DECAYING, check_unused_arrays_stay, noise, reference, relative, same, trained
 from training_reference import RECIPES as SHARED
-from training_reference import noise, reference, relative, same, trained
 
 import resnet_flax
 from common import weights as canonical
@@ -166,7 +166,7 @@ def test_loading_begins_anew_and_nothing_given_out_changes(histories):
 
 def test_averages_are_exported_with_the_running_statistics(histories):
     batches, history = histories("adamw")
-    trainer = begun(RECIPES["adamw"])
+    trainer = begun(RECIPES["adamw", "nesterov"])
     trained(trainer, batches)
     exported, state = trainer.export(ema=True), history[-1]
     assert list(exported) == list(trainer.export())
@@ -616,3 +616,8 @@ except RecipeError as error:
         first, second = output.splitlines()
         assert message in first
         assert second == "batch_size=3; expected a multiple of the 2 devices that share it"
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "nesterov"])
+def test_arrays_that_nothing_computes_with_stay_as_they_are(recipe):
+    check_unused_arrays_stay(begun, DECAYING[recipe])

@@ -10,7 +10,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -22,8 +22,8 @@ import pytest
 keras = pytest.importorskip("keras")
 # ruff: noqa: E402
 
+from training_reference import DECAYING, check_unused_arrays_stay, noise, reference, relative, same
 from training_reference import RECIPES as EVERYWHERE
-from training_reference import noise, reference, relative, same
 from training_reference import trained as taken
 
 import resnet_keras
@@ -733,3 +733,8 @@ def test_errors_of_one_s_own_are_not_blamed_on_another_process(monkeypatch):
         with pytest.raises(type(error)), distributed.together(Replica(rank=0, count=2)):
             raise error
     assert len(ends) == 2, "the others would wait for ever"
+
+
+@pytest.mark.parametrize("recipe", ["adamw"])
+def test_arrays_that_nothing_computes_with_stay_as_they_are(backend, recipe):
+    check_unused_arrays_stay(partial(begun, backend), DECAYING[recipe].replace(batch_size=8))

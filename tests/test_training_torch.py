@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ torch = pytest.importorskip("torch")
 # ruff: noqa: E402
 
 from torch.nn import functional as F
+from training_reference import DECAYING, check_unused_arrays_stay, noise, reference, relative, same, trained
 from training_reference import RECIPES as SHARED
-from training_reference import noise, reference, relative, same, trained
 
 import resnet_torch
 from common import weights as canonical
@@ -592,3 +593,8 @@ def test_errors_of_one_s_own_are_not_blamed_on_another_process():
             raise error
     with pytest.raises(RuntimeError, match="gloo"), distributed.together(Replica()):
         raise RuntimeError("gloo")
+
+
+@pytest.mark.parametrize("recipe", DECAYING)
+def test_arrays_that_nothing_computes_with_stay_as_they_are(backend, recipe):
+    check_unused_arrays_stay(partial(begun, backend), DECAYING[recipe])

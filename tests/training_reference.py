@@ -6,6 +6,7 @@ Imports no framework: the gradients come from the one under test.
 import numpy as np
 
 from common import weights as canonical
+from common.architectures import find
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Minibatch
 
@@ -124,3 +125,21 @@ def reference(recipe, spec, batches, passed):
         arrays = {f"{kind}/{name}": values[name] for kind, values in kept.items() for name in names}
         history.append(arrays | {f"stat/{name}": weights[name] for name in statistics} | {"loss": np.asarray(loss)})
     return history
+
+
+UNUSED = find("resnet20").replace(
+    blocks=(2,), widths=(4,), stem_width=4, in_channels=1, shortcut="projection", unused_projection=True
+)
+# Decay of both kinds, over kernels, norms and biases.
+DECAYING = {name: RECIPES[name].replace(decay_norms_and_biases=True) for name in ("nesterov", "decoupled sgd", "adamw")}
+
+
+def check_unused_arrays_stay(begun, recipe):
+    """`begun` makes a trainer of a recipe and a spec, in float64 and with `canonical.randomize(spec)`."""
+    before = canonical.randomize(UNUSED)
+    trainer = begun(recipe, spec=UNUSED)
+    trainer.fit(noise(recipe, UNUSED, steps=2), lambda measured: True)
+    after = trainer.export()
+    unused = {name for layer in UNUSED.layers if layer.unused for name in layer.arrays}
+    assert len(unused) == 10
+    assert {name for name in before if np.array_equal(before[name], after[name])} == unused

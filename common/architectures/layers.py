@@ -63,6 +63,8 @@ class Layer:
     shares: str | None = None
     # It runs in training mode alone: a layer of a branch that ends in an auxiliary output, where eval mode has none.
     training_only: bool = False
+    # It never runs: its arrays are stored, and stay as they are. Nothing reads it.
+    unused: bool = False
 
     kind: ClassVar[str]
     # Layers that only pick or move values: they round nothing, so a loss of precision is never theirs.

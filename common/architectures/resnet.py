@@ -85,6 +85,8 @@ class ResNetSpec(Checked):
     stride_in: Annotated[ConvName, _CONVENTION] = None  # type: ignore[assignment]
     # Option B of the paper; its parameter-free option A; or none at all: the plain networks of its section 4.
     shortcut: Annotated[Shortcut, Mark.UNSEEN] = "projection"
+    # A block whose shortcut is its input has a projection too, of which nothing is used.
+    unused_projection: Annotated[bool, Mark.ADOPTED] = False
     shortcut_pool: Annotated[bool, _CONVENTION] = False  # 2x2 averages stride, not the projection (ResNet-D)
     squeeze: _Widths = ()  # channels of squeeze and excitation, in each stage; empty for none
     relu_before_add: Annotated[bool, _CONVENTION] = False  # behind a block's last norm as well
@@ -131,6 +133,8 @@ class ResNetSpec(Checked):
             )
         self.require("squeeze", len(self.squeeze) in (0, stages), f"{stages} entries, as many as blocks has, or none")
         self.require("shared", self.norm or self.shared != "norm", "none or conv where norm is false")
+        projects = self.shortcut == "projection" or not self.unused_projection
+        self.require("unused_projection", projects, "false without projections")
         if self.shortcut_pool:
             self.require("shortcut_pool", self.shortcut == "projection", "false without a projection")
             # What strides there could not be told by dilation of a 1x1 convolution.
@@ -234,6 +238,7 @@ class ResNetSpec(Checked):
             norm=False,
             shortcut_norm=False,
             conv_bias=True,
+            unused_projection=False,
             shortcut_pool=False,
             squeeze=(),
             shared="conv" if self.shared == "conv" else "none",
@@ -385,6 +390,8 @@ def _shared(kept: dict[str, Layer], layer: Layer, wanted: bool) -> Layer:
 
 def _shortcut(spec: ResNetSpec, path: str, last: str, in_channels: int, out_channels: int, stride: int) -> _Part:
     if stride == 1 and in_channels == out_channels:
+        if spec.unused_projection:
+            yield from _projection(spec, path, last, in_channels, out_channels, 1, unused=True)
         return last
     if spec.shortcut == "zero_pad":
         yield ZeroPadShortcut(path=f"{path}.pad", inputs=(last,), stride=stride, channels=out_channels)
@@ -394,10 +401,16 @@ def _shortcut(spec: ResNetSpec, path: str, last: str, in_channels: int, out_chan
         options: dict[str, Any] = {"kernel": stride, "stride": stride, "padding": "ceil", "count_padding": False}
         yield AveragePool(path=f"{path}.pool", inputs=(last,), **options)
         last, stride = f"{path}.pool", 1
-    yield _conv(spec, f"{path}.conv", last, in_channels, out_channels, 1, stride=stride)
+    return (yield from _projection(spec, path, last, in_channels, out_channels, stride))
+
+
+def _projection(
+    spec: ResNetSpec, path: str, last: str, in_channels: int, out_channels: int, stride: int, unused: bool = False
+) -> _Part:
+    yield _conv(spec, f"{path}.conv", last, in_channels, out_channels, 1, stride=stride, unused=unused)
     if not spec.shortcut_norm:
         return f"{path}.conv"
-    yield _norm(spec, f"{path}.norm", f"{path}.conv", out_channels)
+    yield replace(_norm(spec, f"{path}.norm", f"{path}.conv", out_channels), unused=unused)
     return f"{path}.norm"
 
 
@@ -453,6 +466,7 @@ GALLERY: dict[str, dict[str, Any]] = {
     "no_last_relu": {"relu_after_add": False},
     "shared_norm": {"shared": "norm"},
     "shared_conv": {"shared": "conv"},  # a bottleneck has no two alike
+    "unused_projection": {"unused_projection": True},
 }
 
 

@@ -86,7 +86,7 @@ def output(spec: Spec) -> Layer:
 
 def running(spec: Spec, training: bool) -> tuple[Layer, ...]:
     """The layers of the walk that run in training mode, or in eval mode."""
-    return tuple(layer for layer in spec.layers if training or not layer.training_only)
+    return tuple(layer for layer in spec.layers if not layer.unused and (training or not layer.training_only))
 
 
 def outputs(spec: Spec, training: bool) -> tuple[str, ...]:

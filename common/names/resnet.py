@@ -97,16 +97,19 @@ def _flax_places(blocks: Collection[str], shape_of: ShapeOf) -> dict[str, tuple[
     """A stage begins where a block has other output channels than the one before it, or projects its shortcut.
 
     So two stages of one width are seen as one where the second neither strides nor projects: with dilation, or with
-    parameter-free shortcuts. No shape tells them apart.
+    parameter-free shortcuts. No shape tells them apart. Where every block of several has a projection, some are not
+    used, and widths alone tell stages apart.
     """
     numbered = {int(block.rpartition("_")[2]): block for block in blocks}
     check_gap("blocks", numbered)
     places: dict[str, tuple[int, int]] = {}
     stage, index, width = -1, 0, None
+    projecting = {block for block in blocks if shape_of(f"{block}/conv_proj", "conv", "kernel")}
+    telling = projecting if projecting < set(blocks) else set()
     for _, block in sorted(numbered.items()):
         kernels = (shape_of(f"{block}/Conv_{i}", "conv", "kernel") for i in (2, 1, 0))
         found = next((kernel[-1] for kernel in kernels if kernel), None)
-        if stage < 0 or found != width or shape_of(f"{block}/conv_proj", "conv", "kernel"):
+        if stage < 0 or found != width or block in telling:
             stage, index = stage + 1, 0
         places[block] = stage, index
         index, width = index + 1, found
@@ -315,6 +318,7 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "deep_stem": tuple(kernel(f"stem.conv{i + 1}")[3] for i in range(_deep(shapes))),
         "squeeze": tuple(kernel(f"{first}.se.conv1")[3] for first in firsts if f"{first}.se.conv1.kernel" in shapes),
         "shared": shared,
+        "unused_projection": _unused_projection(shapes, blocks, outer[0]),
         "shortcut": "projection" if projected or len(set(outer)) == 1 else "zero_pad",
     }
     if stem[0] < 7 and not fields["deep_stem"]:
@@ -342,6 +346,15 @@ def _deep(shapes: Mapping[str, Shape]) -> int:
     numbers = {int(match[1]) - 1 for name in shapes if (match := re.match(r"stem\.conv(\d+)\.", name))}
     check_gap("convolutions of the stem", numbers)
     return len(numbers)
+
+
+def _unused_projection(shapes: Mapping[str, Shape], blocks: Sequence[int], channels: int) -> bool:
+    """Whether a block has a projection that needs none. The first of a stage has its own, but for the first stage's
+    where it has as many channels as the stem."""
+    needless = [f"stages.{s}.blocks.{b}" for s, count in enumerate(blocks) for b in range(1, count)]
+    if shapes["stem.conv.kernel"][3] == channels:
+        needless.append("stages.0.blocks.0")
+    return any(f"{block}.shortcut.conv.kernel" in shapes for block in needless)
 
 
 def _shared(shapes: Mapping[str, Shape], blocks: Sequence[int]) -> str:

@@ -139,6 +139,7 @@ class SpecSteps:
         self.arrays = arrays_of_steps(spec, recipe, images.shape[1:])
         self._spec, self._weights, self._clock = spec, weights, clock
         self._images, self._labels, self._recipe = images, labels, recipe
+        self._unused = {name for layer in spec.layers if layer.unused for name in layer.arrays}
         with clock.step("build"):
             self._trainer = backend.trainer(spec, recipe, str(images.dtype))
 
@@ -162,6 +163,8 @@ class SpecSteps:
             self._trainer.load(self._weights if draw is None else canonical.perturb(self._weights, seed=draw))
 
         def keep_and_tell(name: ArrayName, array: np.ndarray) -> None:
+            if name.place in self._unused:
+                return
             if name.kind == "loss":
                 self._clock.tell(f"{name.step} of {self._recipe.steps} steps done")
             keep(name, array)
@@ -220,7 +223,8 @@ def arrays_of_steps(spec: Spec, recipe: TrainingRecipe, batch: Shape) -> tuple[A
     """Every array of the recipe's steps of a batch (N, H, W, C): within a step the loss, the statistics of the way
     forward, what the optimiser makes of the gradients from the last layer back to the first, the parameters, and their
     averages."""
-    terms = _terms(spec.layers, batch)
+    layers = running(spec, training=True)
+    terms = _terms(layers, batch)
     kinds = (*steps.moments(recipe), "param", *(["ema"] if recipe.ema_decay is not None else []))
     found: list[Array] = []
     last = recipe.steps or 0
@@ -233,10 +237,10 @@ def arrays_of_steps(spec: Spec, recipe: TrainingRecipe, batch: Shape) -> tuple[A
 
         found.append(array("loss", "", "", ()))
         found += [
-            array("stat", layer.path, name, shape) for layer in spec.layers for name, shape in layer.statistics.items()
+            array("stat", layer.path, name, shape) for layer in layers for name, shape in layer.statistics.items()
         ]
         for kind in kinds:
-            found += [array(kind, layer.path, name, shape) for layer, name, shape in _backward(spec.layers)]
+            found += [array(kind, layer.path, name, shape) for layer, name, shape in _backward(layers)]
     return tuple(found)
 
 

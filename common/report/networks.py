@@ -56,7 +56,7 @@ def layers(spec: Spec, size: tuple[int, int]) -> Table:
     for layer in spec.layers:
         table.add_row(
             layer.path,
-            f"{layer.kind} (training)" if layer.training_only else layer.kind,
+            layer.kind + (" (training)" if layer.training_only else " (unused)" if layer.unused else ""),
             _window(layer),
             "x".join(map(str, shapes[layer.path])),
             f"{layer.parameter_count:,}" if layer.parameter_count else "",

@@ -14,6 +14,8 @@ The update of a parameter p with gradient g at learning rate η, as `TrainingRec
 4. The moving average of the weights is the weights after the first step, then
    ``a = ema_decay * a + (1-ema_decay) * p``. Running statistics are not averaged again.
 
+An array that no layer computes with, as that of a projection that is stored and not used, stays as it is.
+
 Where the network has dropout, which values a step drops follows from the seed, the layer and the image's place in the
 training alone (common/training/dropout.py): the same ones in all frameworks, however many processes share a batch, and
 in a run that goes on.

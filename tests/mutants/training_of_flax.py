@@ -19,7 +19,7 @@ _scale_by_adam, _trace = optax.scale_by_adam, optax.trace
 
 def _by(**changes: Any) -> Any:
     """The optimiser of another recipe."""
-    return replaced(training, "optimizer", lambda recipe: _optimizer(recipe.replace(**changes)))
+    return replaced(training, "optimizer", lambda recipe, spec: _optimizer(recipe.replace(**changes), spec))
 
 
 decay_of_norms_and_biases = _by(decay_norms_and_biases=True)
