@@ -50,8 +50,8 @@ SMALL = EfficientNetSpec(
     head_width=64,
     classes=10,
 )
-# What shapes cannot show follows from the published depth; any width will do.
-NARROW = VARIANTS["efficientnet_b0"].replace(widths=(8, 8, 12, 16, 16, 24, 24), stem_width=8, head_width=20, classes=7)
+# What shapes cannot show follows from the published depth; any widths that differ will do.
+NARROW = VARIANTS["efficientnet_b0"].replace(widths=(8, 10, 12, 16, 18, 24, 28), stem_width=8, head_width=20, classes=7)
 KINDS = {
     "efficientnet_b0": SMALL,
     "efficientnet_b5": SMALL.replace(bn_eps=1e-3, bn_momentum=0.99),
@@ -83,7 +83,7 @@ class TestSpec:
         )
         assert found == PUBLISHED[name]
         others = [other for other in VARIANTS if other.startswith(f"{name}.")]
-        assert len(others) == (2 if "lite" in name else 3)
+        assert len(others) == (2 if "lite" in name else 4)
         for other in others:
             assert canonical.shapes(VARIANTS[other]) == canonical.shapes(spec)
 
@@ -274,6 +274,7 @@ class TestNames:
             ("a.pth", "torchvision", {}),
             ("a.safetensors", "timm", CONVENTIONS["timm"]),
             ("a.safetensors", "canonical", CONVENTIONS["timm_tf"]),
+            ("a.bin", "huggingface", CONVENTIONS["huggingface"]),
             ("a.h5", "keras_applications", CONVENTIONS["keras_applications"]),
             ("a.weights.h5", "keras_applications", CONVENTIONS["keras_applications"]),
             ("a.msgpack", "flax", {}),
@@ -391,3 +392,16 @@ class TestNames:
             "none"
         ]
         assert all(entry.preprocessing == "timm_half" for entry in known if "ap_in1k" in entry.reference)
+
+    @pytest.mark.parametrize(("variant", "odd"), [("b0", []), ("b1", [16]), ("b7", [18])])
+    def test_transformers_config_says_scaling_and_which_blocks_see_an_odd_map(self, tmp_path, variant, odd):
+        naming = names.find("efficientnet", "huggingface")
+        spec = VARIANTS[f"efficientnet_{variant}.huggingface"].replace(classes=2)
+        config = naming.beside.write(spec, ("cat", "dog"))
+        scaling = SCALINGS[f"efficientnet_{variant}"]
+        assert (config["width_coefficient"], config["depth_coefficient"]) == (scaling.width, scaling.depth)
+        assert (config["image_size"], config["hidden_dim"]) == (scaling.size, spec.head_width)
+        assert config["depthwise_padding"] == odd
+        assert naming.beside.read(config).class_names == ("cat", "dog")
+        with pytest.raises(CheckpointError, match=r"no config for a network with padding='symmetric'"):
+            naming.beside.write(spec.replace(padding="symmetric"), ())

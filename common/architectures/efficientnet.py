@@ -356,6 +356,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "head": "softmax",
         **_IMAGENET,
     },
+    # Ports of Keras' weights, whose images are normalised outside.
+    "huggingface": {"padding": "same", "bn_eps": 1e-3, "bn_momentum": 0.99, "running_variance": "biased"},
     # timm's `efficientnet_*`, and its `tf_efficientnet_*`, which are ports. It drops nothing unless it is asked to.
     "timm": {"padding": "symmetric", "bn_eps": 1e-5, **_TIMM},
     "timm_tf": {"padding": "same", "bn_eps": 1e-3, **_TIMM},
@@ -382,7 +384,7 @@ def _variants() -> dict[str, EfficientNetSpec]:
         f"{name}.{convention}": spec.replace(**changes)
         for name, spec in plain.items()
         for convention, changes in CONVENTIONS.items()
-        if convention != "keras_applications" or "lite" not in name
+        if convention not in ("keras_applications", "huggingface") or "lite" not in name
     }
     return plain | others
 

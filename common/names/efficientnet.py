@@ -1,25 +1,29 @@
-"""EfficientNet's layers in every community's names: torchvision, timm, keras.applications; and in Flax, which has none
-of its own, the canonical ones."""
+"""EfficientNet's layers in every community's names: torchvision, timm, Hugging Face transformers, keras.applications;
+and in Flax, which has none of its own, the canonical ones."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from common.architectures.efficientnet import CONVENTIONS, VARIANTS, EfficientNetSpec, plain_variant
+from common.architectures.efficientnet import CONVENTIONS, SCALINGS, VARIANTS, EfficientNetSpec, plain_variant
 from common.architectures.layers import Shape
 from common.errors import CheckpointError
-from common.names import Constants, Family, Naming, Place, ShapeOf
+from common.names import Beside, Constants, Family, Naming, Place, ShapeOf, Told, transformers
 from common.names.roles import FLAX, KERAS, PYTORCH
 
 # fmt: off
-_COLUMNS = ("torchvision", "timm", "keras_applications", "flax")
-# ``{s}`` and ``{b}`` are the numbers of a stage and of a block in it; ``{s1}`` counts from 1, ``{letter}`` is its
-# in Keras, ``{top}`` the place of the last convolution. Where a block does not expand its other parts move up: ``{d}``,
-# ``{g}`` and ``{p}`` are the places of depthwise, gate and projection in torchvision's `block`, ``{nd}`` and ``{np}``
-# timm's numbers of their norms; and what timm calls `conv_pw` is the projection there, and the expansion elsewhere.
-_BLOCK = ("features.{s1}.{b}.", "blocks.{s}.{b}.", "block{s1}{letter}_", "stages.{s}.blocks.{b}.")
+_COLUMNS = ("torchvision", "timm", "keras_applications", "flax", "huggingface")
+# ``{s}`` and ``{b}`` are the numbers of a stage and of a block in it; ``{s1}`` counts from 1, ``{n}`` the blocks of all
+# stages; ``{letter}`` is a block's in Keras, ``{top}`` the place of the last convolution. Where a block does not expand
+# its other parts move up: ``{d}``, ``{g}`` and ``{p}`` are the places of depthwise, gate and projection in
+# torchvision's `block`, ``{nd}`` and ``{np}`` timm's numbers of their norms; and what timm calls `conv_pw` is the
+# projection there, and the expansion elsewhere.
+_BLOCK = (
+    "features.{s1}.{b}.", "blocks.{s}.{b}.", "block{s1}{letter}_", "stages.{s}.blocks.{b}.",
+    "efficientnet.encoder.blocks.{n}.",
+)
 _PARTS: dict[str, tuple[str | None, ...]] = {
     # part: (kind)     torchvision                    timm               keras.applications      Flax
     "expand":         ("block.0.0",                   "conv_pw",         "expand_conv",          "expand"),
@@ -52,6 +56,19 @@ _ENDS: dict[str, tuple[str | None, ...]] = {
     "head.fc":        ("classifier.1",                "classifier",      "predictions",          "head.fc"),
     "head.softmax":   ("softmax",                     None,              "predictions_softmax",  None),
 }
+# A row's last column: transformers names what holds arrays, and nothing moves up.
+_OF_TRANSFORMERS = {
+    "expand": "expansion.expand_conv",                "expand_norm": "expansion.expand_bn",
+    "depthwise": "depthwise_conv.depthwise_conv",     "depthwise_norm": "depthwise_conv.depthwise_norm",
+    "squeeze": "squeeze_excite.reduce",               "excite": "squeeze_excite.expand",
+    "project": "projection.project_conv",             "project_norm": "projection.project_bn",
+    "stem.conv": "efficientnet.embeddings.convolution", "stem.norm": "efficientnet.embeddings.batchnorm",
+    "head.conv": "efficientnet.encoder.top_conv",     "head.norm": "efficientnet.encoder.top_bn",
+    "head.fc": "classifier",
+}
+_PARTS, _ENDS = (
+    {name: (*row, _OF_TRANSFORMERS.get(name)) for name, row in rows.items()} for rows in (_PARTS, _ENDS)
+)
 # fmt: on
 _KINDS = {"depthwise": "depthwise", "fc": "dense", "norm": "norm", "expand_norm": "norm", "depthwise_norm": "norm"}
 _KINDS |= {"project_norm": "norm"}
@@ -83,6 +100,7 @@ def _layers(column: str) -> Callable[[EfficientNetSpec], dict[str, str]]:
                 _, s, _, b = where.split(".")
                 words = _words(f"{where}.expand" in here, f"{where}.gate" in here)
                 words |= {"s": s, "s1": int(s) + 1, "b": b, "letter": _letter(int(b))}
+                words |= {"n": sum(spec.repeats[: int(s)]) + int(b)}
                 name = _PARTS[part][index]
                 name = name and _BLOCK[index] + name
             else:
@@ -109,6 +127,7 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
     forms = [_form(index, expands, gated) for expands in (True, False) for gated in (True, False)]
     start = re.escape(_BLOCK[index]).replace(r"\{s1\}", r"(?P<s1>\d{1,4})").replace(r"\{s\}", r"(?P<s>\d{1,4})")
     start = start.replace(r"\{b\}", r"(?P<b>\d{1,4})").replace(r"\{letter\}", r"(?P<letter>[a-z]|z\d{2,4})")
+    start = start.replace(r"\{n\}", r"(?P<n>\d{1,4})")
     address = re.compile(start)
 
     def places(names: Collection[str], shape_of: ShapeOf) -> dict[str, Place]:
@@ -116,10 +135,15 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
         for name in names:
             if found := address.match(name):
                 words = found.groupdict()
+                if "n" in words:
+                    blocks.setdefault((0, int(words["n"])), {})[name[found.end() :]] = name
+                    continue
                 stage = int(words["s1"]) - 1 if "s1" in words else int(words["s"])
                 letter = words.get("letter", "")
                 block = int(words["b"]) if "b" in words else int(letter[1:] or ord(letter) - ord("a"))
                 blocks.setdefault((stage, block), {})[name[found.end() :]] = name
+        if column == "huggingface":
+            blocks = _by_width(blocks, shape_of)
         table: dict[str, Place] = {}
         for (s, b), rests in blocks.items():
             form = min(forms, key=lambda form: len(form.keys() ^ rests.keys()))
@@ -136,6 +160,20 @@ def _places(column: str) -> Callable[[Collection[str], ShapeOf], dict[str, Place
         return table
 
     return places
+
+
+def _by_width(blocks: Mapping[tuple[int, int], dict[str, str]], shape_of: ShapeOf) -> dict[tuple[int, int], Any]:
+    """Blocks that are numbered through all stages, by stage and number: one begins where a block gives other channels
+    than the one before it. Two stages of one width are seen as one."""
+    found: dict[tuple[int, int], Any] = {}
+    stage, first, width = -1, 0, None
+    for (_, number), rests in sorted(blocks.items()):
+        kernel = shape_of(rests.get("projection.project_conv", ""), "conv", "kernel")
+        channels = kernel[-1] if kernel else None
+        if stage < 0 or channels != width:
+            stage, first, width = stage + 1, number, channels
+        found[stage, number - first] = rests
+    return found
 
 
 def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -220,6 +258,51 @@ def _told(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"input_mean": exact, "input_std": tuple(np.sqrt(variance.astype(np.float64)).tolist())}
 
 
+def _config_of(spec: EfficientNetSpec, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of transformers' `EfficientNetConfig`. Raises `CheckpointError` for a network that is none of its."""
+    scaled = plain_variant(widths=spec.widths, repeats=spec.repeats, head_width=spec.head_width)
+    of_training = ("bn_momentum", "running_variance", "stochastic_depth", "dropout")
+    taken = {name: getattr(spec, name) for name in ("in_channels", "classes", *of_training)}
+    theirs = VARIANTS[scaled or "efficientnet_b0"].replace(**{**HUGGING_FACE.convention, **taken})
+    if spec != theirs:
+        fields = [name for name, value in vars(theirs).items() if vars(spec).get(name) != value]
+        raise CheckpointError(
+            f"transformers has no config for a network with {', '.join(f'{f}={getattr(spec, f)!r}' for f in fields)}; "
+            "write a file of another name than model.safetensors, which gets none"
+        )
+    assert scaled is not None
+    scaling = SCALINGS[scaled]
+    return {
+        "architectures": ["EfficientNetForImageClassification"],
+        "model_type": "efficientnet",
+        "num_channels": spec.in_channels,
+        "image_size": scaling.size,
+        "width_coefficient": scaling.width,
+        "depth_coefficient": scaling.depth,
+        "hidden_dim": spec.head_width,
+        "dropout_rate": spec.dropout,
+        "drop_connect_rate": spec.stochastic_depth,
+        "batch_norm_eps": spec.bn_eps,
+        # Blocks that stride where their map is odd, at that size.
+        "depthwise_padding": _odd_maps(spec, scaling.size),
+        **transformers.labels(spec.classes, class_names),
+    }
+
+
+def _odd_maps(spec: EfficientNetSpec, side: int) -> list[int]:
+    """Numbers of the blocks whose depthwise convolution strides over a map of odd sides, for square images."""
+    side, blocks, found = -(-side // 2), [block for stage in spec.stages for block in stage], []
+    for number, block in enumerate(blocks):
+        if block.stride == 2:
+            found += [number] if side % 2 else []
+            side = -(-side // 2)
+    return found
+
+
+def _told_by_config(config: Mapping[str, Any]) -> Told:
+    return Told(class_names=transformers.class_names(config) if config.get("model_type") == "efficientnet" else ())
+
+
 def _naming(name: str, **options: Any) -> Naming:
     return Naming(family=EfficientNetSpec.family, name=name, layers=_layers(name), places=_places(name), **options)
 
@@ -241,5 +324,21 @@ KERAS_APPLICATIONS = _naming(
         fields=_told,
     ),
 )
+HUGGING_FACE = _naming(
+    "huggingface",
+    title="Hugging Face transformers",
+    roles=PYTORCH,
+    # Ports of Keras' weights. The library gives PyTorch Keras' momentum, 0.99 of the new: of a training there alone.
+    convention=CONVENTIONS["huggingface"],
+    preprocessing="keras_torch",
+    aliases=("hf",),
+    beside=Beside(
+        name="config.json",
+        weights="model.safetensors",
+        write=_config_of,
+        free=("architectures", "id2label", "label2id"),
+        read=_told_by_config,
+    ),
+)
 CANONICAL_FLAX = _naming("flax", title="our Flax models", roles=FLAX, preprocessing="timm")
-FAMILY = Family(namings=(TORCHVISION, TIMM, KERAS_APPLICATIONS, CANONICAL_FLAX), fields=fields_from)
+FAMILY = Family(namings=(TORCHVISION, TIMM, HUGGING_FACE, KERAS_APPLICATIONS, CANONICAL_FLAX), fields=fields_from)

@@ -14,7 +14,7 @@ from typing import Any
 from common.architectures.layers import Shape
 from common.architectures.resnet import CONVENTIONS, ResNetSpec
 from common.errors import CheckpointError
-from common.names import Beside, Family, Naming, Place, ShapeOf, Told
+from common.names import Beside, Family, Naming, Place, ShapeOf, Told, transformers
 from common.names.roles import FLAX, KERAS, PYTORCH
 from common.names.shapes import check_gap, kernels
 
@@ -384,8 +384,7 @@ def _config_of(spec: ResNetSpec, class_names: Sequence[str] = ()) -> dict[str, A
         "downsample_in_bottleneck": bottleneck and spec.stride_in == "conv1",
     }
     if classifier:
-        labels = {str(index): name for index, name in enumerate(class_names or map(_label, range(spec.classes)))}
-        config |= {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
+        config |= transformers.labels(spec.classes, class_names)
     theirs = ResNetSpec(
         block=spec.block,
         blocks=spec.blocks,
@@ -408,10 +407,6 @@ def _config_of(spec: ResNetSpec, class_names: Sequence[str] = ()) -> dict[str, A
     return config
 
 
-def _label(index: int) -> str:
-    return f"LABEL_{index}"
-
-
 def _told_by_config(config: Mapping[str, Any]) -> Told:
     """What a ``config.json`` says and no shape shows. Raises `CheckpointError` for a network that none of ours is."""
     if config.get("model_type") != "resnet":
@@ -423,12 +418,7 @@ def _told_by_config(config: Mapping[str, Any]) -> Told:
     notes: tuple[str, ...] = ()
     if config.get("downsample_in_bottleneck") is True:
         notes = ("config.json beside it says downsample_in_bottleneck: set stride_in=conv1",)
-    labels = config.get("id2label")
-    names = [labels.get(str(index)) for index in range(len(labels))] if isinstance(labels, Mapping) else []
-    known = all(isinstance(name, str) and name.isprintable() for name in names) and names != list(
-        map(_label, range(len(names)))
-    )
-    return Told(notes=notes, class_names=tuple(map(str, names)) if known else ())
+    return Told(notes=notes, class_names=transformers.class_names(config))
 
 
 def _naming(column: str, **options: Any) -> Naming:

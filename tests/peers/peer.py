@@ -130,21 +130,26 @@ _HUGGING_FACE = {"resnet-18": ("basic", [2, 2, 2, 2], 1), "resnet-50": ("bottlen
 
 
 def make_transformers(name: str, path: Path) -> None:
-    from transformers import ResNetConfig, ResNetForImageClassification
+    import transformers
 
-    block, depths, expansion = _HUGGING_FACE[name]
-    sizes = [expansion * width for width in (64, 128, 256, 512)]
     labels = {number: f"label {number}" for number in range(1000)}
-    config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=sizes, id2label=labels)
-    model = ResNetForImageClassification(config)
+    if name == "efficientnet-b0":
+        scaling = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+        b0 = transformers.EfficientNetConfig(**scaling, dropout_rate=0.2, id2label=labels)
+        model = transformers.EfficientNetForImageClassification(b0)
+    else:
+        block, depths, expansion = _HUGGING_FACE[name]
+        sizes = [expansion * width for width in (64, 128, 256, 512)]
+        config = transformers.ResNetConfig(layer_type=block, depths=depths, hidden_sizes=sizes, id2label=labels)
+        model = transformers.ResNetForImageClassification(config)
     randomize_torch(model)
     model.save_pretrained(path.parent)
 
 
 def load_transformers(name: str, path: Path) -> Run:
-    from transformers import ResNetForImageClassification
+    from transformers import AutoModelForImageClassification
 
-    model, told = ResNetForImageClassification.from_pretrained(path.parent, output_loading_info=True)
+    model, told = AutoModelForImageClassification.from_pretrained(path.parent, output_loading_info=True)
     wrong = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told[key]}
     if wrong:
         raise SystemExit(f"not a whole checkpoint: {wrong}")
