@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_parity import explain
-from test_vgg import run_keras
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -19,6 +18,7 @@ from common.images import PRESETS, sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, multiply-adds, side of the images, sides of the maps behind the pools
@@ -197,8 +197,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_have_caffes_names_at_any_size(tmp_path):
-    found = run_keras(KERAS.replace("PATH", str(tmp_path / "a.keras")))
+def test_keras_models_have_caffes_names_at_any_size(session, tmp_path):
+    found = printed(session, "keras:tensorflow", KERAS.replace("PATH", str(tmp_path / "a.keras")))
     assert found["bare"] == [[None, 256], 2_469_696]
     assert found["small"] == "input_shape=(62, 70, 3) is too small; expected at least 63x63 pixels"
     assert found["layers"] == [
