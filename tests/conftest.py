@@ -19,10 +19,6 @@ os.environ.setdefault("RESNET_PARITY_JIT", "0")
 # Nobody reads where in our code an operation stands, and finding it out is a seventh of all that Flax takes here.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
-# Nearly everything is run once or twice, so that optimising it takes longer than it saves. Not by XLA_FLAGS, which
-# TensorFlow reads too: it compiles grouped convolutions only, and those take four times as long then.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 # And what one process of this run has compiled, the others read: the same program for the same input to the compiler.
 # Set here, since the workers of this run and all that they start inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -73,3 +69,14 @@ def nothing_left_behind() -> Iterator[None]:
         if name in sys.modules:
             attrgetter(clear)(sys.modules[name])()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def unoptimised() -> Iterator[None]:
+    """JAX's programs in this process are compiled without optimising them, which takes longer than it saves where they
+    run once. Not in the session's processes: a convolution in float64 runs twenty times as long then."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

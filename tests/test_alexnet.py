@@ -154,6 +154,7 @@ def test_pytorch_initialises_as_its_layers_do_gives_stages_and_can_be_scripted(s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_has_the_names_of_the_spec_and_pytorchs_initialisation():
     import jax
     import jax.numpy as jnp

@@ -215,6 +215,7 @@ class TestPyTorch:
 
 
 class TestFlax:
+    @pytest.mark.usefixtures("unoptimised")
     def test_variables_are_called_as_the_layers_and_initialised_as_torchvisions(self):
         import jax
         import jax.numpy as jnp

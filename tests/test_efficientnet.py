@@ -162,6 +162,7 @@ class TestPyTorch:
             assert torch.equal(torch.jit.script(inside)(images), inside(images))
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_variables_are_called_as_the_layers_and_initialised_as_torchvisions():
     import jax
     import jax.numpy as jnp

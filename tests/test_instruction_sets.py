@@ -50,8 +50,6 @@ def test_small_networks_agree_with_other_instructions(settings: dict[str, str], 
     environment = os.environ | settings | {"PYTHONPATH": path}
     # What was compiled for this processor is not for that one.
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    # And which instructions there are is decided by what the suite otherwise leaves out.
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(line.endswith(cpu) for line in done.stdout.splitlines())

@@ -106,6 +106,7 @@ def test_pytorch_has_the_names_of_every_port_and_its_own_initialisation():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_has_the_names_of_the_spec_and_pytorchs_initialisation():
     import jax
     import jax.numpy as jnp

@@ -255,6 +255,7 @@ class TestFlax:
         assert native == expected
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("unoptimised")
     def test_initialisation_is_torchvisions(self):
         import jax
         import jax.numpy as jnp
