@@ -69,3 +69,14 @@ def nothing_left_behind() -> Iterator[None]:
         if name in sys.modules:
             attrgetter(clear)(sys.modules[name])()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def unoptimised() -> Iterator[None]:
+    """JAX's programs in this process are compiled without optimising them, which takes longer than it saves where they
+    run once. Not in the session's processes: a convolution in float64 runs twenty times as long then."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_parity import explain
-from test_vgg import run_keras
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -19,6 +18,7 @@ from common.images import PRESETS, sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, multiply-adds, side of the images, sides of the maps behind the pools
@@ -154,6 +154,7 @@ def test_pytorch_initialises_as_its_layers_do_gives_stages_and_can_be_scripted(s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_has_the_names_of_the_spec_and_pytorchs_initialisation():
     import jax
     import jax.numpy as jnp
@@ -197,8 +198,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_have_caffes_names_at_any_size(tmp_path):
-    found = run_keras(KERAS.replace("PATH", str(tmp_path / "a.keras")))
+def test_keras_models_have_caffes_names_at_any_size(session, tmp_path):
+    found = printed(session, "keras:tensorflow", KERAS.replace("PATH", str(tmp_path / "a.keras")))
     assert found["bare"] == [[None, 256], 2_469_696]
     assert found["small"] == "input_shape=(62, 70, 3) is too small; expected at least 63x63 pixels"
     assert found["layers"] == [

@@ -102,42 +102,42 @@ def test_unknown_and_repeated_backends_are_refused() -> None:
         Session(["keras", "keras:tensorflow"])
 
 
-def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept() -> None:
+def test_a_killed_backend_is_reported_and_the_results_of_the_others_are_kept(session: Session) -> None:
     """A real SIGKILL in the middle of a run, of the backend that measures the response at that."""
     case = Case(variant="tiny", spec=TINY, size=(32, 32), dtypes=("float64",))
-    with Session(["torch", "keras", "flax"]) as session:
-        killed = threading.Event()
+    killed = threading.Event()
 
-        def progress(backend: str, step: str) -> None:
-            if backend == "torch" and step == "float64: eval" and not killed.is_set():
-                killed.set()
-                os.kill(session.processes["torch"].pid, signal.SIGKILL)
+    def progress(backend: str, step: str) -> None:
+        if backend == "torch" and step == "float64: eval" and not killed.is_set():
+            killed.set()
+            os.kill(session.processes["torch"].pid, signal.SIGKILL)
 
-        result = session.check(case, progress=progress)
-        assert killed.is_set()
-        assert not result.passed
-        message = str(result.failures["torch"])
-        assert message.startswith("backend torch: its process was killed by SIGKILL while ")
-        assert "\n" not in message
-        assert [c.backends for c in result.comparisons] == [("keras:tensorflow", "flax")] * 2
-        assert all(c.passed for c in result.comparisons)
+    result = session.check(case, progress=progress)
+    assert killed.is_set()
+    assert not result.passed
+    message = str(result.failures["torch"])
+    assert message.startswith("backend torch: its process was killed by SIGKILL while ")
+    assert "\n" not in message
+    assert [c.backends for c in result.comparisons] == [("keras:tensorflow", "flax")] * 2
+    assert all(c.passed for c in result.comparisons)
 
-        # The next check has all three again.
-        again = session.check(case)
-        assert again.passed
-        assert again.comparisons[0].backends == ("torch", "keras:tensorflow", "flax")
+    # The next check has all three again.
+    again = session.check(case)
+    assert again.passed
+    assert again.comparisons[0].backends == ("torch", "keras:tensorflow", "flax")
 
 
-def test_where_the_reference_and_the_next_one_crash_the_reports_are_written_all_the_same(tmp_path: Path) -> None:
+def test_where_the_reference_and_the_next_one_crash_the_reports_are_written_all_the_same(
+    session: Session, tmp_path: Path
+) -> None:
     case = Case(variant="tiny", spec=TINY, size=(32, 32), dtypes=("float64",), modes=("eval",))
-    with Session(["torch", "keras", "flax"]) as session:
-        kills = {"torch": "float64: eval", "keras:tensorflow": "float64: response 1 of 3"}
+    kills = {"torch": "float64: eval", "keras:tensorflow": "float64: response 1 of 3"}
 
-        def progress(backend: str, step: str) -> None:
-            if kills.get(backend) == step:
-                os.kill(session.processes[backend].pid, signal.SIGKILL)
+    def progress(backend: str, step: str) -> None:
+        if kills.get(backend) == step:
+            os.kill(session.processes[backend].pid, signal.SIGKILL)
 
-        result = session.check(case, progress=progress)
+    result = session.check(case, progress=progress)
     assert not result.passed
     assert set(result.failures) == {"torch", "keras:tensorflow"}
     assert result.comparisons == ()

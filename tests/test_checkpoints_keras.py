@@ -6,6 +6,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def ours(spec: ResNetSpec, **options: Any) -> tuple[keras.Model, dict[str, np.nd
     model = resnet_keras.from_spec(spec, **options)
     resnet_keras.load_weights(model, weights)
     return model, weights
+
+
+@cache
+def ours_of(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
+    """One for all tests that leave it with these weights: building it takes longer than its file."""
+    return ours(SPECS[name])
 
 
 def applications(builder: Any = keras.applications.ResNet50, classes: int = 7, **options: Any) -> keras.Model:
@@ -163,10 +170,14 @@ def test_native_names_are_those_of_the_community() -> None:
         assert (today[name][0], classic[name][0]) == (new, old)
 
 
-@pytest.mark.parametrize("builder", ["ResNet50", "ResNet152"])
-def test_native_names_are_all_the_layers_of_keras_applications(builder: str) -> None:
-    with keras.device("cpu:0"):
-        model = getattr(keras.applications, builder)(weights=None, input_shape=(32, 32, 3))
+def of_applications(resnet50: keras.Model, builder: str) -> keras.Model:
+    """That of the module where it is the one: these take seconds to build."""
+    return resnet50 if builder == "ResNet50" else applications(getattr(keras.applications, builder))
+
+
+@pytest.mark.parametrize("builder", ["ResNet50", pytest.param("ResNet152", marks=pytest.mark.long)])
+def test_native_names_are_all_the_layers_of_keras_applications(resnet50: keras.Model, builder: str) -> None:
+    model = of_applications(resnet50, builder)
     spec = VARIANTS[f"{builder.lower()}.keras_applications"]
     native = {name for name, _ in KERAS_APPLICATIONS.arrays(spec).values()}
     assert native == {variable.path for variable in model.variables}
@@ -179,7 +190,7 @@ def test_native_names_are_all_the_layers_of_keras_applications(builder: str) -> 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_file_of_our_keras_model_reads_bitwise(name: str, suffix: str, tmp_path: Path) -> None:
     spec = SPECS[name]
-    model, weights = ours(spec)
+    model, weights = ours_of(name)
     save(model, tmp_path / f"model{suffix}")
     found = checkpoints.read(tmp_path / f"model{suffix}")
     assert found.origin.format == "keras_classic"
@@ -387,16 +398,24 @@ def test_names_read_in_the_newer_form_of_hdf5_too(options: dict[str, Any], tmp_p
 @pytest.mark.parametrize("name", SPECS)
 def test_our_keras_model_loads_what_we_wrote(name: str, suffix: str, tmp_path: Path) -> None:
     spec = SPECS[name]
-    model, weights = ours(spec)
+    model, weights = ours_of(name)
     save_weights(tmp_path / f"model{suffix}", spec, weights, "keras_classic")
     randomize(model, seed=1)
     model.load_weights(tmp_path / f"model{suffix}")
     assert_same(dict(resnet_keras.export_weights(model)), weights)
 
 
-@pytest.mark.parametrize(("builder", "suffix"), [("ResNet50", ".h5"), ("ResNet101", ".weights.h5")])
-def test_keras_applications_loads_what_we_wrote(builder: str, suffix: str, tmp_path: Path) -> None:
-    model = applications(getattr(keras.applications, builder))
+@pytest.mark.parametrize(
+    ("builder", "suffix"),
+    [
+        *(("ResNet50", ".h5"), ("ResNet50", ".weights.h5")),
+        pytest.param("ResNet101", ".weights.h5", marks=pytest.mark.long),
+    ],
+)
+def test_keras_applications_loads_what_we_wrote(
+    resnet50: keras.Model, builder: str, suffix: str, tmp_path: Path
+) -> None:
+    model = of_applications(resnet50, builder)
     expected = values(model)
     spec = VARIANTS[f"{builder.lower()}.keras_applications"].replace(classes=7)
     table = KERAS_APPLICATIONS.arrays(spec)

@@ -7,7 +7,10 @@ import resource
 import subprocess
 import sys
 import sysconfig
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,6 +21,7 @@ from written import save_weights
 from common import architectures, weights
 from common.architectures.resnet import ResNetSpec
 from common.checkpoints import Checkpoint, Origin, canonical
+from common.commands.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +42,20 @@ def run(*arguments: object, cwd: Path | None = None, **options: object) -> subpr
     )
 
 
+def called(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """As `run`, but in this process: a command that starts no framework ends sooner than Python starts."""
+    words = ["resnet-parity", *map(str, arguments)]
+    with (
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+        chdir(cwd or ROOT),
+        patch.object(sys, "argv", words),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess(words, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
 @pytest.fixture
 def spec_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
@@ -53,14 +71,14 @@ def weights_file(tmp_path: Path) -> Path:
 
 
 def test_list_shows_the_variants_that_match() -> None:
-    shown = run("list", "resnext*")
+    shown = called("list", "resnext*")
     assert shown.returncode == 0
     assert [line.split()[0] for line in shown.stdout.splitlines()[1:]] == [
         "resnext50_32x4d",
         "resnext101_32x8d",
         "resnext101_64x4d",
     ]
-    rows = [line.split() for line in run("list").stdout.splitlines()[1:]]
+    rows = [line.split() for line in called("list").stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == list(architectures.variants())
     depths = {name: depth for name, depth, *_ in rows}
     assert {name: depths[name] for name in ("resnet18", "resnet50", "resnet152", "resnet20")} == {
@@ -72,26 +90,26 @@ def test_list_shows_the_variants_that_match() -> None:
 
 
 def test_show_gives_layers_shapes_parameters_and_multiply_adds() -> None:
-    shown = run("show", "resnet50", "--size", "224").stdout
+    shown = called("show", "resnet50", "--size", "224").stdout
     assert "stages.0.blocks.0.shortcut.conv" in shown
     assert "7x7, stride 2" in shown
     last = shown.splitlines()[-1].split()
     assert last == ["total", "25,557,032", "4,089,184,256"]
-    assert "97x65x64" in run("show", "resnet18", "--size", "193x129").stdout
-    assert run("show", "resnet50").stdout == shown
-    assert "32x32x3" in run("show", "resnet20").stdout
+    assert "97x65x64" in called("show", "resnet18", "--size", "193x129").stdout
+    assert called("show", "resnet50").stdout == shown
+    assert "32x32x3" in called("show", "resnet20").stdout
 
 
 def test_without_a_size_a_network_gets_the_one_that_it_takes(tmp_path: Path) -> None:
     flat = TINY.replace(head_pool="flatten", input_size=(32, 48))
     path, made = tmp_path / "flat.json", tmp_path / "flat.safetensors"
     path.write_text(architectures.to_json(flat))
-    assert "32x48x3" in run("show", "--spec", path).stdout
+    assert "32x48x3" in called("show", "--spec", path).stdout
     done = run("record", "torch", "--spec", path, "-o", made, "--mode", "eval", "--no-response")
     assert done.returncode == 0, done.stderr
     assert load_file(made)["eval/tap/stem.conv"].shape == (2, 16, 24, 8)
     for command in (["show", "--spec", path], ["check", "--spec", path]):
-        refused(run(*command, "--size", 64), "input size 64x64 does not fit", "images of its input_size only")
+        refused(called(*command, "--size", 64), "input size 64x64 does not fit", "images of its input_size only")
 
 
 def test_check_passes_and_writes_json_and_junit(spec_file: Path, tmp_path: Path) -> None:
@@ -140,13 +158,13 @@ def test_records_made_one_by_one_compare_as_the_check_does(spec_file: Path, tmp_
         made = run("record", arguments[0], "--spec", spec_file, "--size", 32, "-o", path, *arguments[1:])
         assert made.returncode == 0, made.stderr
         assert str(path) in made.stdout
-    same = run("compare", a, b)
+    same = called("compare", a, b)
     assert same.returncode == 0, same.stdout + same.stderr
     assert "torch | keras:tensorflow" in same.stdout
-    other = run("compare", a, c)
+    other = called("compare", a, c)
     assert other.returncode == 2
     assert "different weights" in other.stderr
-    unheld = run("compare", b, b)
+    unheld = called("compare", b, b)
     assert unheld.returncode == 2
 
 
@@ -160,7 +178,7 @@ def test_compare_ends_with_1_where_records_differ(spec_file: Path, tmp_path: Pat
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     save_file(arrays, changed, metadata | {"manifest": metadata["manifest"].replace('"torch"', '"flax"', 1)})
-    done = run("compare", path, changed)
+    done = called("compare", path, changed)
     assert done.returncode == 1
     assert "first difference: stages.1.blocks.0.conv1 (eval)" in done.stdout
 
@@ -211,7 +229,7 @@ def _broken(path: Path, how: str) -> Path:
 )
 def test_a_bad_weights_file_is_one_line_and_exit_2(spec_file: Path, weights_file: Path, how: str, says: str) -> None:
     path = _broken(weights_file, how)
-    refused(run("check", "--spec", spec_file, "--weights", path, "--size", 32), says, str(path))
+    refused(called("check", "--spec", spec_file, "--weights", path, "--size", 32), says, str(path))
 
 
 def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
@@ -262,7 +280,7 @@ def test_good_weights_are_used(spec_file: Path, weights_file: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
-    refused(run(*arguments), says)
+    refused(called(*arguments), says)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +297,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], says: str) -> No
 def test_a_bad_spec_file_is_one_line_and_exit_2(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
-    refused(run("show", "--spec", path), says, str(path))
+    refused(called("show", "--spec", path), says, str(path))
 
 
 def test_no_space_left_is_one_line_exit_2_and_no_partial_file(spec_file: Path, tmp_path: Path) -> None:
@@ -320,7 +338,7 @@ def test_the_help_groups_the_commands_and_each_shows_an_example() -> None:
         panel = shown[shown.index(f" {title} ") : end]
         for command in commands:
             assert f"│ {command} " in panel
-            assert f"resnet-parity {command} " in run(command, "--help").stdout.partition("Example")[2]
+            assert f"resnet-parity {command} " in called(command, "--help").stdout.partition("Example")[2]
 
 
 def test_wrong_usage_ends_with_2() -> None:

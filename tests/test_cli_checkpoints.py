@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import run
+from test_cli import called, run
 from written import save_weights
 
 from common import checkpoints
@@ -33,7 +33,7 @@ def digest(text: str) -> str:
 
 
 def test_inspect_says_what_a_file_is_and_what_is_assumed(pth: Path) -> None:
-    shown = run("inspect", pth)
+    shown = called("inspect", pth)
     assert shown.returncode == 0, shown.stderr
     text = " ".join(shown.stdout.split())
     assert "format torchvision, in PyTorch" in text
@@ -42,7 +42,7 @@ def test_inspect_says_what_a_file_is_and_what_is_assumed(pth: Path) -> None:
     assert "stride_in=conv2" in text
     assert "suspicious nothing" in text
     assert "num_batches_tracked" in text
-    other = run("inspect", pth, "--convention", "paper", "--set", "bn_eps=0.001").stdout
+    other = called("inspect", pth, "--convention", "paper", "--set", "bn_eps=0.001").stdout
     assert "stride_in=conv1" in other
     assert "bn_eps=0.001" in other
     assert digest(other) == digest(shown.stdout)
@@ -54,26 +54,26 @@ def test_inspect_knows_a_named_network_and_suspicious_values(tmp_path: Path) -> 
     weights["stem.conv.kernel"].flat[0] = np.nan
     weights["stages.2.blocks.2.norm2.scale"][:] = 0
     save_weights(tmp_path / "w.pth", spec, weights)
-    text = " ".join(run("inspect", tmp_path / "w.pth").stdout.split())
+    text = " ".join(called("inspect", tmp_path / "w.pth").stdout.split())
     assert "network resnet20 " in text
     assert "suspicious stem.conv.kernel: 1 of 432 values are NaN or infinite" in text
     assert "stages.2.blocks.2.norm2.scale: all zero" in text
 
 
 def test_convert_keeps_the_digest_and_says_what_readers_will_assume(pth: Path, tmp_path: Path) -> None:
-    first = run("convert", pth, tmp_path / "w.msgpack")
+    first = called("convert", pth, tmp_path / "w.msgpack")
     assert first.returncode == 0, first.stderr
     assert "assumed: " in first.stderr
     assert "read it with: --set pool_padding=symmetric --set block_padding=symmetric" in first.stderr
     settings = first.stderr.rpartition("read it with: ")[2].split()
-    second = run("convert", tmp_path / "w.msgpack", tmp_path / "w.safetensors", *settings)
+    second = called("convert", tmp_path / "w.msgpack", tmp_path / "w.safetensors", *settings)
     assert second.returncode == 0, second.stderr
-    assert digest(first.stdout) == digest(second.stdout) == digest(run("inspect", tmp_path / "w.safetensors").stdout)
+    assert digest(first.stdout) == digest(second.stdout) == digest(called("inspect", tmp_path / "w.safetensors").stdout)
     assert checkpoints.read(tmp_path / "w.safetensors").spec == SPEC
 
 
 def test_convert_adapts_head_and_stem_and_says_so(pth: Path, tmp_path: Path) -> None:
-    done = run("convert", pth, tmp_path / "w.safetensors", "--classes", 4, "--in-channels", 1)
+    done = called("convert", pth, tmp_path / "w.safetensors", "--classes", 4, "--in-channels", 1)
     assert "initialised anew for 4 classes instead of 1000" in done.stderr
     assert "the sum of its 3 input channels" in done.stderr
     assert checkpoints.read(tmp_path / "w.safetensors").spec == SPEC.replace(classes=4, in_channels=1)
@@ -87,17 +87,17 @@ def test_the_preprocessing_of_keras_goes_with_its_weights(tmp_path: Path) -> Non
     """From a Keras file through canonical to .pth, which cannot hold it and says which option restores it."""
     given, between, end = (tmp_path / name for name in ("w.weights.h5", "w.safetensors", "w.pth"))
     save_weights(given, KERAS, canonical.randomize(KERAS, dtype="float32"))
-    first = run("convert", given, between)
+    first = called("convert", given, between)
     assert first.returncode == 0, first.stderr
     assert "--preprocess" not in first.stderr
     assert checkpoints.read(between).preprocessing == PRESETS["keras_caffe"]
-    assert "made from " in " ".join(run("inspect", between).stdout.split())
+    assert "made from " in " ".join(called("inspect", between).stdout.split())
 
     photo = sample_photos()[0]
     shown = run("predict", photo, "--weights", between)
     assert "preprocessing: keras_caffe, resized to 224 x 224" in shown.stdout
 
-    second = run("convert", between, end)
+    second = called("convert", between, end)
     assert second.stderr.count("--preprocess keras_caffe") == 1
     options = second.stderr.rpartition("read it with: ")[2].split()
     again = run("predict", photo, "--weights", end, *options)
@@ -108,15 +108,15 @@ def test_class_names_and_a_preprocessing_of_ones_own_are_kept(pth: Path, tmp_pat
     listed, between = tmp_path / "names.txt", tmp_path / "w.safetensors"
     listed.write_text("\n".join(NAMES))
     options = ["--class-names", listed, "--preprocess", '{"crop": 64, "resize": 64}']
-    done = run("convert", pth, between, *options)
+    done = called("convert", pth, between, *options)
     assert done.returncode == 0, done.stderr
     found = checkpoints.read(between)
     assert found.class_names == NAMES
     assert found.preprocessing == Preprocessing(crop=64, resize=64)
     # Once more through a canonical file, and then to one that holds neither.
-    assert run("convert", between, tmp_path / "again.safetensors").stderr == ""
+    assert called("convert", between, tmp_path / "again.safetensors").stderr == ""
     assert checkpoints.read(tmp_path / "again.safetensors").class_names == NAMES
-    lost = run("convert", between, tmp_path / "lost.pth").stderr
+    lost = called("convert", between, tmp_path / "lost.pth").stderr
     assert "nor the names of the classes" in lost
     assert """--preprocess '{"crop": 64, "resize": 64}' --class-names FILE""" in lost
 
@@ -152,7 +152,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pth: Path, arguments: list[str], 
     (pth.parent / "cut.pth").write_bytes(pth.read_bytes()[:5000])
     (pth.parent / "text.pth").write_text("hello")
     before = sorted(pth.parent.iterdir())
-    done = run(*arguments, cwd=pth.parent)
+    done = called(*arguments, cwd=pth.parent)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if not line.startswith("assumed: ")]
     assert len(lines) == 1, done.stderr

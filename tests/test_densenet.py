@@ -1,9 +1,5 @@
 """DenseNet: its counts and names are the published ones, and it is one function in three frameworks."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 
@@ -25,6 +21,7 @@ from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
 from common.weights import LazyWeights
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, running statistics, norms, convolutions, tensors in torchvision's file, multiply-adds at 224
@@ -218,6 +215,7 @@ class TestPyTorch:
 
 
 class TestFlax:
+    @pytest.mark.usefixtures("unoptimised")
     def test_variables_are_called_as_the_layers_and_initialised_as_torchvisions(self):
         import jax
         import jax.numpy as jnp
@@ -278,13 +276,10 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_are_those_of_keras_applications(tmp_path):
+def test_keras_models_are_those_of_keras_applications(session, tmp_path):
     spec = architectures.to_dict(SMALL.replace(transition_padding=1, conv_bias=True))
     code = KERAS.replace("SPEC", repr(spec)).replace("PATH", str(tmp_path / "small.keras"))
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(session, "keras:tensorflow", code)
     *bare, spec = found["bare"]
     expected = architectures.find("densenet121.keras_applications").with_head(head="none", pool="max")
     assert architectures.from_dict(spec) == expected

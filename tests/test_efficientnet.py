@@ -1,15 +1,11 @@
 """EfficientNet: its counts and names are the published ones, and it is one function in three frameworks."""
 
-import json
-import os
-import subprocess
-import sys
 from math import prod
 
 import h5py
 import numpy as np
 import pytest
-from test_parity import explain
+from test_parity import explain, field_values
 
 from common import architectures, checkpoints, names
 from common import weights as canonical
@@ -21,6 +17,7 @@ from common.images import PRESETS, sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 # variant: parameters, running statistics, tensors in torchvision's file, multiply-adds at the usual size, convolutions
 PUBLISHED = {
@@ -165,6 +162,7 @@ class TestPyTorch:
             assert torch.equal(torch.jit.script(inside)(images), inside(images))
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_variables_are_called_as_the_layers_and_initialised_as_torchvisions():
     import jax
     import jax.numpy as jnp
@@ -238,13 +236,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_are_those_of_keras_applications_and_its_files_are_theirs(tmp_path):
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+def test_keras_models_are_those_of_keras_applications_and_its_files_are_theirs(session, tmp_path):
     code = KERAS.replace("FOLDER", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(session, "keras:tensorflow", code)
     assert found["names"][0] == found["names"][1]
     assert found["count"][0] == found["count"][1] == 5_288_548 + 42_016 + 7 - 997 * 1281
     assert found["default"] == ["efficientnetb0", [None, 3]]
@@ -256,9 +250,16 @@ def test_keras_models_are_those_of_keras_applications_and_its_files_are_theirs(t
     assert found["gray"] == [None, 1280]
 
 
+SHORT = ("efficientnet_b0", "efficientnet_b0.keras_applications", "efficientnet_lite0.timm_tf")
+
+
+def test_the_short_list_has_every_value_of_every_field():
+    assert field_values(KINDS[name] for name in SHORT) == field_values(KINDS.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name.endswith("b5") else []) for name in KINDS]
+    "name", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in KINDS]
 )
 def test_every_kind_of_efficientnet_is_one_function_in_three_frameworks(session: Session, name: str) -> None:
     case = Case(variant=name, spec=KINDS[name], size=(64, 65), photos=tuple(sample_photos()), dtypes=("float64",))

@@ -41,7 +41,10 @@ with Session(["torch", "keras", "flax"]) as session:
 """
 
 
-@pytest.mark.parametrize(("settings", "cpu"), [(AVX2, "AVX2"), (LOWEST, "DEFAULT")], ids=["avx2", "lowest"])
+@pytest.mark.parametrize(
+    ("settings", "cpu"),
+    [pytest.param(AVX2, "AVX2", marks=pytest.mark.long, id="avx2"), pytest.param(LOWEST, "DEFAULT", id="lowest")],
+)
 def test_small_networks_agree_with_other_instructions(settings: dict[str, str], cpu: str) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | settings | {"PYTHONPATH": path}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_cli import run
 from test_parity import explain
-from test_vgg import run_keras
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -20,6 +19,7 @@ from common.errors import SpecError
 from common.images import sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, multiply-adds, size of the images
@@ -106,6 +106,7 @@ def test_pytorch_has_the_names_of_every_port_and_its_own_initialisation():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_has_the_names_of_the_spec_and_pytorchs_initialisation():
     import jax
     import jax.numpy as jnp
@@ -150,8 +151,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_take_grey_images_of_28_pixels(tmp_path):
-    found = run_keras(KERAS.replace("PATH", str(tmp_path / "a.keras")))
+def test_keras_models_take_grey_images_of_28_pixels(session, tmp_path):
+    found = printed(session, "keras:tensorflow", KERAS.replace("PATH", str(tmp_path / "a.keras")))
     assert found["layers"] == [
         *("conv1", "conv1_tanh", "pool1", "conv2", "conv2_tanh", "pool2", "flatten"),
         *("fc1", "fc1_tanh", "fc2", "fc2_tanh", "fc3", "softmax"),

@@ -26,7 +26,7 @@ from resnet_flax.layers import convolve
 from resnet_flax.resnet import native_paths
 from resnet_flax.weights import variable_paths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unoptimised")]
 
 TINY = ResNetSpec(block="bottleneck", blocks=(1, 2), widths=(4, 8), stem_width=4, classes=5)
 SMALL = TINY.replace(block="basic")

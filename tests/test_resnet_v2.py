@@ -1,9 +1,5 @@
 """ResNet with pre-activation: counts and names are the published ones, and it is one function in three frameworks."""
 
-import json
-import os
-import subprocess
-import sys
 from math import prod
 
 import h5py
@@ -22,6 +18,7 @@ from common.names.resnet_v2 import KERAS_APPLICATIONS, TIMM
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # Parameters and running statistics, which keras.applications counts together, and parameters of timm's.
@@ -196,6 +193,7 @@ class TestFlax:
         assert native == expected
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("unoptimised")
     def test_initialisation_is_torchvisions(self):
         import jax
         import jax.numpy as jnp
@@ -249,12 +247,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_have_the_layers_of_keras_applications(tmp_path):
+def test_keras_models_have_the_layers_of_keras_applications(session, tmp_path):
     code = KERAS_MODELS.replace("SPEC", repr(architectures.to_json(SMALL))).replace("PATH", str(tmp_path / "a.keras"))
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(session, "keras:tensorflow", code)
     assert architectures.from_dict(found["spec"]) == VARIANTS["resnet50v2.keras_applications"].replace(classes=3)
     assert found["layers"], "other layers with weights, in another order, or of other shapes"
     # Paddings that our convolutions need not or name after themselves, and layers that have a number there.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, run
+from test_cli import called, refused, run
 from test_parity import explain
 
 from common import architectures
@@ -130,7 +130,7 @@ def test_records_of_steps_made_one_by_one_compare_as_the_check_does(tmp_path: Pa
     for path, backend, *more in ((a, "torch"), (b, "keras", "--no-response")):
         made = run("record", backend, *options, "-o", path, *more)
         assert made.returncode == 0, made.stderr
-    same = run("compare", a, b)
+    same = called("compare", a, b)
     assert same.returncode == 0, same.stdout + same.stderr
     assert "steps, velocity" in same.stdout
 
@@ -155,4 +155,4 @@ def test_records_of_steps_made_one_by_one_compare_as_the_check_does(tmp_path: Pa
     ],
 )
 def test_wrong_options_of_steps_are_one_line_and_exit_2(arguments: list[str], says: str) -> None:
-    refused(run("check", "resnet18", *arguments), says)
+    refused(called("check", "resnet18", *arguments), says)

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_parity import explain
+from test_parity import explain, field_values
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -24,6 +25,7 @@ from common.names.vgg import KERAS_APPLICATIONS
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, those of its convolutions, multiply-adds at 224, tensors in torchvision's file
@@ -77,6 +79,7 @@ def twin(spec: VGGSpec) -> VGGSpec:
 KINDS: dict[VGGSpec, str] = {}
 for _name, _spec in VARIANTS.items():
     KINDS.setdefault(twin(_spec), _name)
+SHORT = ("vgg11_bn", "vgg16_c.paper", "vgg16.keras_applications")
 
 
 class TestSpec:
@@ -252,6 +255,7 @@ class TestFlax:
         assert native == expected
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("unoptimised")
     def test_initialisation_is_torchvisions(self):
         import jax
         import jax.numpy as jnp
@@ -265,16 +269,15 @@ class TestFlax:
         assert np.std(params["head.fc1"]["kernel"]) == pytest.approx(0.01, rel=0.05)
         assert not np.any(params["head.fc1"]["bias"])
 
-    @pytest.mark.slow
     def test_stages_are_sown(self):
         import jax
         import jax.numpy as jnp
 
         import resnet_flax
 
-        model, images = resnet_flax.from_spec(SMALL), jnp.zeros((1, 33, 20, 3))
-        variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)
-        _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+        model, images = resnet_flax.from_spec(SMALL), jax.ShapeDtypeStruct((1, 33, 20, 3), jnp.float32)
+        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+        _, state = jax.eval_shape(partial(model.apply, train=False, mutable=["intermediates"]), variables, images)
         assert [x.shape for x in state["intermediates"]["stages"]] == [(1, 16, 10, 6), (1, 8, 5, 8)]
 
 
@@ -302,7 +305,7 @@ print(json.dumps(found))
 """
 
 
-def run_keras(code: str, engine: str = "tensorflow") -> dict:
+def run_keras(code: str, engine: str) -> list:
     environment = os.environ | {"KERAS_BACKEND": engine, "JAX_ENABLE_X64": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -310,8 +313,8 @@ def run_keras(code: str, engine: str = "tensorflow") -> dict:
 
 
 @pytest.mark.slow
-def test_keras_models_are_those_of_keras_applications_at_any_size(tmp_path):
-    found = run_keras(KERAS.replace("PATH", str(tmp_path / "small.keras")))
+def test_keras_models_are_those_of_keras_applications_at_any_size(session, tmp_path):
+    found = printed(session, "keras:tensorflow", KERAS.replace("PATH", str(tmp_path / "small.keras")))
     convs = (2, 2, 3, 3, 3)
     blocks = [[*(f"block{b}_conv{i}" for i in range(1, n + 1)), f"block{b}_pool"] for b, n in enumerate(convs, start=1)]
     assert found["layers"] == [*(name for block in blocks for name in block), "fc1", "fc2", "predictions"]
@@ -408,10 +411,11 @@ def pooled(images, slopes, cells, op):
         *(pytest.param(engine, marks=pytest.mark.long) for engine in ("keras:jax", "keras:torch")),
     ],
 )
-def test_adaptive_pools_follow_the_definition_forwards_and_backwards(column):
+def test_adaptive_pools_follow_the_definition_forwards_and_backwards(session, column):
     framework, _, engine = column.partition(":")
     network = "\n".join(f"        {line}" for line in POOLS[framework].splitlines())
-    found = iter(run_keras(SCRIPT.format(cases=CASES, network=network), engine or "tensorflow"))
+    script = SCRIPT.format(cases=CASES, network=network)
+    found = iter(printed(session, column, script) if column in session.columns else run_keras(script, engine))
     for op in ("average", "max"):
         for size, cells in CASES:
             generator = np.random.default_rng(0)
@@ -433,8 +437,16 @@ def test_windows_cover_the_map_and_are_the_identity_where_there_are_as_many():
     assert AdaptivePool(path="p", inputs=("x",), op="max", height=3, width=2).output_shape((9, 9, 5)) == (3, 2, 5)
 
 
+def test_the_short_list_has_every_value_of_every_field():
+    assert field_values(spec for spec, name in KINDS.items() if name in SHORT) == field_values(KINDS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", KINDS, ids=KINDS.get)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=[] if name in SHORT else [pytest.mark.long]) for spec, name in KINDS.items()],
+    ids=KINDS.get,
+)
 def test_every_kind_of_vgg_is_one_function_in_three_frameworks(session: Session, spec: VGGSpec) -> None:
     result = session.check(Case(variant=KINDS[spec], spec=spec, size=(64, 65), photos=PHOTOS, dtypes=("float64",)))
     assert result.passed, explain(result)
