@@ -35,13 +35,21 @@ def table(found: Iterable[Found]) -> Table:
     """
     made = Table(box=None, pad_edge=False, header_style="dim")
     made.add_column("network", no_wrap=True)
-    for column in ("layers", "train error %", "of seeds", "test error %", "of seeds", "|g| first/last, start", "end"):
+    for column in (
+        "layers",
+        "train error %",
+        "of seeds",
+        "test error %",
+        "of seeds",
+        "gradient first/last, start",
+        "end",
+    ):
         made.add_column(column, justify="right", no_wrap=True)
     for name, runs in by_network(found).items():
         row = [name, str(len(runs[0].start))]
         for errors in ([run.train[-1] for run in runs], [run.test[-1] for run in runs]):
             row += [f"{100 * fmean(errors):.2f}", f"{100 * min(errors):.2f} … {100 * max(errors):.2f}"]
-        row += [f"{geometric_mean(_ratio(getattr(run, when)) for run in runs):.3g}" for when in ("start", "end")]
+        row += [_ratio([list(getattr(run, when).values()) for run in runs]) for when in ("start", "end")]
         made.add_row(*row)
     return made
 
@@ -83,7 +91,8 @@ def to_dict(found: Iterable[Found], facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(folder: Path, found: Sequence[Found], facts: Mapping[str, Any]) -> list[Path]:
     """The figures and the table, in `folder`; each whole or not at all. Raises `TrainingError`."""
-    title = f"{facts['data']}, {facts['backend']}, mean and range of {len({one.training.seed for one in found})} seeds"
+    seeds = sorted({one.training.seed for one in found})
+    title = f"{facts['data']}, {facts['backend']}, mean and range of seeds {', '.join(map(str, seeds))}"
     paths = [folder / name for name in (ERRORS, GRADIENTS, TABLE)]
     _draw(paths[0], lambda figure: _errors(figure, found), title)
     _draw(paths[1], lambda figure: _gradients(figure, found), title)
@@ -143,10 +152,10 @@ def _middle(values: Sequence[float]) -> float:
     return geometric_mean(values) if all(value > 0 for value in values) else 0.0
 
 
-def _ratio(norms: Mapping[str, float]) -> float:
-    """The norm of the first convolution's gradient over that of the last one's."""
-    *convolutions, _ = norms.values()
-    return convolutions[0] / convolutions[-1]
+def _ratio(runs: Sequence[Sequence[float]]) -> str:
+    """The norm of the first convolution's gradient over that of the last one's; runs have the norms by layer."""
+    first, last = (_middle([norms[place] for norms in runs]) for place in (0, -2))
+    return f"{first / last:.3g}" if first and last else "none"
 
 
 def _differences(groups: Mapping[str, list[Found]], shallow: str, deep: str) -> list[float]:
