@@ -49,7 +49,7 @@ DIGITS = PRESETS["digits"].replace(
     weight_decay=1e-4,
     decay_norms_and_biases=True,
     label_smoothing=0.0,
-    epochs=20,
+    epochs=40,
 )
 
 FILE = "experiment.json"
