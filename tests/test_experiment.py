@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from archives import records
 from experiment_requests import FirstSteps, NormsByAStep
 from PIL import Image
 from safetensors.numpy import load_file
@@ -19,12 +21,14 @@ from safetensors.numpy import load_file
 from common import architectures, datasets
 from common.architectures.resnet import ResNetSpec
 from common.backends.process import BackendProcess
+from common.commands import experiment
+from common.commands.train import Material
 from common.errors import BackendError, InputError, ParityError, RecipeError, TrainingError
 from common.report import degradation as report
 from common.training import degradation, metrics
 from common.training import run as runs
 from common.training.degradation import Found, Training, Watcher
-from common.training.recipe import TrainingRecipe
+from common.training.recipe import PRESETS, TrainingRecipe
 from common.training.run import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +104,21 @@ def test_kernels_come_in_the_order_of_the_walk_and_each_once() -> None:
     assert found["head.fc"] == "head.fc.kernel"
     shared = degradation.kernels(architectures.find("resnet18.shared_conv"))
     assert len(set(shared.values())) == len(shared) < len(degradation.kernels(architectures.find("resnet18")))
+
+
+def test_other_data_take_the_recipe_made_for_them_with_nothing_held_out(tmp_path: Path) -> None:
+    names = "\n".join(f"class{n}" for n in range(10))
+    (tmp_path / "batches.meta.txt").write_text(names + "\n")
+    images, labels = np.zeros((40, 32, 32, 3), np.uint8), np.arange(40) % 10
+    for part in ("test_batch", *(f"data_batch_{n}" for n in range(1, 6))):
+        (tmp_path / f"{part}.bin").write_bytes(records(images, labels))
+    material = Material(data=str(tmp_path), settings=["seed=7"])
+    members, recipe = experiment.members_of(tmp_path / "out", material, "torch", 2, None)
+    assert recipe == PRESETS["cifar2015"].replace(validation=0, seed=7)
+    assert [member.folder.name for member in members[:3]] == ["plain20-7", "plain20-8", "plain56-7"]
+    for member in members:
+        assert member.plan.spec == architectures.find(member.plan.variant)
+        assert member.plan.recipe == recipe.replace(seed=member.seed)
 
 
 # What it says.
@@ -212,7 +231,7 @@ def test_what_is_finished_is_not_trained_again_and_what_is_not_goes_on(tmp_path:
     heard: list[str] = []
     ended: list[str] = []
     watcher = Watcher(
-        began=lambda worker, member, what: heard.append(f"{member.seed} {what}"),
+        told=lambda worker, member, what: heard.append(f"{member.seed} {what}"),
         ended=lambda member, answer: ended.append(member.title),
     )
     assert degradation.conduct(members, "torch", 1, 1, watcher)
@@ -240,7 +259,7 @@ def test_what_is_finished_is_not_trained_again_and_what_is_not_goes_on(tmp_path:
     def never(*_: object) -> None:
         raise AssertionError("a finished run was touched")
 
-    assert degradation.conduct(members, "torch", 2, 1, Watcher(began=never, ended=never))
+    assert degradation.conduct(members, "torch", 2, 1, Watcher(told=never, ended=never))
 
 
 @pytest.mark.slow

@@ -53,9 +53,9 @@ def experiment(
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_EXPERIMENTS)}"
         raise InputError(f"unknown experiment {name!r}; {hint}")
     column = resolve(backend)
-    begun = resume and output.exists() and any(output.iterdir()) if output.is_dir() else False
+    begun = resume and output.is_dir() and any(output.iterdir())
     earlier = degradation.recipe_of(output) if begun else None
-    members, recipe = _members(output, material, column, seeds, earlier)
+    members, recipe = members_of(output, material, column, seeds, earlier)
     if begun:
         degradation.check_same(members)
     facts = {"backend": column, "data": absolute(material.data), "recipe": recipes.to_dict(recipe)}
@@ -74,7 +74,7 @@ def experiment(
     _report(output, members, facts)
 
 
-def _members(
+def members_of(
     output: Path, material: Material, column: str, seeds: int, earlier: TrainingRecipe | None
 ) -> tuple[list[Training], TrainingRecipe]:
     """All runs of the experiment, and the recipe of the first seed."""
@@ -83,11 +83,9 @@ def _members(
         say(note)
     if earlier is not None:
         recipe = material.by(earlier)
-    elif dataset.name == "digits":
-        recipe = material.by(degradation.DIGITS)
     else:
-        # As the figure in the paper, which has the test error of every epoch.
-        recipe = material.by(dataset.recipe, validation=0)
+        # Nothing is held out: as in the paper's figure, the test images are measured after every epoch.
+        recipe = material.by(degradation.DIGITS if dataset.name == "digits" else dataset.recipe, validation=0)
     pipeline.steps_per_epoch(dataset, recipe)  # refuses a batch that is too large, before anything is made
     plans = [
         Plan(
@@ -127,7 +125,7 @@ def _progress(title: str, members: Sequence[Training], stopped: list[int]) -> It
         task = bar.add_task(title, total=epochs * len(members), doing="starting")
 
         def show(worker: int, member: Training, what: str) -> None:
-            doing[worker] = f"{member.title}: {what}"
+            doing[worker] = f"{member.folder.name} {what}"
             done = sum(degradation.epochs_done(one) for one in members)
             bar.update(task, completed=done, doing=" | ".join(doing[n] for n in sorted(doing)))
 
@@ -142,7 +140,7 @@ def _progress(title: str, members: Sequence[Training], stopped: list[int]) -> It
                 )
                 bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        yield Watcher(began=show, ended=ended, stop=lambda: bool(stopped))
+        yield Watcher(told=show, ended=ended, stop=lambda: bool(stopped))
 
 
 def _report(output: Path, members: Sequence[Training], facts: Mapping[str, Any]) -> None:

@@ -41,8 +41,8 @@ KINDS = {"plain": ("plain20", "plain56"), "residual": ("resnet20", "resnet56")}
 NETWORKS = tuple(name for pair in KINDS.values() for name in pair)
 SEEDS = (0, 1, 2)
 
-# Of the paper's section 4.2 but for the rate, and the length for so few images: at 0.1 neither network of 56 layers
-# learns anything of the digits (docs/degradation.md).
+# SGD, momentum, decay and crops as in the paper's section 4.2. The rate is a fifth of the paper's, at which the plain
+# network of 56 layers learns nothing of the digits and the residual one little (docs/degradation.md).
 DIGITS = PRESETS["digits"].replace(
     learning_rate=0.02,
     nesterov=False,
@@ -213,9 +213,12 @@ def check_same(members: Sequence[Training]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Watcher:
-    """Who listens to the trainings, from several threads; `stop` is asked whether they shall end, resumable."""
+    """Who listens to the trainings, from several threads; `stop` is asked whether they shall end, resumable.
 
-    began: Callable[[int, Training, str], None] = lambda worker, training, what: None
+    `told` hears, by the number of the process, what it is doing; `ended` of every answer.
+    """
+
+    told: Callable[[int, Training, str], None] = lambda worker, training, what: None
     ended: Callable[[Training, Answer], None] = lambda training, answer: None
     stop: Callable[[], bool] = lambda: False
 
@@ -239,7 +242,7 @@ def conduct(members: Sequence[Training], column: str, jobs: int, threads: int, w
                     return
 
                 def hear(what: str, member: Training = member) -> None:
-                    watcher.began(number, member, what)
+                    watcher.told(number, member, what)
 
                 try:
                     answer = process.ask(Train(training=member, threads=threads), hear)
