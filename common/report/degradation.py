@@ -92,7 +92,8 @@ def to_dict(found: Iterable[Found], facts: Mapping[str, Any]) -> dict[str, Any]:
 def write(folder: Path, found: Sequence[Found], facts: Mapping[str, Any]) -> list[Path]:
     """The figures and the table, in `folder`; each whole or not at all. Raises `TrainingError`."""
     seeds = sorted({one.training.seed for one in found})
-    title = f"{facts['data']}, {facts['backend']}, mean and range of seeds {', '.join(map(str, seeds))}"
+    averaged = f"mean and range of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    title = f"{facts['data']}, {facts['backend']}, {averaged}"
     paths = [folder / name for name in (ERRORS, GRADIENTS, TABLE)]
     _draw(paths[0], lambda figure: _errors(figure, found), title)
     _draw(paths[1], lambda figure: _gradients(figure, found), title)
