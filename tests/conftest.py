@@ -33,7 +33,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # The longest first, so that two workers end together.
 LONGEST = (
-    *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py"),
+    *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py", "test_experiment.py"),
     *("test_mutants.py", "test_properties.py", "test_efficientnet.py", "test_cli.py", "test_checkpoints_keras.py"),
     *("test_vgg.py", "test_parity.py", "test_resnet_keras.py", "test_resnet_flax.py", "test_checkpoints.py"),
     *("test_columns.py", "test_alexnet.py", "test_cli_checkpoints.py", "test_instruction_sets.py"),

@@ -148,9 +148,9 @@ def train(
         recipe = _normalised_for(init, recipe, dataset)
     plan = Plan(
         variant=variant,
-        spec=_fitting(spec, variant, dataset, recipe),
+        spec=fitting(spec, variant, dataset, recipe),
         dataset=dataset,
-        data=_absolute(material.data),
+        data=absolute(material.data),
         recipe=recipe,
         backend=column,
         init=init.absolute() if init else begun_with,
@@ -164,7 +164,7 @@ def train(
         runs.facts(output)  # says what is missing
     started, threads = engine.start(column, replica.count)
     for note in dataset.notes if replica.rank == 0 else ():
-        _say(note)
+        say(note)
     run = Run(
         plan=plan,
         folder=output,
@@ -176,8 +176,8 @@ def train(
     )
     if not before and replica.rank == 0:
         runs.begin(output, plan, {"versions": started.describe(), "threads": threads, "processes": replica.count})
-    with _stoppable() as stopped, _progress(plan, replica, print_every) as show:
-        result = run.train(Observer(step=show, warn=_say, stop=lambda: bool(stopped)))
+    with stoppable() as stopped, _progress(plan, replica, print_every) as show:
+        result = run.train(Observer(step=show, warn=say, stop=lambda: bool(stopped)))
     if replica.rank == 0:
         _report(plan, output, result, stopped)
     if stopped == [signal.SIGINT]:
@@ -208,7 +208,7 @@ def evaluate(
     recipe = _sized(recipe, found.spec, dataset, material)
     preprocessing = _own(found, material, dataset)
     if preprocessing is not None:
-        _say(f"images prepared as {weights} says: {preprocessing}")
+        say(f"images prepared as {weights} says: {preprocessing}")
     started, _ = engine.start(column)
     trainer = started.trainer(found.spec, recipe, "float32")
     trainer.load(found.weights)
@@ -238,11 +238,12 @@ def plot(
     out().print(f"{output}: {len(folders)} runs")
 
 
-def _absolute(data: str) -> str:
+def absolute(data: str) -> str:
+    """What names the data, as a folder of runs keeps it."""
     return str(Path(data).absolute()) if Path(data).exists() else data
 
 
-def _fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe) -> Spec:
+def fitting(spec: Spec, variant: str, dataset: Dataset, recipe: TrainingRecipe) -> Spec:
     """The variant with the channels and classes of the data. Raises `InputError` for images it cannot take."""
     size = augmentations.output(recipe.augmentation, dataset.size)
     if size is None:
@@ -313,7 +314,7 @@ def _normalised_for(init: Path, recipe: TrainingRecipe, dataset: Dataset) -> Tra
     if wanted is None or augmentations.normalisation(recipe.augmentation) or dataset.channels != 3:
         return recipe
     if wanted.channel_order != "RGB" or wanted.scale != 255:
-        _say(f"{init} wants its images {wanted}; a recipe has no words for that, and normalises as {dataset.name} does")
+        say(f"{init} wants its images {wanted}; a recipe has no words for that, and normalises as {dataset.name} does")
         return recipe
     return _normalised(recipe, Normalise(mean=wanted.mean, std=wanted.std))
 
@@ -333,7 +334,7 @@ def _join(column: str) -> Replica:
 
 
 @contextmanager
-def _stoppable() -> Iterator[list[int]]:
+def stoppable() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C end the training after the step it is at, with a checkpoint; a second one ends it at once."""
     stopped: list[int] = []
 
@@ -397,7 +398,7 @@ def _progress(plan: Plan, replica: Replica, every: int | None) -> Iterator[Calla
 def _report(plan: Plan, output: Path, result: Outcome, stopped: list[int]) -> None:
     if not result.finished:
         why = f"{signal.Signals(stopped[0]).name}" if stopped else "another process"
-        _say(f"stopped by {why} after step {result.step} of {result.steps}, checkpoint written; go on with --resume")
+        say(f"stopped by {why} after step {result.step} of {result.steps}, checkpoint written; go on with --resume")
         return
     assert result.test is not None
     averaged = f", averaged weights {result.ema.accuracy:.2%}" if result.ema else ""
@@ -409,5 +410,6 @@ def _report(plan: Plan, output: Path, result: Outcome, stopped: list[int]) -> No
     )
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """One line on standard error."""
     err().print(message, markup=False, highlight=False, soft_wrap=True)
