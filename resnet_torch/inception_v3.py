@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.architectures.inception_v3 import TRANSFORM_SCALE, TRANSFORM_SHIFT, VARIANTS, InceptionV3Spec, Pool
 from common.architectures.layers import Padding
-from common.checkpoints import Checkpoint, Given, adopt, weights_for
+from common.checkpoints import Given, adopt, weights_for
 from common.names.inception_v3 import TORCHVISION
 from resnet_torch.layers import Affine, Node, avg_pool2d, batch_norm2d, conv2d, max_pool2d
 from resnet_torch.weights import load_weights
@@ -284,9 +284,8 @@ def builder(name: str) -> Callable[..., InceptionV3]:
         init_weights: bool = True,
     ) -> InceptionV3:
         spec, weights = adopt(variant, weights, name, progress=progress)
-        has_aux = weights.spec.aux if isinstance(weights, Checkpoint) else variant.aux
         asked = {"aux": aux_logits, "transform_input": transform_input}
-        spec = spec.replace(aux=has_aux, classes=num_classes, dropout=dropout)
+        spec = spec.replace(classes=num_classes, dropout=dropout)
         spec = spec.replace(**{name: value for name, value in asked.items() if value is not None})
         return from_spec(spec, weights=weights, init_weights=init_weights)
 

@@ -69,7 +69,7 @@ def _torchvision(spec: InceptionV3Spec) -> dict[str, str]:
                 name = f"{block}.{inside[0]}.{_PARTS[part]}"
         else:
             row = _LAYERS[where if part in _PARTS else layer.path]
-            name = f"{row[0]}.{_PARTS[part]}" if part in _PARTS else row[0]  # type: ignore[assignment]
+            name = f"{row[0]}.{_PARTS[part]}" if part in _PARTS else str(row[0])
         found[layer.path] = name
     return found
 
@@ -117,8 +117,8 @@ def _torchvision_places(names: Collection[str], shape_of: ShapeOf) -> dict[str, 
         if path.startswith(("stem.", "aux.conv"))
         for part, kind in kinds.items()
     }
-    around |= {row[0]: Place(path, "dense") for path, row in _LAYERS.items() if path.endswith(".fc") and row[0]}
-    found = {}
+    around |= {str(row[0]): Place(path, "dense") for path, row in _LAYERS.items() if path.endswith(".fc")}
+    found: dict[str, Place] = {}
     for name in names:
         if match := _TORCH_BLOCK.fullmatch(name):
             s, letter, branch, part = int(match[1]) - 5, match[2], match[3], match[4]
@@ -136,16 +136,15 @@ def _keras_places(names: Collection[str], shape_of: ShapeOf) -> dict[str, Place]
     units = _units(*_counts([shape_of(name, "conv", "kernel") for name in ranked["conv2d"]]))
     if len(ranked["conv2d"]) < len(units) // 2:
         return {}
-    found = {}
+    found: dict[str, Place] = {}
     for kind, part in (("conv2d", "conv"), ("batch_normalization", "norm")):
         found |= {name: Place(f"{unit}.{part}", part) for name, unit in zip(ranked[kind], units, strict=False)}
     for path, row in _LAYERS.items():
-        if row[1] in names and path.endswith(".fc"):
-            found[row[1]] = Place(path, "dense")  # type: ignore[index]
-        for part, name in _PARTS.items():
-            if path.startswith("aux.conv") and part != "relu" and f"{row[1]}_{name}" in names:
-                found[f"{row[1]}_{name}"] = Place(f"{path}.{part}", part)
-    return found
+        if path.endswith(".fc"):
+            found[str(row[1])] = Place(path, "dense")
+        elif path.startswith("aux.conv"):
+            found |= {f"{row[1]}_{_PARTS[part]}": Place(f"{path}.{part}", part) for part in ("conv", "norm")}
+    return {name: place for name, place in found.items() if name in names}
 
 
 def _counts(shapes: list[Shape | None]) -> tuple[int, int, int]:
