@@ -40,7 +40,6 @@ _LAYERS: dict[str, tuple[str | None, ...]] = {
 }
 # fmt: on
 _PARTS = {"conv": "conv", "norm": "bn", "relu": "relu"}  # of a convolution with what follows it, in torchvision
-_NODES = {"concat": "cat", "average_pool": "avg_pool2d", "max_pool": "max_pool2d"}  # of a module, in graphs
 _FIRST_LETTER = {0: "b", 1: "a", 2: "a"}  # Mixed_5b, Mixed_6a and Mixed_7a
 _TORCH_BLOCK = re.compile(r"Mixed_([567])([a-z])\.(\w+)\.(conv|bn)")
 # What Keras calls a layer that is given no name, by the kind of layer.
@@ -62,9 +61,11 @@ def _torchvision(spec: InceptionV3Spec) -> dict[str, str]:
         if layer.path.startswith("stages."):
             _, s, _, b, *inside = layer.path.split(".")
             block = f"Mixed_{5 + int(s)}{chr(ord(_FIRST_LETTER[int(s)]) + int(b))}"
-            if layer.kind in _NODES:
-                count = sum(name.startswith(f"{block}.{_NODES[layer.kind]}") for name in found.values())
-                name = f"{block}.{_NODES[layer.kind]}" + (f"_{count}" if count else "")
+            if part == "pool":
+                name = f"{block}.max_pool2d" if block in ("Mixed_6a", "Mixed_7a") else f"{block}.avg_pool2d"
+            elif layer.kind == "concat":  # the calls of one module
+                count = sum(name.startswith(f"{block}.cat") for name in found.values())
+                name = f"{block}.cat_{count}" if count else f"{block}.cat"
             else:
                 name = f"{block}.{inside[0]}.{_PARTS[part]}"
         else:
@@ -90,12 +91,10 @@ def _keras(spec: InceptionV3Spec) -> dict[str, str]:
     for layer in spec.layers:
         where, _, part = layer.path.rpartition(".")
         if layer.kind == "concat":
-            if where in blocks:
+            if part == "concat":
                 name = f"mixed{blocks.index(where)}"
-            elif part == "branch3x3":
-                name = f"mixed{mixed}_{wide.index(where)}"
             else:
-                name = numbered("concatenate")
+                name = f"mixed{mixed}_{wide.index(where)}" if part == "branch3x3" else numbered("concatenate")
         elif (row := _LAYERS.get(where if part in _PARTS else layer.path)) and row[1]:
             name = f"{row[1]}_{_PARTS[part]}" if part in _PARTS else row[1]
         else:
