@@ -70,7 +70,7 @@ class InceptionV3(nn.Module):
         norm = norm if spec.norm else no_norm
         # torchvision cuts off at 2, no multiple of the deviation: nothing.
         kernel_init = nn.initializers.normal(0.1)
-        convolution: ModuleDef = partial(conv_layer, use_bias=False, kernel_init=kernel_init, **dtypes)
+        convolution: ModuleDef = partial(conv_layer, use_bias=not spec.norm, kernel_init=kernel_init, **dtypes)
 
         def conv(
             x: jax.Array,

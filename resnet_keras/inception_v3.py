@@ -59,7 +59,11 @@ class Style:
         """A convolution, a norm and a ReLU; padded where it does not stride."""
         spec, names = self.spec, self.names
         padding: Padding = "symmetric" if padded and strides == 1 else "valid"
-        options = {"data_format": self.data_format, "use_bias": False, "kernel_initializer": self.kernel_initializer}
+        options = {
+            "data_format": self.data_format,
+            "use_bias": not spec.norm,
+            "kernel_initializer": self.kernel_initializer,
+        }
         x = conv2d(x, filters, kernel_size, strides, padding=padding, **options, name=names[f"{path}.conv"])
         if spec.norm:
             layer = layers.BatchNormalization if spec.running_variance == "biased" else UnbiasedBatchNormalization

@@ -34,7 +34,7 @@ class BasicConv2d(nn.Sequential):
     ) -> None:
         super().__init__()
         padding: Padding = "symmetric" if padded and stride == 1 else "valid"
-        self.conv = conv2d(channels, width, kernel, stride, padding=padding, bias=False)
+        self.conv = conv2d(channels, width, kernel, stride, padding=padding, bias=not spec.norm)
         self.bn = batch_norm2d(**spec.norm_options)(width) if spec.norm else nn.Identity()
         self.relu = nn.ReLU(inplace=True)
 

@@ -65,7 +65,7 @@ class InceptionV3Spec(Checked):
     classes: Count = 1000
 
     transform_input: Annotated[bool, _CONVENTION] = False  # images normalised by ImageNet's mean and deviation to ±1
-    norm: Annotated[bool, Mark.ADOPTED] = True
+    norm: Annotated[bool, Mark.ADOPTED] = True  # behind every convolution, which has a bias where there is none
     bn_scale: Annotated[bool, Mark.ADOPTED] = True  # whether norms have a scale besides their bias
     bn_eps: Annotated[Positive, _CONVENTION] = 1e-3
     bn_momentum: Annotated[Between, _CONVENTION] = 0.9  # share of the old running value that is kept
@@ -221,7 +221,7 @@ class _Walk:
         padding = "symmetric" if padded and stride == 1 else "valid"
         sides: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
         widths = {"in_channels": self.channels[x], "out_channels": width}
-        x = self.add(Conv, f"{path}.conv", x, gives=width, **widths, **sides)
+        x = self.add(Conv, f"{path}.conv", x, gives=width, **widths, **sides, bias=not spec.norm)
         if spec.norm:
             x = self.add(BatchNorm, f"{path}.norm", x, channels=width, **spec.norm_options)
         return self.add(ReLU, f"{path}.relu", x)
