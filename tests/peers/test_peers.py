@@ -53,6 +53,9 @@ ONCE = [
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
+    ("torchvision", "inception_v3", "inception_v3", "given.pth", "torchvision"),
+    ("timm", "inception_v3", "inception_v3.timm", "given.safetensors", "torchvision"),
+    ("keras", "InceptionV3", "inception_v3.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "efficientnet_b0", "efficientnet_b0", "given.pth", "torchvision"),
     ("timm", "efficientnet_b0", "efficientnet_b0.timm", "given.safetensors", "timm"),
     ("timm", "tf_efficientnet_lite0", "efficientnet_lite0.timm_tf", "given.pth", "timm"),
@@ -67,11 +70,15 @@ SMALLER = {
 }
 # What its names do not say.
 CONVENTIONS = {("timm", f"tf_efficientnet_{name}"): "timm_tf" for name in ("lite0", "b0", "b3")}
+CONVENTIONS |= {("timm", "inception_v3"): "timm"}
+# Of a network that takes no smaller images: even and odd, and what the weights are used at.
+LARGER = {"inception_v3": ((76, 91), (299, 299))}
 ALL = [
     *(("torchvision", name, name, "given.pth", "torchvision") for name in TORCHVISION),
     *(("timm", name, name, "given.safetensors", "torchvision") for name in TORCHVISION[:5]),
     ("timm", "resnet50d", "resnet50d", "given.safetensors", "timm"),
     ("timm", "seresnet50", "seresnet50", "given.safetensors", "torchvision"),
+    ("keras", "InceptionV3", "inception_v3.keras_applications", "given.keras", "keras_applications"),
     ("keras", "ResNet101", "resnet101.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet152", "resnet152.keras_applications", "given.weights.h5", "keras_applications"),
     ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
@@ -127,7 +134,7 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
     weights = {name: found.weights[name].astype(np.float64) for name in found.weights}
     last = found.spec.layers[-1].path
     images, expected = [], []
-    sizes = (found.spec.input_size,) if found.spec.input_size else SIZES
+    sizes = (found.spec.input_size,) if found.spec.input_size else LARGER.get(found.spec.family, SIZES)
     for size in sizes:
         case = Case(
             variant=variant,
