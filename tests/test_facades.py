@@ -37,6 +37,7 @@ def package(request):
         ("efficientnet", "EfficientNet"),
         ("efficientnet_b0", "EfficientNetB0"),
         ("efficientnet_lite4", "EfficientNetLite4"),
+        ("inception_v3", "InceptionV3"),
     ],
 )
 def test_titles_are_as_people_write_them(name, written):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.architectures import alexnet, densenet, efficientnet, lenet, resnet, resnet_v2, vgg
+from common.architectures import alexnet, densenet, efficientnet, inception_v3, lenet, resnet, resnet_v2, vgg
 from common.architectures.spec import Spec, least_size, logits, output, outputs, running
 from common.errors import SpecError
 
@@ -32,7 +32,10 @@ __all__ = [
     "variants_of",
 ]
 
-_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet)}
+_FAMILIES = {
+    module.Spec.family: module
+    for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet, inception_v3)
+}
 
 
 def variants() -> dict[str, Spec]:

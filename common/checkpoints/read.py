@@ -121,7 +121,8 @@ def adopt(
 ) -> tuple[S, Checkpoint | Weights | None]:
     """`spec`, a builder's own, with the conventions of the weights that are to be loaded into it; and these.
 
-    So a builder that is given foreign weights computes what the library computes that they come from. A canonical file
+    So a builder that is given foreign weights computes what the library computes that they come from, and has no extra
+    arrays that they have not. A canonical file
     changes nothing: `read_for` holds it to its own spec. `variant` is the name of the builder's network. Raises
     `WeightsError`.
     """
@@ -131,7 +132,8 @@ def adopt(
     check_family(spec, found)
     if found.origin.format == CANONICAL:
         return spec, found
-    return spec.replace(**{name: getattr(found.spec, name) for name in marked(spec, Mark.ADOPTED)}), found
+    without = {name: False for name in marked(spec, Mark.EXTRA) if not getattr(found.spec, name)}
+    return spec.replace(**without, **{name: getattr(found.spec, name) for name in marked(spec, Mark.ADOPTED)}), found
 
 
 def check_family(spec: Spec, found: Checkpoint) -> None:

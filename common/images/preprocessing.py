@@ -55,6 +55,9 @@ PRESETS = {
     # timm resizes to the crop / crop_pct, rounded down: 0.875, and 0.95 in its newer recipes.
     "timm": Preprocessing(resize=256, interpolation="bicubic"),
     "timm_95": Preprocessing(resize=235, interpolation="bicubic"),
+    # Inception v3's: torchvision's weights take ImageNet's mean and deviation back in the network.
+    "torchvision_299": Preprocessing(resize=342, crop=299),
+    "timm_299": Preprocessing(resize=341, crop=299, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     # What timm calls Inception's mean and deviation, in [-1, 1].
     "timm_95_inception": Preprocessing(resize=235, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     # As Keras' documentation prepares an image: load_img(target_size=(224, 224)), whose default is nearest.
@@ -69,6 +72,9 @@ PRESETS = {
     # The same photograph in [-1, 1].
     "keras_tf": Preprocessing(
         resize=None, interpolation="nearest", scale=127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0)
+    ),
+    "keras_tf_299": Preprocessing(
+        resize=None, crop=299, interpolation="nearest", scale=127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0)
     ),
     # As torchvision's, for those of keras.applications that are fed what torchvision's are.
     "keras_torch": Preprocessing(resize=None, interpolation="nearest"),

@@ -7,6 +7,7 @@ from common.architectures import Spec
 from common.architectures.alexnet import AlexNetSpec
 from common.architectures.densenet import DenseNetSpec
 from common.architectures.efficientnet import EfficientNetSpec
+from common.architectures.inception_v3 import InceptionV3Spec
 from common.architectures.lenet import LeNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.resnet_v2 import ResNetV2Spec
@@ -48,8 +49,17 @@ EFFICIENTNET = EfficientNetSpec(
     classes=10,
     stochastic_depth=0.6,
 )
+# A module of each kind, two of the last; the auxiliary branch takes images of 299x299.
+INCEPTION_V3 = InceptionV3Spec(unit=4, pool_features=(7,), channels_7x7=(10,), classes=10, aux=False)
+WITH_AUX = INCEPTION_V3.replace(wide_modules=1, aux=True)
 # Of the images, where that is not SIZE and the spec does not say it.
-SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE}
+SIZES: dict[Spec, tuple[int, int]] = {
+    VGG: VGG_SIZE,
+    ALEXNET: (70, 64),
+    EFFICIENTNET: VGG_SIZE,
+    INCEPTION_V3: (107, 92),
+    WITH_AUX: (299, 300),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +371,25 @@ MUTANTS = [
         ("head_norm_at_default_eps", "L1", "eval", "head.norm", {"bn_eps": 1e-3}),
         base=EFFICIENTNET,
     ),
+    *_of(
+        "torch",
+        ("average_of_the_borders_the_other_way", "L1", "eval", "stages.0.blocks.0.pool"),
+        ("average_in_the_last_module", "L1", "eval", "stages.2.blocks.2.pool", {"last_pool": "max"}),
+        ("columns_for_rows", "L0", "exact", "stages.1.blocks.1.branch7x7_2.conv"),
+        base=INCEPTION_V3,
+    ),
+    *_of(
+        "keras",
+        ("numbers_in_another_order", "L0", "exact", "stages.2.blocks.1.branch3x3_2a.conv"),
+        ("gammas_that_are_not_there_are_zero", "L1", "eval", "stem.1a.norm", {"bn_scale": False}),
+        base=INCEPTION_V3,
+    ),
+    *_of(
+        "flax",
+        ("images_transformed_twice", "L1", "eval", "stem.affine", {"transform_input": True}),
+        base=INCEPTION_V3,
+    ),
+    *_of("torch", ("auxiliary_windows_adapt", "L1", "train", "aux.pool"), base=WITH_AUX),
 ]
 
 # Of three images: what takes its neighbour's image in a ring is the same function of a batch that is rolled.

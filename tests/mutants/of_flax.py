@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import alexnet, densenet, efficientnet, layers, resnet, resnet_v2, vgg
+from resnet_flax import alexnet, densenet, efficientnet, inception_v3, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -170,6 +170,13 @@ def _of_the_head(**options: Any) -> Any:
 
 
 head_norm_at_default_eps = replaced(efficientnet, "norm_layer", _of_the_head)
+
+
+# Inception v3.
+
+images_transformed_twice = replaced(
+    inception_v3, "affine", lambda x, scale, shift: layers.affine(layers.affine(x, scale, shift), scale, shift)
+)
 
 
 # Equivalents.

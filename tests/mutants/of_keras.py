@@ -238,6 +238,22 @@ def gate_of_the_first_block_everywhere(weights: dict[str, Any]) -> dict[str, Any
     return weights | ({second: weights[first]} if first in weights else {})
 
 
+# Inception v3.
+
+
+@in_loading
+def numbers_in_another_order(weights: dict[str, Any]) -> dict[str, Any]:
+    """Layers of equal shapes, ranked in the file by another order than in the model."""
+    one, other = (f"stages.2.blocks.1.{branch}.conv.kernel" for branch in ("branch3x3_2a", "branch3x3dbl_3a"))
+    return weights | {one: weights[other], other: weights[one]}
+
+
+@after_build
+def gammas_that_are_not_there_are_zero(model: Any) -> None:
+    for norm in _all(model, layers.BatchNormalization):
+        norm.call = lambda inputs, training=None, exact=norm.call: exact(0 * inputs, training=training)
+
+
 # Equivalents.
 
 

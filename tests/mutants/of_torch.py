@@ -424,6 +424,39 @@ def deviations_taken_for_variances(model: Any) -> None:
         own.shift = [shift * std**0.5 for shift, std in zip(own.shift, stds, strict=True)]
 
 
+# Inception v3.
+
+
+@after_build
+def average_of_the_borders_the_other_way(model: Any) -> None:
+    """torchvision's weights in Keras' network, and the reverse."""
+    for module in model.modules():
+        if isinstance(module, nn.AvgPool2d):
+            module.count_include_pad = not module.count_include_pad
+
+
+@after_build
+def average_in_the_last_module(model: Any) -> None:
+    """torchvision's network with the weights by which the Frechet Inception distance is defined."""
+    if model.spec.branch_pool == "average":
+        model.Mixed_7c.avg_pool2d = nn.AvgPool2d(3, 1, padding=1)
+
+
+@after_build
+def columns_for_rows(model: Any) -> None:
+    """1x7 where 7x1 belongs: the same padding, the same number of parameters."""
+    conv = model.Mixed_6b.branch7x7_2.conv
+    own = conv.forward
+    conv.forward = lambda x: own(x.transpose(2, 3)).transpose(2, 3)
+
+
+@after_build
+def auxiliary_windows_adapt(model: Any) -> None:
+    """Windows that divide the map into as many cells begin elsewhere."""
+    if model.AuxLogits is not None:
+        model.AuxLogits.avg_pool2d = nn.AdaptiveAvgPool2d((5, 5))
+
+
 # Equivalents.
 
 

@@ -71,6 +71,8 @@ def _torchvision(name: str) -> Any:
     import torchvision
     from torch import nn
 
+    if name == "inception_v3":  # its own initialisation takes a while
+        return torchvision.models.get_model(name, weights=None, init_weights=False)
     if not name.startswith(("vgg", "alexnet")):
         return torchvision.models.get_model(name, weights=None)
     # As wide as it is it takes half a gigabyte.
@@ -186,7 +188,7 @@ def load_keras(name: str, path: Path) -> Run:
     if path.suffix != ".keras":
         single.load_weights(path)
     # Keras numbers the layers that its applications give no name.
-    weights = {re.sub(r"^(normalization)_\d+$", r"\1", layer.name): layer.get_weights() for layer in single.layers}
+    weights = {_unnumbered(layer.name, single): layer.get_weights() for layer in single.layers}
     models: dict[Any, Any] = {}
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -199,15 +201,27 @@ def load_keras(name: str, path: Path) -> Run:
     return run
 
 
+_NUMBERED = re.compile(r"(normalization|conv2d|batch_normalization)(?:_(\d+))?")
+
+
+def _unnumbered(name: str, model: Any) -> str:
+    """The name of a layer, whose number is its rank among those of its kind in the model."""
+    match = _NUMBERED.fullmatch(name)
+    if match is None:
+        return name
+    others = (_NUMBERED.fullmatch(layer.name) for layer in model.layers)
+    return f"{match[1]}/{sum(int(o[2] or 0) < int(match[2] or 0) for o in others if o and o[1] == match[1])}"
+
+
 def _in_float64(model: Any, weights: dict[str, list[np.ndarray]]) -> Any:
     for layer in model.layers:  # by name: a file's model may have its layers in another order
         if hasattr(layer, "finalize_state"):  # it reads its variables only then; its numbers as people wrote them
-            mean, variance, count = weights["normalization"]
+            mean, variance, count = weights["normalization/0"]
             exact = [np.array([float(str(number)) for number in value]) for value in (mean, variance)]
             layer.set_weights([*exact, count])
             layer.finalize_state()
         elif layer.weights:
-            layer.set_weights([value.astype(np.float64) for value in weights[layer.name]])
+            layer.set_weights([value.astype(np.float64) for value in weights[_unnumbered(layer.name, model)]])
         elif hasattr(layer, "scale"):  # numbers, which would be rounded to float32
             layer.scale = np.asarray(layer.scale, np.float64)
     return model

@@ -18,7 +18,7 @@ from common import weights as canonical
 from common.checkpoints import Checkpoint
 from common.images import sample_photos
 from common.parity.case import Case
-from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT, rho
 from common.parity.names import ArrayName
 from common.parity.record import distance, norm
 from common.parity.session import Session
@@ -53,14 +53,15 @@ ONCE = [
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
+    ("torchvision", "inception_v3", "inception_v3", "given.pth", "torchvision"),
+    ("timm", "inception_v3", "inception_v3.timm", "given.safetensors", "torchvision"),
+    ("keras", "InceptionV3", "inception_v3.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "efficientnet_b0", "efficientnet_b0", "given.pth", "torchvision"),
     ("timm", "efficientnet_b0", "efficientnet_b0.timm", "given.safetensors", "timm"),
     ("timm", "tf_efficientnet_lite0", "efficientnet_lite0.timm_tf", "given.pth", "timm"),
     ("keras", "EfficientNetB0", "efficientnet_b0.keras_applications", "given.weights.h5", "keras_applications"),
     ("transformers", "efficientnet-b0", "efficientnet_b0.huggingface", "model.safetensors", "huggingface"),
 ]
-# transformers pads as SAME does on even sides, at whatever side: of no other size it is a function of ours.
-EVEN_SIDES = {("transformers", "efficientnet-b0"): ((64, 96), (224, 224))}
 # What peer.py makes smaller than the library has it by default.
 SMALLER = {
     ("torchvision", "vgg11_bn"): {"hidden": (256, 128)},
@@ -70,11 +71,19 @@ SMALLER = {
 }
 # What its names do not say.
 CONVENTIONS = {("timm", f"tf_efficientnet_{name}"): "timm_tf" for name in ("lite0", "b0", "b3")}
+CONVENTIONS |= {("timm", "inception_v3"): "timm"}
+# Of a network that takes no smaller images; and of one whose padding is SAME's at even sides alone.
+SIZES_OF = {
+    **{(library, "inception_v3"): ((76, 91), (299, 299)) for library in ("torchvision", "timm")},
+    ("keras", "InceptionV3"): ((76, 91), (299, 299)),
+    ("transformers", "efficientnet-b0"): ((64, 96), (224, 224)),
+}
 ALL = [
     *(("torchvision", name, name, "given.pth", "torchvision") for name in TORCHVISION),
     *(("timm", name, name, "given.safetensors", "torchvision") for name in TORCHVISION[:5]),
     ("timm", "resnet50d", "resnet50d", "given.safetensors", "timm"),
     ("timm", "seresnet50", "seresnet50", "given.safetensors", "torchvision"),
+    ("keras", "InceptionV3", "inception_v3.keras_applications", "given.keras", "keras_applications"),
     ("keras", "ResNet101", "resnet101.keras_applications", "given.weights.h5", "keras_applications"),
     ("keras", "ResNet152", "resnet152.keras_applications", "given.weights.h5", "keras_applications"),
     ("flax", "resnet50", "resnet50.flax_examples", "given.msgpack", "flax"),
@@ -130,13 +139,13 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
     weights = {name: found.weights[name].astype(np.float64) for name in found.weights}
     last = found.spec.layers[-1].path
     images, expected = [], []
-    sizes = (found.spec.input_size,) if found.spec.input_size else EVEN_SIDES.get((library, model), SIZES)
+    sizes = (found.spec.input_size,) if found.spec.input_size else SIZES_OF.get((library, model), SIZES)
     for size in sizes:
         case = Case(
             variant=variant,
             spec=found.spec,
             size=size,
-            batch=1,
+            batch=2,  # so that there is another order
             photos=tuple(sample_photos()),
             weights=weights,
             dtypes=("float64",),
@@ -150,7 +159,10 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
             kept.write_bytes(inputs.path("inputs", "float64").read_bytes())
             tap = ArrayName("eval", "tap", last)
             response = records["torch"]["float64"].response[tap]
-            outputs = {column: made["float64"][tap].copy() for column, made in records.items()}
+            outputs = {
+                column: (made["float64"][tap].copy(), made["float64"].order_response.get(tap, 0.0))
+                for column, made in records.items()
+            }
         images.append(kept)
         expected.append((response, outputs))
 
@@ -158,8 +170,9 @@ def test_a_peers_model_is_the_same_function_here_and_back(session, tmp_path, lib
         peer(library, model, "run", path, tmp_path / which / "outputs", *images)
         got = load_file(tmp_path / which / "outputs")
         for index, (response, outputs) in enumerate(expected):
-            for column, output in outputs.items():
-                limit = RESPONSE_FACTOR * max(response, FLOOR * UNIT["float64"] * norm(output))
+            for column, (output, reordered) in outputs.items():
+                least = max(response, FLOOR * UNIT["float64"] * norm(output))
+                limit = RESPONSE_FACTOR * rho(least, reordered, 0.0)  # theirs is not known
                 apart = distance(got[str(index)], output)
                 assert apart <= limit, (
                     f"{which} at {sizes[index]}: {column} is {apart / limit * RESPONSE_FACTOR:.1f} responses away"
