@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.architectures import alexnet, densenet, efficientnet, lenet, resnet, resnet_v2, vgg
+from common.architectures import alexnet, densenet, efficientnet, googlenet, lenet, resnet, resnet_v2, vgg
 from common.architectures.spec import Spec, least_size, logits, output
 from common.errors import SpecError
 
@@ -30,7 +30,7 @@ __all__ = [
     "variants_of",
 ]
 
-_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet)}
+_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet, googlenet)}
 
 
 def variants() -> dict[str, Spec]:
