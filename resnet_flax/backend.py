@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.architectures import Spec
+from common.architectures import Spec, running
+from common.backends.protocol import AUXILIARY_WEIGHT
 from common.errors import BackendError, WeightsError
 from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
@@ -120,10 +121,11 @@ class FlaxBackend:
         given = native_masks(model.spec, masks or {})
         results = model.run(model.variables, images, labels, given, training=training, gradients=gradients)
         trees = {"statistics": ("stat", "batch_stats"), "gradients": ("grad", "params")}
+        wanted = {name for layer in running(model.spec, training) for name in layer.arrays}
         for result, (prefix, collection) in trees.items():
             if (tree := results.pop(result, None)) is not None:
                 named = from_collection(model.spec, collection, tree)
-                results |= {f"{prefix}/{name}": array for name, array in named.items()}
+                results |= {f"{prefix}/{name}": array for name, array in named.items() if name in wanted}
         return {name: np.asarray(array) for name, array in results.items()}
 
 
@@ -185,7 +187,7 @@ def _pass(
                 mutable=["intermediates", "taps", *(["batch_stats"] if training else [])],
                 capture_intermediates=is_layer,
             )
-        results = _taps(spec, dict(state))
+        results = _taps(spec, training, dict(state))
         if training:
             results["statistics"] = state.get("batch_stats", {})
         return _loss(spec, output, labels), results
@@ -220,25 +222,34 @@ def _op_by_op(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _loss(spec: Spec, output: Any, labels: Any) -> Any:
+def _loss(spec: Spec, outputs: Any, labels: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    last = spec.layers[-1].kind
-    if last not in ("dense", "softmax"):
-        return 0.5 * jnp.mean(output**2)
-    log_likelihood = jnp.log(output) if last == "softmax" else jax.nn.log_softmax(output)
-    return -jnp.mean(jnp.take_along_axis(log_likelihood, labels[:, None], axis=1))
+    def of_likelihoods(logarithms: Any) -> Any:
+        return -jnp.mean(jnp.take_along_axis(logarithms, labels[:, None], axis=1))
+
+    output, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+    match spec.layers[-1].kind:
+        case "softmax":
+            loss = of_likelihoods(jnp.log(output))
+        case "dense":
+            loss = of_likelihoods(jax.nn.log_softmax(output))
+        case _:
+            loss = 0.5 * jnp.mean(output**2)
+    return loss + AUXILIARY_WEIGHT * sum(of_likelihoods(jax.nn.log_softmax(logits)) for logits in auxiliary)
 
 
-def _taps(spec: Spec, state: dict[str, Any]) -> dict[str, Any]:
-    """Every layer's output: a module's was captured under ``__call__``, any other was sown under its own name."""
+def _taps(spec: Spec, training: bool, state: dict[str, Any]) -> dict[str, Any]:
+    """The output of every layer that runs: a module's was captured under ``__call__``, any other was sown under its own
+    name."""
     from flax.traverse_util import flatten_dict
 
     paths = import_module(f"{__package__}.{spec.family}").native_paths(spec)
     modules, others = (flatten_dict(state.get(name, {})) for name in ("intermediates", "taps"))
     taps, called, calls = {}, Counter(paths.values()), Counter[tuple[str, ...]]()
-    for path, native in paths.items():
+    for layer in running(spec, training):
+        path, native = layer.path, paths[layer.path]
         outputs = others[native] if native in others else modules[(*native, "__call__")]
         calls[native] += 1
         # Where a subclass calls its parent's `__call__` both are captured in every call, its own last.

@@ -15,7 +15,7 @@ from common import weights as canonical
 from common.architectures import Spec
 from common.errors import CheckpointError, TrainingError
 from common.training.recipe import TrainingRecipe, shared
-from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, loss_weights
 from common.weights import Weights
 from resnet_flax import framework, from_spec
 
@@ -63,12 +63,14 @@ def train_step(
     def loss_fn(params: Any) -> Any:
         variables = {"params": params, "batch_stats": state.batch_stats}
         with given_dropout(masks):
-            logits, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
-        logits = _at_least_float32(logits)
+            outputs, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+        outputs = _at_least_float32(outputs)
         targets = optax.smooth_labels(
-            jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), recipe.label_smoothing
+            jax.nn.one_hot(labels, outputs[0].shape[-1], dtype=outputs[0].dtype), recipe.label_smoothing
         )
-        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, updates.get("batch_stats", {}))
+        losses = [optax.softmax_cross_entropy(logits, targets).mean() for logits in outputs]
+        loss = sum(weight * loss for weight, loss in zip(recipe.loss_weights(len(losses)), losses, strict=True))
+        return loss, (outputs[0], updates.get("batch_stats", {}))
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     opt_state = state.opt_state._replace(hyperparams={"learning_rate": learning_rate})
@@ -84,7 +86,7 @@ def eval_step(
     apply_fn: Callable[..., Any], variables: Mapping[str, Any], images: jax.Array, labels: jax.Array
 ) -> dict[str, jax.Array]:
     """Sums over the examples that are no padding: of their ``loss``, of the ``correct`` ones, and their ``count``."""
-    logits = _at_least_float32(apply_fn(variables, images, train=False))
+    logits, *_ = _at_least_float32(apply_fn(variables, images, train=False))
     counted = labels != _PADDING
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
     return {
@@ -105,7 +107,10 @@ class FlaxTrainer:
         self._spec, self._recipe, self._replica = spec, recipe, replica
         self._dtype = np.dtype(dtype)
         narrow = recipe.precision == "bfloat16" and dtype == "float32"
-        module = from_spec(_with_logits(spec), dtype=jnp.bfloat16 if narrow else dtype, param_dtype=dtype)
+        loss_weights(spec, recipe)  # or an error that says why not
+        # Without a softmax at its end, which is left to the loss: there, no probability underflows.
+        logits = spec.with_head(head="logits")
+        module = from_spec(logits, dtype=jnp.bfloat16 if narrow else dtype, param_dtype=dtype)
         self._apply, self._optimizer = module.apply, optimizer(recipe)
         self._whole, self._split = distributed.shardings()
         self._step = jax.jit(
@@ -249,15 +254,10 @@ def _taken(ahead: Iterator[Arguments]) -> tuple[Arguments | None, Exception | No
         return None, error
 
 
-def _with_logits(spec: Spec) -> Spec:
-    """The spec without a softmax at its end, which is left to the loss: there, no probability underflows."""
-    check_trainable(spec)
-    return spec.with_head(head="logits")
-
-
-def _at_least_float32(logits: jax.Array) -> jax.Array:
-    """Of bfloat16 a logarithm would leave too little."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+def _at_least_float32(outputs: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The logits of every output: of bfloat16 a logarithm would leave too little."""
+    found = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) for logits in found)
 
 
 def _arrays(state: TrainState) -> dict[tuple[str, ...], np.ndarray]:

@@ -21,7 +21,8 @@ import numpy as np
 import resnet_keras
 from common import names
 from common import weights as canonical
-from common.architectures import Spec
+from common.architectures import Spec, outputs, running
+from common.backends.protocol import AUXILIARY_WEIGHT
 from common.names import Naming
 from common.training import dropout
 from common.training.dropout import Masks
@@ -146,9 +147,10 @@ class KerasBackend:
             passes[training, gradients] = self._pass(model, training, gradients)
         forward = passes[training, gradients]
         native = variables(model)
-        kept = {name for layer in model.spec.layers for name in layer.statistics}
+        layers = running(model.spec, training)
+        kept = {name for layer in layers for name in layer.statistics}
         # Copies or detached views of the values, which nothing in the pass assigns to.
-        values = {name: keras.ops.stop_gradient(variable) for name, variable in native.items()}
+        values = {name: keras.ops.stop_gradient(native[name]) for layer in layers for name in layer.arrays}
         given = [(masks or {})[layer.path] for layer in dropout.layers(model.spec)] if training else []
         loss, (taps, after), slopes = forward(
             {name: value for name, value in values.items() if name not in kept},
@@ -176,14 +178,14 @@ class KerasBackend:
 
         spec: Spec = model.spec
         names = layer_names(spec)
-        outputs = _outputs(model, spec)
         masked = [names[layer.path] for layer in dropout.layers(spec) if training]
-        taps_model = with_masks(keras.Model(model.input, outputs), masked)
+        taps_model = with_masks(keras.Model(model.input, _taps(model, spec, training)), masked)
         canonical_names = {id(variable): name for name, variable in variables(model).items()}
         trained = [canonical_names[id(variable)] for variable in taps_model.trainable_variables]
         # Keras' own dropout has the state of its random numbers, which has no name and, in eval mode, no use.
         frozen = [(canonical_names.get(id(one)), one) for one in taps_model.non_trainable_variables]
-        last = spec.layers[-1]
+        last, *auxiliary = outputs(spec, training)
+        kind = spec.layers[-1].kind
 
         def forward(
             parameters: Tensors, images: Any, statistics: Tensors, labels: Any, masks: Sequence[Any]
@@ -196,25 +198,28 @@ class KerasBackend:
                 training=training,
             )
             named = {name: value for (name, _), value in zip(frozen, after, strict=True) if name}
-            return _loss(last.kind, taps[last.path], labels), (taps, named)
+            loss = _loss(kind, taps[last], labels)
+            for path in auxiliary:
+                loss += AUXILIARY_WEIGHT * _loss("dense", taps[path], labels)
+            return loss, (taps, named)
 
         return self._adapter(forward, gradients)
 
 
-def _outputs(model: Any, spec: Spec) -> dict[str, Any]:
-    """The symbolic output of every layer of the walk, by canonical path."""
+def _taps(model: Any, spec: Spec, training: bool) -> dict[str, Any]:
+    """The symbolic output of every layer that runs in a mode, by canonical path."""
     from resnet_keras.weights import layer_names
 
     names = layer_names(spec)
     again = {names[layer.path] for layer in spec.layers if layer.shares}
     calls: Counter[str] = Counter()
-    outputs = {}
-    for path, name in ((layer.path, names[layer.path]) for layer in spec.layers):
+    taps = {}
+    for path, name in ((layer.path, names[layer.path]) for layer in running(spec, training)):
         layer = model.get_layer(name)
         # A layer that was called twice has no one output, and Keras no public way to either.
-        outputs[path] = layer._inbound_nodes[calls[name]].output_tensors[0] if name in again else layer.output
+        taps[path] = layer._inbound_nodes[calls[name]].output_tensors[0] if name in again else layer.output
         calls[name] += 1
-    return outputs
+    return taps
 
 
 def _renamed(model: Any, spec: Spec, naming: Naming) -> Any:

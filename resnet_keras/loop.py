@@ -7,10 +7,10 @@ from itertools import islice
 from typing import Any
 
 import keras
-import numpy as np
 
 from common.training.trainer import Measured, Minibatch
 from resnet_keras import distributed
+from resnet_keras.objective import numbered
 
 
 class Feed:
@@ -18,13 +18,14 @@ class Feed:
 
     Keras takes batches ahead of the step it is at, TensorFlow in a thread of its own, and under `tf.distribute` begins
     twice. So one batch more is read before one is given away: the learning rate is known when a step begins, and
-    whether there is another one when it ends. Behind the images are the masks of the paths in `dropout`. An error
-    while reading ends the batches; those before it are trained.
+    whether there is another one when it ends. Behind the images are the masks of the paths in `dropout`; the labels
+    come once for each of so many `outputs`. An error while reading ends the batches; those before it are trained.
     """
 
-    def __init__(self, batches: Iterable[Minibatch], dropout: Sequence[str] = ()) -> None:
+    def __init__(self, batches: Iterable[Minibatch], dropout: Sequence[str] = (), outputs: int = 1) -> None:
         self.error: Exception | None = None
         self._dropout = dropout
+        self._outputs = outputs
         self._batches = iter(batches)
         self._held: deque[Minibatch] = deque()
         self._done = 0
@@ -65,11 +66,12 @@ class Feed:
         options.autotune.enabled = False
         return tf.data.Dataset.from_generator(self._generate, output_signature=first).prefetch(2).with_options(options)
 
-    def _example(self, batch: Minibatch) -> tuple[Any, np.ndarray]:
+    def _example(self, batch: Minibatch) -> tuple[Any, Any]:
         masks = [batch.masks[path] for path in self._dropout]
-        return (batch.images, *masks) if masks else batch.images, batch.labels
+        labels = batch.labels if self._outputs == 1 else (batch.labels,) * self._outputs
+        return (batch.images, *masks) if masks else batch.images, labels
 
-    def _generate(self) -> Iterator[tuple[Any, np.ndarray]]:
+    def _generate(self) -> Iterator[tuple[Any, Any]]:
         position = 0
         while (batch := self._at(position)) is not None:
             position += 1
@@ -93,9 +95,13 @@ class Feed:
 class Steps(keras.callbacks.Callback):  # type: ignore[misc]
     """Gives every step the learning rate of its batch, and tells `after` what it measured."""
 
-    def __init__(self, model: keras.Model, feed: Feed, after: Callable[[Measured], bool]) -> None:
+    def __init__(
+        self, model: keras.Model, feed: Feed, after: Callable[[Measured], bool], weights: Sequence[float]
+    ) -> None:
+        """`weights` are those of the outputs' losses."""
         super().__init__()
         self.stopped = False
+        self._weights = weights
         self._trained = model  # asking for `self.model` costs a copy of the state on JAX
         self._feed = feed
         self._after = after
@@ -108,7 +114,7 @@ class Steps(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._feed.done()
-        self.stopped = not self._after(measured(logs, distributed.replicas(self._trained)))
+        self.stopped = not self._after(measured(logs, self._weights, distributed.replicas(self._trained)))
         # Keras warns where a generator ends before it was told to stop.
         self._trained.stop_training = self.stopped or not self._feed
 
@@ -126,7 +132,10 @@ class Evaluation(keras.callbacks.Callback):  # type: ignore[misc]
         self._evaluated.stop_evaluating = not self._feed
 
 
-def measured(found: dict[str, Any], replicas: int = 1) -> Measured:
-    """What a `Tally` found, of each of so many replicas on average."""
-    loss, correct, count = (float(found[name]) * replicas for name in ("loss_sum", "correct", "count"))
+def measured(found: dict[str, Any], weights: Sequence[float] = (1.0,), replicas: int = 1) -> Measured:
+    """What the `Tally` of every output found, whose losses have these weights, of each of so many replicas on average;
+    what is correct is the first one's."""
+    correct, count = (float(found[name]) * replicas for name in ("correct", "count"))
+    losses = (float(found[numbered("loss_sum", output)]) * replicas for output in range(len(weights)))
+    loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
     return Measured(loss=loss / count if count else 0.0, correct=round(correct), count=round(count))

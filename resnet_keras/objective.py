@@ -38,14 +38,17 @@ class CrossEntropy(keras.losses.Loss):  # type: ignore[misc]
 @keras.saving.register_keras_serializable(package="resnet_keras")
 class Tally(keras.metrics.Metric):  # type: ignore[misc]
     """The sum of a loss, the number of correct answers and the number of examples: of the last batch alone, or of all
-    since the last reset. Labels below 0 are counted nowhere."""
+    since the last reset. Labels below 0 are counted nowhere. `output` is the number of the model's output: of another
+    than the first, the names of the results end in it."""
 
-    def __init__(self, loss: CrossEntropy, of_all: bool = False, **kwargs: Any) -> None:
+    def __init__(self, loss: CrossEntropy, of_all: bool = False, output: int = 0, **kwargs: Any) -> None:
         super().__init__(**{"name": "tally", "dtype": "float64"} | kwargs)
         self.loss = loss
         self.of_all = of_all
+        self.output = output
         names = ("loss_sum", "correct", "count")
-        self._sums = [self.add_variable((), "zeros", dtype=self.dtype, name=name) for name in names]
+        named = (numbered(name, output) for name in names)
+        self._sums = [self.add_variable((), "zeros", dtype=self.dtype, name=name) for name in named]
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         labels, outputs = ops.cast(y_true, "int32"), ops.cast(y_pred, self.loss.dtype)
@@ -61,9 +64,14 @@ class Tally(keras.metrics.Metric):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         loss = keras.saving.serialize_keras_object(self.loss)
-        return super().get_config() | {"loss": loss, "of_all": self.of_all}
+        return super().get_config() | {"loss": loss, "of_all": self.of_all, "output": self.output}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Tally":
         loss: Any = keras.saving.deserialize_keras_object(config["loss"])
         return cls(**config | {"loss": loss})
+
+
+def numbered(name: str, output: int) -> str:
+    """What a `Tally` of that output calls a result."""
+    return f"{name}_{output}" if output else name

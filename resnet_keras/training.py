@@ -23,7 +23,7 @@ from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training import dropout
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, loss_weights
 from resnet_keras import distributed
 from resnet_keras.layers import with_masks
 from resnet_keras.loop import Evaluation, Feed, Steps, measured
@@ -39,7 +39,7 @@ class KerasTrainer:
 
     def __init__(self, spec: Spec, recipe: TrainingRecipe, dtype: str, replica: Replica = SINGLE) -> None:
         """Raises `TrainingError` for a network without a classifier, and as `distributed.scope`."""
-        check_trainable(spec)
+        self._loss_weights = loss_weights(spec, recipe)
         self._replica = replica
         self._dtype = dtype
         mixed = recipe.precision == "bfloat16" and dtype == "float32"
@@ -57,9 +57,14 @@ class KerasTrainer:
             self._optimizer.build(self._model.trainable_variables)
             of_logits = spec.head == "logits"
             smooth, plain = CrossEntropy(of_logits, recipe.label_smoothing), CrossEntropy(of_logits)
-            self._model.compile(self._optimizer, smooth, metrics=[Tally(smooth)], jit_compile=jit)
+            auxiliary = CrossEntropy(True, recipe.label_smoothing)
+            count = len(self._loss_weights)
+            losses = [smooth, *[auxiliary] * (count - 1)]
+            tallies = [Tally(loss, output=output) for output, loss in enumerate(losses)]
+            weights = list(self._loss_weights)
+            self._model.compile(self._optimizer, losses, loss_weights=weights, metrics=tallies, jit_compile=jit)
             # The same layers, with what an evaluation measures.
-            self._evaluator = keras.Model(network.input, network.output)
+            self._evaluator = keras.Model(network.input, network.outputs[0])
             self._evaluator.compile(loss=plain, metrics=[Tally(plain, of_all=True)], jit_compile=jit)
 
     def load(self, weights: canonical.Weights) -> None:
@@ -73,8 +78,13 @@ class KerasTrainer:
 
     def fit(self, batches: Iterable[Minibatch], after: Callable[[Measured], bool]) -> None:
         self._set_types()
-        feed = Feed(batches, self._dropout)
-        steps = Steps(self._model, feed, lambda found: distributed.agree(self._replica, after(found)))
+        feed = Feed(batches, self._dropout, outputs=len(self._loss_weights))
+        steps = Steps(
+            self._model,
+            feed,
+            lambda found: distributed.agree(self._replica, after(found)),
+            self._loss_weights,
+        )
         with closing(feed), distributed.together(self._replica):
             if feed:
                 self._model.fit(feed.examples(), shuffle=False, verbose=0, callbacks=[steps])

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from common.architectures import Spec
+from common.architectures import Spec, running
 from common.architectures.layers import GlobalPool, Layer
+from common.backends.protocol import AUXILIARY_WEIGHT
 from common.errors import BackendError
 from common.training.dropout import Masks
 from common.training.recipe import TrainingRecipe
@@ -106,6 +107,7 @@ class TorchBackend:
         masks: Masks | None = None,
     ) -> dict[str, np.ndarray]:
         spec: Spec = model.spec  # type: ignore[assignment]
+        layers = running(spec, training)
         table = slots(spec)
         parameters = dict(model.named_parameters())
         dtype = next(iter(parameters.values())).dtype
@@ -118,17 +120,17 @@ class TorchBackend:
             model.train(training)
             inputs.requires_grad_(gradients)
             given = native_masks(spec, masks or {}, self._device)
-            with given_dropout(model, given), _tapped(model, spec, taps):
+            with given_dropout(model, given), _tapped(model, spec, layers, taps):
                 loss = _loss(spec.layers[-1], model(inputs), targets)
-            results |= {f"tap/{layer.path}": taps[layer.path].cpu().numpy() for layer in spec.layers}
+            results |= {f"tap/{layer.path}": taps[layer.path].cpu().numpy() for layer in layers}
             results["loss"] = loss.detach().cpu().numpy()
             if training:
                 buffers = dict(model.named_buffers())
-                for layer in spec.layers:
+                for layer in layers:
                     for name in layer.statistics:
                         results[f"stat/{name}"] = canonical(table[name], buffers[table[name].native]).copy()
             if gradients:
-                wanted = [name for layer in spec.layers for name in layer.parameters]
+                wanted = [name for layer in layers for name in layer.parameters]
                 of_input, *of_parameters = torch.autograd.grad(
                     loss, [inputs, *(parameters[table[name].native] for name in wanted)]
                 )
@@ -138,7 +140,11 @@ class TorchBackend:
         return results
 
 
-def _loss(last: Layer, output: Tensor, labels: Tensor) -> Tensor:
+def _loss(last: Layer, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    if isinstance(outputs, tuple):
+        output, *auxiliary = outputs
+        return _loss(last, output, labels) + AUXILIARY_WEIGHT * sum(F.cross_entropy(one, labels) for one in auxiliary)
+    output = outputs
     if last.kind == "softmax":
         return F.nll_loss(output.log(), labels)
     if last.kind == "dense":
@@ -162,25 +168,25 @@ def _traceless(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tapped(model: nn.Module, spec: Spec, taps: dict[str, Tensor]) -> Iterator[None]:
-    """While the model runs, copy every layer's output into `taps`, channels last.
+def _tapped(model: nn.Module, spec: Spec, layers: tuple[Layer, ...], taps: dict[str, Tensor]) -> Iterator[None]:
+    """While the model runs, copy the output of each of these layers into `taps`, channels last.
 
     Raises `BackendError` if the model did not run a layer.
     """
     nodes = import_module(f"{__package__}.{spec.family}").nodes(spec)
     # Several may be found in one place: a map, and the same map flattened.
     wanted: dict[str, dict[tuple[int, str], list[tuple[Layer, Node]]]] = defaultdict(lambda: defaultdict(list))
-    for layer in spec.layers:
+    for layer in layers:
         node = nodes[layer.path]
         wanted[node.module][node.call, node.value].append((layer, node))
     with ExitStack() as hooks:
-        for name, layers in wanted.items():
-            module, before, after = model.get_submodule(name), *_hooks(layers, taps)
+        for name, places in wanted.items():
+            module, before, after = model.get_submodule(name), *_hooks(places, taps)
             hooks.callback(module.register_forward_pre_hook(before).remove)
             hooks.callback(module.register_forward_hook(after).remove)
         yield
-    if missed := [layer.path for layer in spec.layers if layer.path not in taps]:
-        raise BackendError(f"the model did not run {len(missed)} of {len(spec.layers)} layers: {', '.join(missed[:4])}")
+    if missed := [layer.path for layer in layers if layer.path not in taps]:
+        raise BackendError(f"the model did not run {len(missed)} of {len(layers)} layers: {', '.join(missed[:4])}")
 
 
 def _hooks(

@@ -13,7 +13,7 @@ from common.architectures import Spec, output
 from common.errors import CheckpointError, TrainingError
 from common.files import reason
 from common.training.recipe import TrainingRecipe
-from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, check_trainable
+from common.training.trainer import SINGLE, Kept, Measured, Minibatch, Replica, loss_weights
 from common.weights import Weights, check_names
 from resnet_torch import framework, from_spec
 
@@ -46,6 +46,7 @@ class TorchTrainer:
         sharded = distributed.sharding(replica)
         self._layout = torch.channels_last if dtype == "float32" and not sharded else torch.contiguous_format
 
+        self._loss_weights = loss_weights(spec, recipe)
         self._model = _logits(from_spec(spec), spec).to(device, self._dtype)
         self._model.to(memory_format=self._layout)  # type: ignore[call-overload]
         if replica.count > 1:
@@ -89,7 +90,7 @@ class TorchTrainer:
             with together(self._replica), torch.no_grad():
                 for batch in batches:
                     images, labels = self._tensors(batch)
-                    output = self._forward(model, images)
+                    output, *_ = self._forward(model, images)
                     loss = F.cross_entropy(output, labels, ignore_index=_PADDING, reduction="sum")
                     correct = output.argmax(1).eq(labels).sum()
                     totals += torch.stack([loss, correct, labels.ne(_PADDING).sum()]).cpu()
@@ -163,8 +164,10 @@ class TorchTrainer:
             group["lr"] = batch.learning_rate
         images, labels = self._tensors(batch)
         with given_dropout(self._model, native_masks(self._spec, batch.masks, self._device)):
-            output = self._forward(self._parallel, images)
-        loss = F.cross_entropy(output, labels, label_smoothing=self._recipe.label_smoothing)
+            outputs = self._forward(self._parallel, images)
+        loss = torch.zeros((), dtype=self._dtype, device=self._device)
+        for weight, logits in zip(self._loss_weights, outputs, strict=True):
+            loss = loss + weight * F.cross_entropy(logits, labels, label_smoothing=self._recipe.label_smoothing)
         loss.backward()
         if self._recipe.clip_norm is not None:
             optimizers.clip(self._model, self._recipe.clip_norm)
@@ -172,7 +175,7 @@ class TorchTrainer:
         self._optimizer.zero_grad()
         if self._average is not None:
             self._average.update_parameters(self._model)
-        correct = output.argmax(1).eq(labels).sum()
+        correct = outputs[0].argmax(1).eq(labels).sum()
         totals = distributed.total(self._replica, torch.stack([loss.detach().double(), correct.double()]))
         losses, right = totals.tolist()
         count = self._replica.count
@@ -184,11 +187,12 @@ class TorchTrainer:
         labels = torch.tensor(batch.labels, dtype=torch.int64, device=self._device)
         return images.contiguous(memory_format=self._layout), labels
 
-    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Logits, (N, classes), in the dtype of the parameters."""
+    def _forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits, (N, classes), in the dtype of the parameters: the network's, then those of its auxiliary outputs."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed):
-            output: Tensor = model(images)
-        return output.to(self._dtype)
+            found: Tensor | tuple[Tensor, ...] = model(images)
+        outputs = (found,) if isinstance(found, Tensor) else found
+        return tuple(logits.to(self._dtype) for logits in outputs)
 
     def _averaged(self) -> nn.Module:
         if self._average is None:
@@ -208,7 +212,6 @@ class TorchTrainer:
 
 def _logits(model: nn.Module, spec: Spec) -> nn.Module:
     """The model without a softmax at its end, which is left to the loss: there, no probability underflows."""
-    check_trainable(spec)
     if spec.head == "softmax":
         model.set_submodule(nodes(spec)[output(spec).path].module, nn.Identity())
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.architectures import alexnet, densenet, efficientnet, googlenet, lenet, resnet, resnet_v2, vgg
-from common.architectures.spec import Spec, least_size, logits, output
+from common.architectures.spec import Spec, least_size, logits, output, outputs, running
 from common.errors import SpecError
 
 __all__ = [
@@ -22,7 +22,9 @@ __all__ = [
     "logits",
     "matching",
     "output",
+    "outputs",
     "read",
+    "running",
     "title",
     "to_dict",
     "to_json",

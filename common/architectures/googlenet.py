@@ -121,7 +121,7 @@ class GoogLeNetSpec(Checked):
     lrn_k: Annotated[Positive, _CONVENTION] = 1.0
 
     # Auxiliary heads, which run in training alone: behind the first module of the second stage and its last but one.
-    aux: bool = True
+    aux: Annotated[bool, Mark.EXTRA] = True
     aux_widths: tuple[Count, Count] = (128, 1024)  # of their 1x1 convolution and of their first dense layer
     # Adaptive to `aux_map` cells; or an average of 5x5 windows at a stride of 3, of which a map of that size must come.
     aux_pool: Annotated[Literal["adaptive", "window"], _CONVENTION] = "adaptive"

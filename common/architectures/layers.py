@@ -61,6 +61,8 @@ class Layer:
     inputs: tuple[str, ...]
     # An earlier layer that holds arrays of the same shapes: this one computes with those and has none of its own.
     shares: str | None = None
+    # It runs in training mode alone: a layer of a branch that ends in an auxiliary output, where eval mode has none.
+    training_only: bool = False
 
     kind: ClassVar[str]
     # Layers that only pick or move values: they round nothing, so a loss of precision is never theirs.

@@ -3,7 +3,7 @@
 from itertools import count
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from common.architectures.layers import Layer, output_shapes
+from common.architectures.layers import Dense, Layer, output_shapes
 from common.errors import InputError
 from common.fields import Bound, Checked, Count
 
@@ -53,7 +53,8 @@ class Spec(Protocol):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layer walk: every layer in execution order; the last one's output is the network's."""
+        """The layer walk: every layer in execution order; the last one's output is the network's. A dense layer that
+        no other reads gives auxiliary logits, which only training and its loss know."""
         ...
 
     @property
@@ -81,6 +82,20 @@ class Spec(Protocol):
 def output(spec: Spec) -> Layer:
     """The layer whose output is the network's."""
     return spec.layers[-1]
+
+
+def running(spec: Spec, training: bool) -> tuple[Layer, ...]:
+    """The layers of the walk that run in training mode, or in eval mode."""
+    return tuple(layer for layer in spec.layers if training or not layer.training_only)
+
+
+def outputs(spec: Spec, training: bool) -> tuple[str, ...]:
+    """Paths of the layers whose outputs the network returns in a mode: its own, then the auxiliary logits, those from
+    the deepest layer first, as torchvision has them."""
+    layers = running(spec, training)
+    read = {path for layer in layers for path in layer.inputs}
+    auxiliary = [layer.path for layer in layers[:-1] if isinstance(layer, Dense) and layer.path not in read]
+    return (layers[-1].path, *reversed(auxiliary))
 
 
 def logits(spec: Spec) -> str | None:

@@ -11,6 +11,10 @@ from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
 
+# What the cross-entropy of an auxiliary output counts in the loss of `run` (Szegedy et al. 2014, arXiv:1409.4842,
+# section 5).
+AUXILIARY_WEIGHT = 0.3
+
 
 class Backend(Protocol):
     """One framework, ready to run networks. `resnet_X.backend.start(threads)` returns one.
@@ -60,10 +64,10 @@ class Backend(Protocol):
 
         Returns, in canonical layout and in the dtype it was computed in:
 
-        - ``tap/<path>`` for every layer of the walk: its output, (N, H, W, C) or (N, features);
+        - ``tap/<path>`` for every layer that runs in this mode: its output, (N, H, W, C) or (N, features);
         - ``loss``: mean softmax cross-entropy for logits, mean negative log-likelihood for a softmax head, half the
-          mean square of the output for no head;
+          mean square of the output for no head; and `AUXILIARY_WEIGHT` times that of every auxiliary output;
         - with `training`: batch statistics are used, and ``stat/<name>`` are the running statistics after the pass;
-        - with `gradients`: ``grad/<name>`` of the loss for every parameter, and ``grad/input``.
+        - with `gradients`: ``grad/<name>`` of the loss for every parameter of these layers, and ``grad/input``.
         """
         ...

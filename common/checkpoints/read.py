@@ -74,14 +74,16 @@ def read_for(spec: Spec, given: Reference | Checkpoint, *, free: Collection[str]
 
     A canonical file states its spec and is held to it. A foreign one states none: what its shapes show must be
     `spec`'s, and the rest is taken from `spec`. With ``head`` among the free fields, a classifier and pools are left
-    off where `spec` has no classifier. Fields that the marks of the spec call free are free. Raises `WeightsError`
-    naming the fields that differ.
+    off where `spec` has no classifier. Fields that the marks of the spec call free are free, and what they call extra
+    is left off where `spec` has none. Raises `WeightsError` naming the fields that differ.
     """
     found = given if isinstance(given, Checkpoint) else read(given)
     check_family(spec, found)
     here, there = spec, found.spec
     if "head" in free and spec.head == "none":
         here, there = here.with_head(head="none"), there.with_head(head="none")  # however they pool: that has no arrays
+    unwanted = {name: False for name in marked(spec, Mark.EXTRA) if not getattr(spec, name)}
+    there = there.replace(**unwanted)
     open_ = {*free, *marked(spec, Mark.FREE)}
     if found.origin.format != CANONICAL:
         # Shapes do show whether there is a classifier.

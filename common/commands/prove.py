@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from common import architectures, checkpoints, images
-from common.architectures import Spec
+from common.architectures import Spec, running
+from common.architectures.layers import output_shapes
 from common.backends.columns import COLUMNS
 from common.commands.options import grouped
 from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
@@ -48,7 +49,7 @@ class Conditions:
 
     mode: Annotated[str, typer.Option(help=f"Of {','.join(_MODES)}, separated by commas.")] = _USUAL_MODES
     size: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="64, or the one size that the network takes")
+        str | None, typer.Option(metavar="N|HxW", help=_SIZE, show_default="64, or what the network takes")
     ] = None
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 2
     image: Annotated[
@@ -81,7 +82,7 @@ class Conditions:
         return Case(
             variant=name,
             spec=spec,
-            size=_size(self.size) if self.size is not None else spec.default_size if spec.input_size else _USUAL_SIZE,
+            size=_size(self.size) if self.size is not None else _usual_size(spec),
             batch=max(self.batch, len(self.image or [])),
             photos=tuple(self.image or images.sample_photos()),
             weights=checkpoints.read_for(spec, self.weights).weights if self.weights else None,
@@ -249,6 +250,15 @@ def _one_spec(variant: str | None, path: Path | None) -> tuple[str, Spec]:
         raise SpecError(f"both variant {variant} and --spec {path} are given; give one of them")
     ((name, spec),) = _specs([variant] if variant else [], path)
     return name, spec
+
+
+def _usual_size(spec: Spec) -> tuple[int, int]:
+    """The usual one where the network takes it, in training too; else that of the images it is made for."""
+    try:
+        output_shapes(running(spec, training=True), (*_USUAL_SIZE, spec.in_channels))
+    except InputError:
+        return spec.default_size
+    return _USUAL_SIZE
 
 
 def _size(text: str) -> tuple[int, int]:

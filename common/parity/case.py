@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from common import architectures, images
 from common import weights as canonical
-from common.architectures import Spec
+from common.architectures import Spec, running
 from common.architectures.layers import output_shapes
 from common.errors import InputError, RecipeError, RecordError
 from common.files import written
@@ -52,9 +52,11 @@ class Case:
                 f"size {size} is too small for {self.variant}, whose strides multiply to {stride}; "
                 f"use --size {stride} or more"
             )
-        shapes = output_shapes(self.spec.layers, (*self.size, self.spec.in_channels))
         trains = "steps" in self.modes
-        for layer in self.spec.layers if trains or passes(self.modes) != ("eval",) else ():
+        training = trains or "train" in passes(self.modes)
+        layers = running(self.spec, training)
+        shapes = output_shapes(layers, (*self.size, self.spec.in_channels))
+        for layer in layers if training else ():
             if layer.kind == "norm" and self.batch * prod(shapes[layer.path][:-1]) < 2:
                 raise InputError(
                     f"batch {self.batch} of size {size} leaves one value per channel at {layer.path}, which has no "
@@ -134,7 +136,8 @@ class Inputs:
         self.case = case
         self.folder = folder
         spec = case.spec
-        classes = output_shapes(spec.layers, (*case.size, spec.in_channels))[spec.layers[-1].path][-1]
+        shapes = output_shapes(running(spec, training=False), (*case.size, spec.in_channels))
+        classes = shapes[architectures.output(spec).path][-1]
         batch = images.batch(case.photos, case.batch, case.size, spec.in_channels, classes, case.seed)
         batches = _batches(case, classes) if any("steps" in task.modes for task in wanted) else None
         self.source = batch.source

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from common import weights as canonical
-from common.architectures import Spec
+from common.architectures import Spec, running
 from common.architectures.layers import INPUT, Layer, Shape, output_shapes
 from common.backends.messages import Clock
 from common.backends.protocol import Backend
@@ -69,7 +69,8 @@ class SpecPasses:
         self._backend, self._spec, self._weights, self._clock = backend, spec, weights, clock
         self._images, self._labels, self._modes = images, labels, modes
         self._seed = seed
-        self._first = _first_position(spec, images.shape, seed) if "train" in passes(modes) else 0
+        self._trains = "train" in passes(modes)
+        self._first = _first_position(spec, images.shape, seed) if self._trains else 0
         with clock.step("build"):
             self._model = backend.build(spec, str(images.dtype))
         self._loaded: int | None = -1  # the draw whose weights the model holds; a pass leaves them as they are
@@ -87,7 +88,7 @@ class SpecPasses:
             images = canonical.perturb_array(images, draw, "input")
         if order is not None:
             images, labels, positions, back = images[order], labels[order], positions[order], np.argsort(order)
-        masks = dropout.masks(self._spec, images.shape[1:3], self._seed, positions)
+        masks = dropout.masks(self._spec, images.shape[1:3], self._seed, positions) if self._trains else None
         self._load(draw)
         for run in passes(self._modes):
             with self._clock.step(run) if plain else nullcontext():
@@ -181,12 +182,12 @@ def arrays_of_passes(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> tuple
     """Every array of these modes for a batch (N, H, W, C): every pass forward, then each one's gradients from the last
     layer back to the input."""
     count, *image = batch
-    outputs = output_shapes(spec.layers, tuple(image))
-    terms, shown = _terms(spec.layers, batch), dict(_showing(spec.layers))
+    layers = {run: running(spec, run == "train") for run in passes(modes)}
     found: list[Array] = []
     for run in passes(modes):
         if run == "exact" or run in modes:
-            for layer in spec.layers:
+            outputs = output_shapes(layers[run], tuple(image))
+            for layer in layers[run]:
                 shape = (count, *outputs[layer.path])
                 found.append(
                     Array(name=f"{run}/tap/{layer.path}", shape=shape, layer=layer.path, rounds=not layer.exact)
@@ -194,12 +195,13 @@ def arrays_of_passes(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> tuple
         if run != "exact" and run in modes:
             found.append(Array(name=f"{run}/loss", shape=(), layer=""))
         if run == "train" and run in modes:
-            for layer in spec.layers:
+            for layer in layers[run]:
                 found += [
                     Array(name=f"{run}/stat/{name}", shape=shape, layer=layer.path)
                     for name, shape in layer.statistics.items()
                 ]
     for run in passes(modes) if "grad" in modes else ():
+        terms, shown = _terms(layers[run], batch), dict(_showing(layers[run]))
         found += [
             Array(
                 name=f"{run}/grad/{name}",
@@ -208,7 +210,7 @@ def arrays_of_passes(spec: Spec, modes: tuple[Mode, ...], batch: Shape) -> tuple
                 terms=terms.get(name, 1),
                 rounds=shown.get(layer.path) == name,
             )
-            for layer, name, shape in _backward(spec.layers)
+            for layer, name, shape in _backward(layers[run])
         ]
     inputs = [Array(name=f"{run}/grad/{INPUT}", shape=batch, layer=INPUT) for run in passes(modes) if "grad" in modes]
     return (*found, *inputs)

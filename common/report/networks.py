@@ -5,7 +5,7 @@ from math import prod
 
 from rich.table import Table
 
-from common.architectures import Spec
+from common.architectures import Spec, running
 from common.architectures.layers import INPUT, Conv, Dense, DepthwiseConv, Layer, Window, output_shapes
 from common.architectures.layers import multiply_adds as multiply_adds_of
 
@@ -18,7 +18,8 @@ def variants(specs: Mapping[str, Spec]) -> Table:
         table.add_column(column, justify="right")
     for name, spec in specs.items():
         size = spec.default_size
-        costs = multiply_adds_of(spec.layers, output_shapes(spec.layers, (*size, spec.in_channels)))
+        used = running(spec, training=False)
+        costs = multiply_adds_of(used, output_shapes(used, (*size, spec.in_channels)))
         millions = sum(costs.values()) / 1e6
         table.add_row(
             name,
@@ -34,27 +35,28 @@ def variants(specs: Mapping[str, Spec]) -> Table:
 def _depth(spec: Spec) -> int:
     """The most convolutions and dense layers that an image passes through: the number in the names of networks."""
     depths = {INPUT: 0}
-    for layer in spec.layers:
+    for layer in running(spec, training=False):
         depths[layer.path] = max(depths[path] for path in layer.inputs) + isinstance(layer, Conv | Dense)
     return max(depths.values())
 
 
 def layers(spec: Spec, size: tuple[int, int]) -> Table:
-    """The layer walk at an image size: shapes, parameters, multiply-adds."""
+    """The layer walk at an image size: shapes, parameters, multiply-adds; their total is that of eval mode."""
     shapes = output_shapes(spec.layers, (*size, spec.in_channels))
     costs = multiply_adds_of(spec.layers, shapes)
+    total = sum(costs[layer.path] for layer in running(spec, training=False))
     table = Table(box=None, pad_edge=False, header_style="dim", show_footer=True)
     table.add_column("layer", "total")
     table.add_column("kind")
     table.add_column("window")
     table.add_column("output", "", justify="right")
     table.add_column("parameters", f"{sum(layer.parameter_count for layer in spec.layers):,}", justify="right")
-    table.add_column("multiply-adds", f"{sum(costs.values()):,}", justify="right")
+    table.add_column("multiply-adds", f"{total:,}", justify="right")
     table.add_row(INPUT, "", "", "x".join(map(str, shapes[INPUT])), "", "")
     for layer in spec.layers:
         table.add_row(
             layer.path,
-            layer.kind,
+            f"{layer.kind} (training)" if layer.training_only else layer.kind,
             _window(layer),
             "x".join(map(str, shapes[layer.path])),
             f"{layer.parameter_count:,}" if layer.parameter_count else "",

@@ -2,7 +2,8 @@
 
 The update of a parameter p with gradient g at learning rate η, as `TrainingRecipe` means it:
 
-1. g is the gradient of the mean loss over the global batch, scaled by ``clip_norm / max(norm, clip_norm)`` where
+1. g is the gradient of the mean loss over the global batch: the cross-entropy of the network's output and, weighted by
+   `auxiliary_weights`, that of every auxiliary one. It is scaled by ``clip_norm / max(norm, clip_norm)`` where
    `clip_norm` is set; norm is the Euclidean norm over all parameters together.
 2. Coupled decay adds ``weight_decay * p`` to g (L2 regularisation); decoupled decay subtracts ``η * weight_decay * p``
    from p (Loshchilov and Hutter 2019, arXiv:1711.05101), p being the value before the step in both.
@@ -24,10 +25,10 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from math import cos, pi
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from common.errors import ParityError, RecipeError
-from common.fields import Between, Checked, Count, Natural, NotNegative, Positive, Share
+from common.fields import Between, Bound, Checked, Count, Natural, NotNegative, Positive, Share
 from common.files import reason
 from common.training import augmentation as augmentations
 from common.training.augmentation import Augmentation, Crop, Flip, Jitter, Normalise, Resize, ResizedCrop
@@ -36,6 +37,7 @@ Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["coupled", "decoupled"]
 Schedule = Literal["constant", "step", "multistep", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16"]
+_SOME = Bound("a list of one or more numbers of at least 0", bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,9 @@ class TrainingRecipe(Checked):
     decay: Decay = "coupled"
     decay_norms_and_biases: bool = True  # False: kernels alone decay
     label_smoothing: Share = 0.0  # share of the target spread evenly over all classes
+    # Of the cross-entropies of auxiliary outputs: one for all, or one for each in the order of `architectures.outputs`
+    # (0.3: Szegedy et al. 2014, arXiv:1409.4842, section 5).
+    auxiliary_weights: Annotated[tuple[NotNegative, ...], _SOME] = (0.3,)
     clip_norm: Positive | None = None
 
     schedule: Schedule = "constant"
@@ -91,6 +96,17 @@ class TrainingRecipe(Checked):
     def replace(self, **changes: Any) -> "TrainingRecipe":
         """The same recipe with other values; a step of the ``augmentation`` may be a mapping of its fields."""
         return from_dict(asdict(self) | changes)
+
+    def loss_weights(self, outputs: int) -> tuple[float, ...]:
+        """What the cross-entropy of each of so many outputs counts in a step's loss, the network's own first.
+
+        Raises `RecipeError` where there are weights for another number of auxiliary ones.
+        """
+        auxiliary, count = self.auxiliary_weights, outputs - 1
+        if len(auxiliary) == 1:
+            return (1.0, *auxiliary * count)
+        self.require("auxiliary_weights", len(auxiliary) == count, f"one for all, or {count}, one for each")
+        return (1.0, *auxiliary)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps in all; at least one."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import architectures, checkpoints
 from common import weights as canonical
-from common.architectures import Spec
+from common.architectures import Spec, running
 from common.backends.protocol import Backend
 from common.checkpoints import Checkpoint, Origin
 from common.datasets import Dataset, Examples
@@ -346,7 +346,7 @@ def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, b
     model = backend.build(spec, "float32")
     backend.load(model, weights)
     arrays = backend.run(model, batch.images, batch.labels, training=True, gradients=False, masks=batch.masks)
-    for layer in spec.layers:
+    for layer in running(spec, training=True):
         if not np.isfinite(arrays[f"tap/{layer.path}"]).all():
             return f"{layer.path} is the first layer whose output is not finite"
     return "no layer's output is, taken alone in float32: it overflows in the loss or in the recipe's precision"

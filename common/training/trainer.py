@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from common.architectures import Spec, logits, output
+from common.architectures import Spec, logits, output, outputs
 from common.errors import TrainingError
 from common.training.dropout import Masks
+from common.training.recipe import TrainingRecipe
 from common.weights import Weights
 
 
@@ -55,12 +56,16 @@ SINGLE = Replica()
 Kept = Callable[[np.ndarray], np.ndarray]
 
 
-def check_trainable(spec: Spec) -> None:
-    """Raise `TrainingError` for a network without classes to learn."""
+def loss_weights(spec: Spec, recipe: TrainingRecipe) -> tuple[float, ...]:
+    """What the cross-entropy of each output counts in a step's loss, in the order of `architectures.outputs`.
+
+    Raises `TrainingError` for a network without classes to learn, and as `TrainingRecipe.loss_weights`.
+    """
     if logits(spec) is None:
         raise TrainingError(
             f"the network ends in {output(spec).path} and has no classifier to train; give the spec a head of logits"
         )
+    return recipe.loss_weights(len(outputs(spec, training=True)))
 
 
 class Trainer(Protocol):
