@@ -32,7 +32,9 @@ __all__ = [
     "variants_of",
 ]
 
-_FAMILIES = {module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet, googlenet)}
+_FAMILIES = {
+    module.Spec.family: module for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet, googlenet)
+}
 
 
 def variants() -> dict[str, Spec]:

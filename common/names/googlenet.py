@@ -87,7 +87,9 @@ def _canonical(spec: GoogLeNetSpec) -> dict[str, str]:
     return {layer.path: layer.path for layer in spec.layers}
 
 
-def _places(layers: Callable[[GoogLeNetSpec], dict[str, str]]) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
+def _places(
+    layers: Callable[[GoogLeNetSpec], dict[str, str]],
+) -> Callable[[Collection[str], ShapeOf], dict[str, Place]]:
     """The places of names that are those of the largest network there is; none where no module is among them."""
 
     @cache
@@ -111,8 +113,7 @@ def fields_from(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     for name in shapes:
         where = name.partition(".")[0]
         if where.startswith("inception"):
-            number, letter = where[-2:]
-            stages[int(number) - FIRST_STAGE].add(LETTERS.index(letter))
+            stages[int(where[-2]) - FIRST_STAGE].add(LETTERS.index(where[-1]))
     for stage, modules in enumerate(stages, start=FIRST_STAGE):
         check_gap(f"modules inception{stage}a, b, …", modules)
     paths = [
