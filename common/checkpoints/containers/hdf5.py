@@ -38,8 +38,14 @@ _ATTRIBUTE_LIMIT = 64512  # bytes that HDF5 takes in one attribute
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 # Array names of Keras 1, which kept the running variance under the name of another number.
 _KERAS_1 = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
-# Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours.
-_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
+# Arrays of a Keras 3 layer in their order; a layer of another number of arrays is none of ours. Three are those of a
+# batch norm without scale.
+_ORDER = {
+    1: ("kernel",),
+    2: ("kernel", "bias"),
+    3: ("beta", "moving_mean", "moving_variance"),
+    4: ("gamma", "beta", "moving_mean", "moving_variance"),
+}
 # Of the layer that normalises images, whose last array is a number.
 _NORMALIZATION = ("mean", "variance", "count")
 
