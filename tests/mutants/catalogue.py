@@ -7,6 +7,7 @@ from common.architectures import Spec
 from common.architectures.alexnet import AlexNetSpec
 from common.architectures.densenet import DenseNetSpec
 from common.architectures.efficientnet import EfficientNetSpec
+from common.architectures.googlenet import GoogLeNetSpec
 from common.architectures.lenet import LeNetSpec
 from common.architectures.resnet import ResNetSpec
 from common.architectures.resnet_v2 import ResNetV2Spec
@@ -48,8 +49,24 @@ EFFICIENTNET = EfficientNetSpec(
     classes=10,
     stochastic_depth=0.6,
 )
+# torchvision's input and auxiliary heads, and the rest of Caffe's network, without norms. The heads read maps of 4 by 5
+# pixels and as many channels; ceil adds to the maps before the pools.
+GOOGLENET = GoogLeNetSpec(
+    stem=(6, 6, 8),
+    stages=(1, 3, 1),
+    widths=((6, 5, 8, 6, 7, 6), (7, 6, 6, 5, 8, 6), (6, 6, 8, 6, 6, 7), (8, 5, 6, 6, 7, 6), (6, 7, 8, 6, 6, 6)),
+    large_kernel=5,
+    classes=10,
+    norm=False,
+    transform_input=True,
+    lrn=True,
+    lrn_alpha=0.1,
+    aux_widths=(6, 24),
+    aux_map=(2, 2),
+    aux_dropout=0.5,
+)
 # Of the images, where that is not SIZE and the spec does not say it.
-SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE}
+SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE, GOOGLENET: (64, 65)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +377,24 @@ MUTANTS = [
         ("one_rate_of_stochastic_depth", "L1", "train", "stages.0.blocks.1.drop"),
         ("head_norm_at_default_eps", "L1", "eval", "head.norm", {"bn_eps": 1e-3}),
         base=EFFICIENTNET,
+    ),
+    *_of(
+        "torch",
+        ("input_transformed_twice", "L1", "eval", "stem.affine"),
+        ("auxiliary_heads_swapped", "L1", "train", "aux1.pool"),
+        base=GOOGLENET,
+    ),
+    *_of(
+        "keras",
+        ("pools_that_floor", "L0", "exact", "stem.pool1"),
+        ("alpha_divided_twice", "L1", "eval", "stem.lrn1"),
+        base=GOOGLENET,
+    ),
+    *_of(
+        "flax",
+        ("five_by_five_as_three_by_three", "L0", "exact", "inception3a.branch3"),
+        ("auxiliary_windows_that_do_not_overlap", "L1", "train", "aux1.pool"),
+        base=GOOGLENET,
     ),
 ]
 

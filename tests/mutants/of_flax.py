@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import alexnet, densenet, efficientnet, layers, resnet, resnet_v2, vgg
+from resnet_flax import alexnet, densenet, efficientnet, googlenet, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -170,6 +170,27 @@ def _of_the_head(**options: Any) -> Any:
 
 
 head_norm_at_default_eps = replaced(efficientnet, "norm_layer", _of_the_head)
+
+
+# GoogLeNet.
+
+
+@in_loading
+def five_by_five_as_three_by_three(weights: dict[str, Any]) -> dict[str, Any]:
+    """The windows of torchvision's weights, with a border of zeros."""
+    inner = {
+        name: np.pad(kernel[1:-1, 1:-1], [(1, 1), (1, 1), (0, 0), (0, 0)])
+        for name, kernel in weights.items()
+        if name.endswith(".branch3.kernel")
+    }
+    return weights | inner
+
+
+auxiliary_windows_that_do_not_overlap = replaced(
+    googlenet,
+    "adaptive_pool",
+    lambda x, cells, reduce: nn.avg_pool(x, sides := (x.shape[1] // cells[0], x.shape[2] // cells[1]), sides),
+)
 
 
 # Equivalents.

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from resnet_keras import efficientnet, resnet, resnet_v2
+from resnet_keras import efficientnet, googlenet, resnet, resnet_v2
 from resnet_keras import layers as own
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
@@ -236,6 +236,24 @@ symmetric_padding_for_same = replaced(efficientnet, "conv2d", _symmetric(efficie
 def gate_of_the_first_block_everywhere(weights: dict[str, Any]) -> dict[str, Any]:
     first, second = (f"stages.0.blocks.{b}.squeeze.kernel" for b in (0, 1))
     return weights | ({second: weights[first]} if first in weights else {})
+
+
+# GoogLeNet.
+
+_max_pool2d = googlenet.max_pool2d
+
+
+def _floored(*arguments: Any, **options: Any) -> Any:
+    return _max_pool2d(*arguments, **(options | ({"padding": "valid"} if options["padding"] == "ceil" else {})))
+
+
+pools_that_floor = replaced(googlenet, "max_pool2d", _floored)
+
+
+@after_build
+def alpha_divided_twice(model: Any) -> None:
+    for norm in _all(model, own.LocalResponseNormalization):
+        norm.alpha /= norm.size
 
 
 # Equivalents.

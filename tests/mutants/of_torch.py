@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_torch import backend as probe
-from resnet_torch import layers
+from resnet_torch import googlenet, layers
 from resnet_torch.layers import SqueezeExcitation
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
@@ -422,6 +422,28 @@ def deviations_taken_for_variances(model: Any) -> None:
         own, stds = model.normalize, model.spec.input_std
         own.scale = [scale * std**0.5 for scale, std in zip(own.scale, stds, strict=True)]
         own.shift = [shift * std**0.5 for shift, std in zip(own.shift, stds, strict=True)]
+
+
+# GoogLeNet.
+
+
+@after_build
+def input_transformed_twice(model: Any) -> None:
+    if isinstance(model.get_submodule("conv1"), googlenet.BasicConv2d) and hasattr(model, "transform"):
+        once = model.transform.forward
+        model.transform.forward = lambda x: once(once(x))
+
+
+_modules = googlenet._modules
+
+
+def _second_first(spec: Any) -> dict[str, nn.Module]:
+    """Each head reads the map of the other."""
+    modules = _modules(spec)
+    return modules | ({name: modules.pop(name) for name in ("aux2", "aux1")} if spec.aux else {})
+
+
+auxiliary_heads_swapped = replaced(googlenet, "_modules", _second_first)
 
 
 # Equivalents.

@@ -53,6 +53,7 @@ ONCE = [
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
+    ("torchvision", "googlenet", "googlenet.transform_input", "given.pth", "torchvision"),
     ("torchvision", "efficientnet_b0", "efficientnet_b0", "given.pth", "torchvision"),
     ("timm", "efficientnet_b0", "efficientnet_b0.timm", "given.safetensors", "timm"),
     ("timm", "tf_efficientnet_lite0", "efficientnet_lite0.timm_tf", "given.pth", "timm"),
