@@ -66,7 +66,7 @@ GOOGLENET = GoogLeNetSpec(
     aux_dropout=0.5,
 )
 # Of the images, where that is not SIZE and the spec does not say it.
-SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE, GOOGLENET: (64, 65)}
+SIZES: dict[Spec, tuple[int, int]] = {VGG: VGG_SIZE, ALEXNET: (70, 64), EFFICIENTNET: VGG_SIZE, GOOGLENET: (64, 80)}
 
 
 @dataclass(frozen=True, kw_only=True)
