@@ -202,7 +202,7 @@ def test_flax_returns_the_same_in_the_same_order_under_the_names_of_the_spec():
 
     assert resnet_flax.GoogLeNet(num_classes=7, aux=False).spec == VARIANTS["googlenet.no_aux"].replace(classes=7)
     spec = SMALL.replace(transform_input=True, aux_dropout=0.0, dropout=0.0)
-    model, images = resnet_flax.from_spec(spec), jnp.ones((1, 33, 40, 3))
+    model, images = resnet_flax.from_spec(spec), jnp.ones((2, 33, 40, 3))
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
     assert set(variables["params"]) == {layer.path for layer in spec.layers if layer.parameters}
     assert float(jnp.std(variables["params"]["aux1.fc1"]["kernel"])) == pytest.approx(0.01, rel=0.05)
@@ -214,7 +214,7 @@ def test_flax_returns_the_same_in_the_same_order_under_the_names_of_the_spec():
 
     logits, state = run(False)
     shapes = output_shapes(spec.layers, (33, 40, 3))
-    assert logits.shape == (1, 10)
+    assert logits.shape == (2, 10)
     assert [x.shape[1:] for x in state["intermediates"]["stages"]] == [shapes[path] for path in spec.stage_outputs]
     found, state = run(True)
     kept = [state["intermediates"][path]["__call__"][0] for path in outputs(spec, training=True)]
