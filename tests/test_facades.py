@@ -34,6 +34,7 @@ def package(request):
         ("densenet121", "DenseNet121"),
         ("lenet5", "LeNet5"),
         ("alexnet", "AlexNet"),
+        ("googlenet", "GoogLeNet"),
         ("efficientnet", "EfficientNet"),
         ("efficientnet_b0", "EfficientNetB0"),
         ("efficientnet_lite4", "EfficientNetLite4"),

@@ -60,6 +60,7 @@ class TestPresets:
             "timm_95_inception": (int(224 / 0.95), 224, "bicubic"),
             "keras_caffe": (None, 224, "nearest"),
             "keras_tf": (None, 224, "nearest"),
+            "caffe": (256, 224, "bilinear"),
             "keras_torch": (None, 224, "nearest"),
             "timm_half": (int(224 / 0.875), 224, "bicubic"),
             "keras_raw": (None, 224, "nearest"),

@@ -7,7 +7,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.architectures import alexnet, densenet, efficientnet, inception_v3, lenet, resnet, resnet_v2, vgg
+from common.architectures import (
+    alexnet,
+    densenet,
+    efficientnet,
+    googlenet,
+    inception_v3,
+    lenet,
+    resnet,
+    resnet_v2,
+    vgg,
+)
 from common.architectures.spec import Spec, least_size, logits, output, outputs, running
 from common.errors import SpecError
 
@@ -34,7 +44,7 @@ __all__ = [
 
 _FAMILIES = {
     module.Spec.family: module
-    for module in (resnet, resnet_v2, vgg, densenet, efficientnet, lenet, alexnet, inception_v3)
+    for module in (resnet, resnet_v2, vgg, googlenet, inception_v3, densenet, efficientnet, lenet, alexnet)
 }
 
 

@@ -76,6 +76,8 @@ PRESETS = {
     "keras_tf_299": Preprocessing(
         resize=None, crop=299, interpolation="nearest", scale=127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0)
     ),
+    # As BVLC's networks expect an image; they squeeze it to 256 x 256 before the crop.
+    "caffe": Preprocessing(channel_order="BGR", scale=1.0, mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0)),
     # As torchvision's, for those of keras.applications that are fed what torchvision's are.
     "keras_torch": Preprocessing(resize=None, interpolation="nearest"),
     # As AdvProp's and EfficientNet-Lite's weights expect it: from -1 to 1.

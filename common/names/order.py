@@ -19,7 +19,8 @@ def model_order(layers: Sequence[Layer], shortcut_first: bool) -> list[Layer]:
             if path != INPUT:
                 distance[path] = max(distance[path], distance[layer.path] + 1)
     met: dict[str, int] = {}
-    todo = [path for path, steps in distance.items() if steps == 0][::-1]
+    # The network's own output, the last in the walk, is a model's first; then come auxiliary ones, the last first.
+    todo = [path for path, steps in distance.items() if steps == 0]
     while todo:
         path = todo.pop()
         if path == INPUT or path in met:

@@ -7,6 +7,7 @@ from common.architectures import Spec
 from common.architectures.alexnet import AlexNetSpec
 from common.architectures.densenet import DenseNetSpec
 from common.architectures.efficientnet import EfficientNetSpec
+from common.architectures.googlenet import GoogLeNetSpec
 from common.architectures.inception_v3 import InceptionV3Spec
 from common.architectures.lenet import LeNetSpec
 from common.architectures.resnet import ResNetSpec
@@ -52,11 +53,28 @@ EFFICIENTNET = EfficientNetSpec(
 # A module of each kind, two of the last; the auxiliary branch takes images of 299x299.
 INCEPTION_V3 = InceptionV3Spec(unit=4, pool_features=(7,), channels_7x7=(10,), classes=10, aux=False)
 WITH_AUX = INCEPTION_V3.replace(wide_modules=1, aux=True)
+# torchvision's input and auxiliary heads, and the rest of Caffe's network, without norms. The heads read maps of 4 by 5
+# pixels and as many channels; ceil adds to the maps before the pools.
+GOOGLENET = GoogLeNetSpec(
+    stem=(6, 6, 8),
+    stages=(1, 3, 1),
+    widths=((6, 5, 8, 6, 7, 6), (7, 6, 6, 5, 8, 6), (6, 6, 8, 6, 6, 7), (8, 5, 6, 6, 7, 6), (6, 7, 8, 6, 6, 6)),
+    large_kernel=5,
+    classes=10,
+    norm=False,
+    transform_input=True,
+    lrn=True,
+    lrn_alpha=0.1,
+    aux_widths=(6, 24),
+    aux_map=(2, 2),
+    aux_dropout=0.5,
+)
 # Of the images, where that is not SIZE and the spec does not say it.
 SIZES: dict[Spec, tuple[int, int]] = {
     VGG: VGG_SIZE,
     ALEXNET: (70, 64),
     EFFICIENTNET: VGG_SIZE,
+    GOOGLENET: (64, 80),
     INCEPTION_V3: (107, 92),
     WITH_AUX: (299, 300),
 }
@@ -390,6 +408,24 @@ MUTANTS = [
         base=INCEPTION_V3,
     ),
     *_of("torch", ("auxiliary_windows_adapt", "L1", "train", "aux.pool"), base=WITH_AUX),
+    *_of(
+        "torch",
+        ("input_transformed_twice", "L1", "eval", "stem.affine"),
+        ("auxiliary_heads_swapped", "L1", "train", "aux1.pool"),
+        base=GOOGLENET,
+    ),
+    *_of(
+        "keras",
+        ("pools_that_floor", "L0", "exact", "stem.pool1"),
+        ("alpha_divided_twice", "L1", "eval", "stem.lrn1"),
+        base=GOOGLENET,
+    ),
+    *_of(
+        "flax",
+        ("five_by_five_as_three_by_three", "L0", "exact", "inception3a.branch3"),
+        ("auxiliary_windows_that_do_not_overlap", "L1", "train", "aux1.pool"),
+        base=GOOGLENET,
+    ),
 ]
 
 # Of three images: what takes its neighbour's image in a ring is the same function of a batch that is rolled.

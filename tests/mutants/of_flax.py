@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from resnet_flax import alexnet, densenet, efficientnet, inception_v3, layers, resnet, resnet_v2, vgg
+from resnet_flax import alexnet, densenet, efficientnet, googlenet, inception_v3, layers, resnet, resnet_v2, vgg
 from tests.mutants.planting import in_loading, not_loaded, replaced
 
 
@@ -176,6 +176,27 @@ head_norm_at_default_eps = replaced(efficientnet, "norm_layer", _of_the_head)
 
 images_transformed_twice = replaced(
     inception_v3, "affine", lambda x, scale, shift: layers.affine(layers.affine(x, scale, shift), scale, shift)
+)
+
+
+# GoogLeNet.
+
+
+@in_loading
+def five_by_five_as_three_by_three(weights: dict[str, Any]) -> dict[str, Any]:
+    """The windows of torchvision's weights, with a border of zeros."""
+    inner = {
+        name: np.pad(kernel[1:-1, 1:-1], [(1, 1), (1, 1), (0, 0), (0, 0)])
+        for name, kernel in weights.items()
+        if name.endswith(".branch3.kernel")
+    }
+    return weights | inner
+
+
+auxiliary_windows_that_do_not_overlap = replaced(
+    googlenet,
+    "adaptive_pool",
+    lambda x, cells, reduce: nn.avg_pool(x, sides := (x.shape[1] // cells[0], x.shape[2] // cells[1]), sides),
 )
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from resnet_keras import efficientnet, resnet, resnet_v2
+from resnet_keras import efficientnet, googlenet, resnet, resnet_v2
 from resnet_keras import layers as own
 from tests.mutants.planting import after_build, in_loading, not_loaded, replaced
 
@@ -252,6 +252,24 @@ def numbers_in_another_order(weights: dict[str, Any]) -> dict[str, Any]:
 def gammas_that_are_not_there_are_zero(model: Any) -> None:
     for norm in _all(model, layers.BatchNormalization):
         norm.call = lambda inputs, training=None, exact=norm.call: exact(0 * inputs, training=training)
+
+
+# GoogLeNet.
+
+_max_pool2d = googlenet.max_pool2d
+
+
+def _floored(*arguments: Any, **options: Any) -> Any:
+    return _max_pool2d(*arguments, **(options | ({"padding": "valid"} if options["padding"] == "ceil" else {})))
+
+
+pools_that_floor = replaced(googlenet, "max_pool2d", _floored)
+
+
+@after_build
+def alpha_divided_twice(model: Any) -> None:
+    for norm in _all(model, own.LocalResponseNormalization):
+        norm.alpha /= norm.size
 
 
 # Equivalents.

@@ -1,5 +1,6 @@
 """Defects planted in the PyTorch backend. What each must be caught by stands in catalogue.py."""
 
+from importlib import import_module
 from itertools import cycle
 from typing import Any
 
@@ -455,6 +456,29 @@ def auxiliary_windows_adapt(model: Any) -> None:
     """Windows that divide the map into as many cells begin elsewhere."""
     if model.AuxLogits is not None:
         model.AuxLogits.avg_pool2d = nn.AdaptiveAvgPool2d((5, 5))
+
+
+# GoogLeNet.
+
+
+@after_build
+def input_transformed_twice(model: Any) -> None:
+    if model.spec.transform_input:
+        once = model.transform.forward
+        model.transform.forward = lambda x: once(once(x))
+
+
+googlenet = import_module("resnet_torch.googlenet")  # of the package it is the builder that has this name
+_modules = googlenet._modules
+
+
+def _second_first(spec: Any) -> dict[str, nn.Module]:
+    """Each head reads the map of the other."""
+    modules = _modules(spec)
+    return modules | ({name: modules.pop(name) for name in ("aux2", "aux1")} if spec.aux else {})
+
+
+auxiliary_heads_swapped = replaced(googlenet, "_modules", _second_first)
 
 
 # Equivalents.

@@ -73,6 +73,9 @@ def _torchvision(name: str) -> Any:
 
     if name == "inception_v3":  # its own initialisation takes a while
         return torchvision.models.get_model(name, weights=None, init_weights=False)
+    if name == "googlenet":
+        # As its function makes it for published weights, but for the heads, which it then leaves off.
+        return torchvision.models.googlenet(init_weights=False, transform_input=True)
     if not name.startswith(("vgg", "alexnet")):
         return torchvision.models.get_model(name, weights=None)
     # As wide as it is it takes half a gigabyte.

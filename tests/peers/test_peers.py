@@ -53,6 +53,7 @@ ONCE = [
     ("torchvision", "densenet121", "densenet121", "given.pth", "torchvision"),
     ("keras", "DenseNet121", "densenet121.keras_applications", "given.weights.h5", "keras_applications"),
     ("torchvision", "alexnet", "alexnet", "given.pth", "torchvision"),
+    ("torchvision", "googlenet", "googlenet.transform_input", "given.pth", "torchvision"),
     ("torchvision", "inception_v3", "inception_v3", "given.pth", "torchvision"),
     ("timm", "inception_v3", "inception_v3.timm", "given.safetensors", "torchvision"),
     ("keras", "InceptionV3", "inception_v3.keras_applications", "given.weights.h5", "keras_applications"),
