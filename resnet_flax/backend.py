@@ -237,7 +237,9 @@ def _loss(spec: Spec, outputs: Any, labels: Any) -> Any:
             loss = of_likelihoods(jax.nn.log_softmax(output))
         case _:
             loss = 0.5 * jnp.mean(output**2)
-    return loss + AUXILIARY_WEIGHT * sum(of_likelihoods(jax.nn.log_softmax(logits)) for logits in auxiliary)
+    for number, logits in enumerate(auxiliary, start=1):
+        loss += AUXILIARY_WEIGHT**number * of_likelihoods(jax.nn.log_softmax(logits))
+    return loss
 
 
 def _taps(spec: Spec, training: bool, state: dict[str, Any]) -> dict[str, Any]:

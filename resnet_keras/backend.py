@@ -200,8 +200,8 @@ class KerasBackend:
             )
             named = {name: value for (name, _), value in zip(frozen, after, strict=True) if name}
             loss = _loss(kind, taps[last], labels)
-            for path in auxiliary:
-                loss += AUXILIARY_WEIGHT * _loss("dense", taps[path], labels)
+            for number, path in enumerate(auxiliary, start=1):
+                loss += AUXILIARY_WEIGHT**number * _loss("dense", taps[path], labels)
             return loss, (taps, named)
 
         return self._adapter(forward, gradients)

@@ -143,7 +143,10 @@ class TorchBackend:
 def _loss(last: Layer, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     if isinstance(outputs, tuple):
         output, *auxiliary = outputs
-        return _loss(last, output, labels) + AUXILIARY_WEIGHT * sum(F.cross_entropy(one, labels) for one in auxiliary)
+        loss = _loss(last, output, labels)
+        for number, logits in enumerate(auxiliary, start=1):
+            loss = loss + AUXILIARY_WEIGHT**number * F.cross_entropy(logits, labels)
+        return loss
     output = outputs
     if last.kind == "softmax":
         return F.nll_loss(output.log(), labels)

@@ -11,8 +11,8 @@ from common.training.recipe import TrainingRecipe
 from common.training.trainer import SINGLE, Replica, Trainer
 from common.weights import Weights
 
-# What the cross-entropy of an auxiliary output counts in the loss of `run` (Szegedy et al. 2014, arXiv:1409.4842,
-# section 5).
+# What the cross-entropy of the first auxiliary output counts in the loss of `run` (Szegedy et al. 2014,
+# arXiv:1409.4842, section 5). The second's counts its square, the third's its cube: one in the place of another shows.
 AUXILIARY_WEIGHT = 0.3
 
 
@@ -66,7 +66,7 @@ class Backend(Protocol):
 
         - ``tap/<path>`` for every layer that runs in this mode: its output, (N, H, W, C) or (N, features);
         - ``loss``: mean softmax cross-entropy for logits, mean negative log-likelihood for a softmax head, half the
-          mean square of the output for no head; and `AUXILIARY_WEIGHT` times that of every auxiliary output;
+          mean square of the output for no head; and `AUXILIARY_WEIGHT` ** i times that of auxiliary one i, from 1 on;
         - with `training`: batch statistics are used, and ``stat/<name>`` are the running statistics after the pass;
         - with `gradients`: ``grad/<name>`` of the loss for every parameter of these layers, and ``grad/input``.
         """

@@ -412,6 +412,7 @@ MUTANTS = [
         "torch",
         ("input_transformed_twice", "L1", "eval", "stem.affine"),
         ("auxiliary_heads_swapped", "L1", "train", "aux1.pool"),
+        ("auxiliary_outputs_swapped", "L1", "train", "loss"),
         base=GOOGLENET,
     ),
     *_of(

@@ -481,6 +481,17 @@ def _second_first(spec: Any) -> dict[str, nn.Module]:
 auxiliary_heads_swapped = replaced(googlenet, "_modules", _second_first)
 
 
+@after_build
+def auxiliary_outputs_swapped(model: Any) -> None:
+    own = model.forward
+
+    def forward(x: Any) -> Any:
+        found = own(x)
+        return type(found)(found[0], found[2], found[1]) if isinstance(found, tuple) else found
+
+    model.forward = forward
+
+
 # Equivalents.
 
 
