@@ -68,6 +68,9 @@ def nothing_left_behind() -> Iterator[None]:
     for name, clear in (("jax", "clear_caches"), ("keras", "utils.clear_session")):
         if name in sys.modules:
             attrgetter(clear)(sys.modules[name])()
+    if keras := sys.modules.get("keras"):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
     gc.collect()
 
 

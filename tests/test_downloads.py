@@ -587,7 +587,7 @@ class TestTable:
         if keras is None:
             pytest.skip("keras is not installed")
         folder = Path(keras.origin).parent / "src" / "applications"
-        modules = ("resnet", "vgg16", "vgg19", "densenet", "efficientnet")
+        modules = ("resnet", "vgg16", "vgg19", "densenet", "efficientnet", "inception_v3")
         text = "".join((folder / f"{module}.py").read_text() for module in modules)
         for known in table():
             if known.reference.startswith("keras:"):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_parity import explain
-from test_vgg import run_keras
 
 from common import architectures, checkpoints
 from common import weights as canonical
@@ -21,6 +20,7 @@ from common.images import PRESETS, sample_photos
 from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters without and with auxiliary heads, statistics of both, arrays of both with counters, multiply-adds
@@ -194,7 +194,7 @@ def test_pytorch_returns_the_logits_and_in_training_those_of_its_heads_and_can_b
 
 
 @pytest.mark.slow
-def test_flax_returns_the_same_in_the_same_order_under_the_names_of_the_spec():
+def test_flax_returns_the_same_under_the_names_of_the_spec():
     import jax
     import jax.numpy as jnp
 
@@ -209,17 +209,15 @@ def test_flax_returns_the_same_in_the_same_order_under_the_names_of_the_spec():
     assert 0.7 * 96**-0.5 < float(abs(variables["params"]["aux1.fc1"]["bias"]).max()) <= 96**-0.5
 
     def run(train):
-        call = partial(model.apply, train=train, mutable=["intermediates", "batch_stats"], capture_intermediates=True)
-        return (jax.jit(call) if train else partial(jax.eval_shape, call))(variables, images)
+        call = partial(model.apply, train=train, mutable=["intermediates", "batch_stats"])
+        return jax.eval_shape(call, variables, images)
 
     logits, state = run(False)
     shapes = output_shapes(spec.layers, (33, 40, 3))
     assert logits.shape == (2, 10)
     assert [x.shape[1:] for x in state["intermediates"]["stages"]] == [shapes[path] for path in spec.stage_outputs]
-    found, state = run(True)
-    kept = [state["intermediates"][path]["__call__"][0] for path in outputs(spec, training=True)]
-    assert len(found) == 3
-    assert all(np.array_equal(a, b) for a, b in zip(found, kept, strict=True))
+    found, _ = run(True)  # their order shows in a check, where each counts otherwise
+    assert [x.shape for x in found] == [(2, 10)] * 3
 
 
 KERAS = """
@@ -253,12 +251,12 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_have_a_list_of_outputs_and_load_what_is_written_for_them(tmp_path):
+def test_keras_models_have_a_list_of_outputs_and_load_what_is_written_for_them(session, tmp_path):
     made = checkpoint(SMALL)
     checkpoints.write(tmp_path / "a.safetensors", made)
     for file in ("b.weights.h5", "b.h5"):
         checkpoints.write(tmp_path / file, made, "keras")
-    found = run_keras(KERAS.replace("FOLDER", str(tmp_path)))
+    found = printed(session, "keras:tensorflow", KERAS.replace("FOLDER", str(tmp_path)))
     assert found["bare"] == [[None, 1024], 6_624_904 + 14_560 - 1_025_000]
     assert found["classes"] == [None, 7]
     assert found["shapes"] == [[2, 10]] * 3

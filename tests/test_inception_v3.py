@@ -1,10 +1,6 @@
 """Inception v3: its counts and names are the published ones, and it is one function in three frameworks."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 
@@ -27,6 +23,7 @@ from common.parity.case import Case
 from common.parity.session import Session
 from common.sources.known_weights import table
 from common.weights import LazyWeights
+from tests.scripts import printed
 
 PHOTOS = tuple(sample_photos())
 # variant: parameters, running statistics, norms, convolutions, tensors in torchvision's file
@@ -205,12 +202,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_keras_models_are_those_of_keras_applications_and_a_second_ones_file_is_ranked(tmp_path):
+def test_keras_models_are_those_of_keras_applications_and_a_second_ones_file_is_ranked(session, tmp_path):
     code = KERAS.replace("SPEC", repr(architectures.to_dict(SMALL))).replace("PATH", str(tmp_path / "second"))
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(session, "keras:tensorflow", code)
     *bare, spec = found["bare"]
     assert architectures.from_dict(spec) == VARIANTS["inception_v3.keras_applications"].with_head(
         head="none", pool="max"

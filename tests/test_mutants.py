@@ -60,7 +60,12 @@ def _where(compared: Comparison) -> tuple[str, str]:
     return tensor.section, tensor.label
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+# Images as large as an auxiliary branch of Inception v3 needs take a minute.
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(mutant, marks=[pytest.mark.long] if max(mutant.size) > 200 else []) for mutant in MUTANTS],
+    ids=lambda mutant: mutant.name,
+)
 def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backend(
     bench: Bench, mutant: Mutant
 ) -> None:

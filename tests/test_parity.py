@@ -49,7 +49,9 @@ def kinds() -> dict[str, ResNetSpec]:
 KINDS = kinds() | {
     # Several forms in one network, since each alone takes as long.
     "bottlenecks": twin(architectures.find("resnet50d")).replace(squeeze=(16, 32), relu_before_add=True, shared="norm"),
-    "basic blocks": twin(architectures.find("resnet18")).replace(squeeze=(8, 8), relu_after_add=False, shared="conv"),
+    "basic blocks": twin(architectures.find("resnet18.unused_projection")).replace(
+        squeeze=(8, 8), relu_after_add=False, shared="conv"
+    ),
 }
 # Every value of every field that the twins differ in, in as few of them as have it.
 SHORT = (

@@ -20,7 +20,7 @@ from written import save_weights
 
 import resnet_torch
 from common import weights as canonical
-from common.architectures import find
+from common.architectures import find, running
 from common.architectures.layers import INPUT, output_shapes
 from common.architectures.resnet import VARIANTS, ResNetSpec
 from common.errors import BackendError, InputError, SpecError, WeightsError
@@ -328,7 +328,7 @@ def test_tap_shapes_are_the_walks_in_every_convention(backend, name):
     spec = find(name).replace(blocks=(1,) * len(find(name).blocks), classes=7)
     images, labels = batch(spec, (64, 49), count=1)
     results = backend.run(backend.build(spec, "float32"), images, labels, training=False, gradients=False)
-    shapes = output_shapes(spec.layers, (64, 49, 3))
+    shapes = output_shapes(running(spec, training=False), (64, 49, 3))
     assert {key.removeprefix("tap/"): value.shape[1:] for key, value in results.items() if key != "loss"} == {
         path: shape for path, shape in shapes.items() if path != INPUT
     }

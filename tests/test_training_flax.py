@@ -166,7 +166,7 @@ def test_loading_begins_anew_and_nothing_given_out_changes(histories):
 
 def test_averages_are_exported_with_the_running_statistics(histories):
     batches, history = histories("adamw")
-    trainer = begun(RECIPES["adamw", "nesterov"])
+    trainer = begun(RECIPES["adamw"])
     trained(trainer, batches)
     exported, state = trainer.export(ema=True), history[-1]
     assert list(exported) == list(trainer.export())
