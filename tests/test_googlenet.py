@@ -194,6 +194,7 @@ def test_pytorch_returns_the_logits_and_in_training_those_of_its_heads_and_can_b
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 def test_flax_returns_the_same_under_the_names_of_the_spec():
     import jax
     import jax.numpy as jnp
