@@ -1,6 +1,7 @@
 # make demo   set up .venv and show, on real photographs, that ResNet-50 is one function in three frameworks
 # make test   set up .venv and run the suite but for what follows
 # make test-long  every named variant at its own depth and width, and more random networks
+# make test-mutants  the planted defects: that a check finds each, at its place
 # make test-training  whole trainings: three seeds in three frameworks, kills, several processes
 # make fast   the tests worth running after each edit
 # make test-peers  set up .venv-peers, with torchvision, timm and transformers (5 GB on x86-64), and compare with them:
@@ -12,16 +13,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
-.PHONY: demo test test-long test-training test-peers test-peers-all fast lint bench clean
+.PHONY: demo test test-long test-mutants test-training test-peers test-peers-all fast lint bench clean
 
 demo: .venv/installed
 	$(BIN)/resnet-parity check resnet50 --timings
 
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not training and not long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not mutants and not training and not long"
 
 test-long: .venv/installed
 	$(BIN)/pytest -n 2 --dist load -m long
+
+# The defects of a kind of network share what its reference computed: as many in a row as there are go to one process.
+test-mutants: .venv/installed
+	$(BIN)/pytest -n 2 --dist load --maxschedchunk 16 -m "mutants and not long"
 
 test-training: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m training
@@ -34,7 +39,7 @@ test-peers-all: .venv-peers/installed
 	$(PEERS)/pytest -n 2 tests/peers -W default
 
 fast: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not training and not long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not mutants and not training and not long"
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

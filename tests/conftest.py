@@ -33,14 +33,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # The longest first, so that two workers end together.
 LONGEST = (
-    *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py", "test_experiment.py"),
-    *("test_mutants.py", "test_properties.py", "test_efficientnet.py", "test_cli.py", "test_checkpoints_keras.py"),
-    *("test_vgg.py", "test_parity.py", "test_resnet_keras.py", "test_resnet_flax.py", "test_checkpoints.py"),
-    *("test_columns.py", "test_alexnet.py", "test_cli_checkpoints.py", "test_instruction_sets.py"),
-    *("test_training_keras.py", "test_resnet_torch.py", "test_checkpoints_fuzz.py", "test_steps.py"),
-    *("test_backend_process.py", "test_densenet.py", "test_lenet.py", "test_resnet_v2.py", "test_layers.py"),
-    *("test_compare.py", "test_training_flax.py", "test_checkpoints_torch.py", "test_checkpoints_flax.py"),
-    *("test_training_dropout.py", "test_resnet_forms.py", "test_datasets.py", "test_ports.py", "test_pipeline.py"),
+    *("test_training_faults.py", "test_training_digits.py", "test_training_distributed.py"),
+    *("test_mutants.py", "test_properties.py", "test_efficientnet.py", "test_checkpoints.py", "test_resnet_flax.py"),
+    *("test_cli.py", "test_parity.py", "test_checkpoints_keras.py", "test_checkpoints_fuzz.py"),
+    *("test_training_keras.py", "test_resnet_keras.py", "test_columns.py", "test_resnet_torch.py"),
+    *("test_inception_v3.py", "test_steps.py", "test_vgg.py", "test_densenet.py", "test_googlenet.py"),
+    *("test_cli_checkpoints.py", "test_training_flax.py", "test_layers.py", "test_resnet_v2.py"),
+    *("test_backend_process.py", "test_alexnet.py", "test_checkpoints_torch.py", "test_compare.py", "test_lenet.py"),
+    *("test_instruction_sets.py", "test_training_dropout.py", "test_datasets.py", "test_experiment.py"),
+    *("test_downloads.py", "test_checkpoints_flax.py", "test_docs.py", "test_pipeline.py"),
 )
 
 

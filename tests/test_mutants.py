@@ -26,7 +26,7 @@ from tests.mutants.catalogue import (
     OfOrder,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.mutants]
 
 
 @pytest.fixture(scope="module")

@@ -699,6 +699,7 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.
     return found
 
 
+@pytest.mark.long  # as tests/test_columns.py, without a check's machinery
 @pytest.mark.parametrize("name", ["jax", "torch"])
 def test_the_same_file_computes_the_same_on_every_keras_backend(columns: dict, name: str) -> None:
     reference = columns["tensorflow"]
@@ -710,6 +711,7 @@ def test_the_same_file_computes_the_same_on_every_keras_backend(columns: dict, n
             assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "rounded"), [("tensorflow", set()), ("jax", {"norm", "pool"}), ("torch", {"norm", "pool"})]
 )
