@@ -122,6 +122,7 @@ def test_check_takes_the_steps_it_is_told_and_writes_what_it_found(tmp_path: Pat
     assert entry["modes"]["steps"]["torch | keras:tensorflow"]["ratio"] <= found["limit"]
 
 
+@pytest.mark.long  # as those of passes, tests/test_cli.py
 def test_records_of_steps_made_one_by_one_compare_as_the_check_does(tmp_path: Path) -> None:
     spec = tmp_path / "tiny.json"
     spec.write_text(architectures.to_json(TINY))
