@@ -16,7 +16,7 @@ from written import save_weights
 
 from common import weights as canonical
 
-PER_FORMAT = 150
+PER_FORMAT = 160
 CHECKED = [("canonical", "w.safetensors"), ("torchvision", "w.pth"), ("huggingface", "w.bin")]
 LEGACY = ("torchvision before 1.6", "w.pth")  # read, and written by PyTorch alone
 SCRIPT = Path(__file__).parent / "fuzz_checkpoints.py"
