@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from common.architectures import layers, running
+from common.architectures import running
 from common.architectures.googlenet import VARIANTS, GoogLeNetSpec, Module
-from common.architectures.layers import output_shapes
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT, output_shapes
 from common.checkpoints import Given
 from common.errors import InputError
 from resnet_flax import building
@@ -122,9 +122,8 @@ class GoogLeNet(nn.Module):
                 x = nn.Dropout(spec.aux_dropout, deterministic=not train, name=f"{path}.dropout")(x)
             return dense(x, spec.classes, f"{path}.fc2")
 
-        transform = spec.layers[0]
-        if isinstance(transform, layers.Affine):
-            x = tap(self, transform.path, affine(jnp.asarray(x, self.dtype), transform.scale, transform.shift))
+        if spec.transform_input:
+            x = tap(self, "stem.affine", affine(jnp.asarray(x, self.dtype), TRANSFORM_SCALE, TRANSFORM_SHIFT))
         first, second, third = spec.stem
         x = conv(x, first, "stem.conv1", 7, 2)
         x = norm_of_responses(pool(x, 3, "stem.pool1"), "stem.lrn1")

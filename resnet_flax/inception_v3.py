@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from common.architectures import running
-from common.architectures.inception_v3 import TRANSFORM_SCALE, TRANSFORM_SHIFT, VARIANTS, InceptionV3Spec, Pool
-from common.architectures.layers import output_shapes
+from common.architectures.inception_v3 import VARIANTS, InceptionV3Spec, Pool
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT, output_shapes
 from common.checkpoints import Given
 from common.errors import InputError
 from resnet_flax import building

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 from keras import layers
 
-from common.architectures import layers as vocabulary
 from common.architectures.googlenet import VARIANTS, GoogLeNetSpec, Module
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT
 from common.checkpoints import Given
 from common.names.googlenet import KERAS_NAMES
 from resnet_keras import applications
@@ -100,9 +100,8 @@ def _googlenet(x: Any, style: Style) -> Any:
     """Everything between the input and the output of the network, or its outputs: the auxiliary ones behind its own,
     the last first."""
     spec, layout = style.spec, {"data_format": style.data_format}
-    affine = spec.layers[0]
-    if isinstance(affine, vocabulary.Affine):
-        x = Affine(affine.scale, affine.shift, **layout, name="transform")(x)
+    if spec.transform_input:
+        x = Affine(TRANSFORM_SCALE, TRANSFORM_SHIFT, **layout, name="transform")(x)
     first, second, third = spec.stem
     x = style.conv(x, first, "conv1", 7, 2)
     x = style.norm_of_responses(style.pool(x, 3, "maxpool1"), "norm1")

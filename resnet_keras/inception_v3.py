@@ -12,15 +12,8 @@ from typing import Any
 import keras
 from keras import layers
 
-from common.architectures.inception_v3 import (
-    CONVENTIONS,
-    TRANSFORM_SCALE,
-    TRANSFORM_SHIFT,
-    VARIANTS,
-    InceptionV3Spec,
-    Pool,
-)
-from common.architectures.layers import Padding
+from common.architectures.inception_v3 import CONVENTIONS, VARIANTS, InceptionV3Spec, Pool
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT, Padding
 from common.checkpoints import Given
 from common.names.inception_v3 import KERAS_APPLICATIONS
 from resnet_keras import applications

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.architectures import layers
 from common.architectures.googlenet import VARIANTS, GoogLeNetSpec, Module
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT
 from common.checkpoints import Given, adopt, weights_for
 from common.names.googlenet import TORCHVISION
 from resnet_torch.layers import Affine, Node, avg_pool2d, batch_norm2d, conv2d, local_response_norm, max_pool2d
@@ -142,8 +142,8 @@ def _modules(spec: GoogLeNetSpec) -> dict[str, nn.Module]:
     pool = partial(max_pool2d, stride=2, padding=spec.pool_padding)
     norm = partial(local_response_norm, spec.lrn_size, alpha=spec.lrn_alpha, beta=spec.lrn_beta, k=spec.lrn_k)
     modules: dict[str, nn.Module] = {}
-    if isinstance(affine := spec.layers[0], layers.Affine):
-        modules["transform"] = Affine(affine.scale, affine.shift)
+    if spec.transform_input:
+        modules["transform"] = Affine(TRANSFORM_SCALE, TRANSFORM_SHIFT)
     modules |= {"conv1": conv(spec.in_channels, first, 7, 2), "maxpool1": pool(3)}
     if spec.lrn:
         modules["norm1"] = norm()

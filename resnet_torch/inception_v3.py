@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.architectures.inception_v3 import TRANSFORM_SCALE, TRANSFORM_SHIFT, VARIANTS, InceptionV3Spec, Pool
-from common.architectures.layers import Padding
+from common.architectures.inception_v3 import VARIANTS, InceptionV3Spec, Pool
+from common.architectures.layers import TRANSFORM_SCALE, TRANSFORM_SHIFT, Padding
 from common.checkpoints import Given, adopt, weights_for
 from common.names.inception_v3 import TORCHVISION
 from resnet_torch.layers import Affine, Node, avg_pool2d, batch_norm2d, conv2d, max_pool2d

@@ -38,12 +38,7 @@ def _norm_layer(spec: ResNetSpec) -> NormLayer:
     return batch_norm2d(eps=spec.bn_eps, momentum=spec.bn_momentum, running_variance=spec.running_variance)
 
 
-def _downsample(
-    spec: ResNetSpec, in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer
-) -> nn.Module | None:
-    needed = stride > 1 or in_channels != out_channels
-    if spec.shortcut == "none" or not (needed or spec.unused_projection):
-        return None
+def _downsample(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
     if spec.shortcut == "zero_pad":
         return ZeroPadShortcut(stride, out_channels - in_channels)
     downsample = nn.Sequential()
@@ -94,8 +89,11 @@ class Block(nn.Module):
 
     def _end(self, spec: ResNetSpec, in_channels: int, channels: int, place: Place, norm_layer: NormLayer) -> None:
         self.se = SqueezeExcitation(channels, spec.squeeze[place.stage]) if spec.squeeze else None
-        self.downsample = _downsample(spec, in_channels, channels, max(place.strides), norm_layer)
-        self.projects = max(place.strides) > 1 or in_channels != channels
+        stride = max(place.strides)
+        self.projects = stride > 1 or in_channels != channels
+        self.downsample = None
+        if self.residual and (self.projects or spec.unused_projection):
+            self.downsample = _downsample(spec, in_channels, channels, stride, norm_layer)
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.se is not None:

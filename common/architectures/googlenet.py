@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from common.architectures.layers import (
     INPUT,
+    TRANSFORM_SCALE,
+    TRANSFORM_SHIFT,
     AdaptivePool,
     Affine,
     AveragePool,
@@ -57,8 +59,6 @@ _WIDTHS = (
     (256, 160, 320, 32, 128, 128),
     (384, 192, 384, 48, 128, 128),
 )
-# Of ImageNet's images: what torchvision's `transform_input` assumes to have been done to them.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Module(NamedTuple):
@@ -154,8 +154,7 @@ class GoogLeNetSpec(Checked):
         """The same network with another number of classes, of its auxiliary heads as well, or another end: ``logits``,
         ``softmax``, or ``none``, which has no auxiliary heads and returns the last map, pooled by `pool` into a vector
         an image."""
-        changes = head_changes(self, "average", classes=classes, head=head, pool=pool)
-        return self.replace(**(changes | ({"aux": False} if head == "none" else {})))
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -268,9 +267,7 @@ class _Walk:
     def layers(self) -> Iterator[Layer]:
         spec = self.spec
         if spec.transform_input:
-            scale = tuple(std / 0.5 for std in _STD)
-            shift = tuple((mean - 0.5) / 0.5 for mean in _MEAN)
-            yield self.layer(Affine, "stem.affine", scale=scale, shift=shift)
+            yield self.layer(Affine, "stem.affine", scale=TRANSFORM_SCALE, shift=TRANSFORM_SHIFT)
         first, second, third = spec.stem
         yield from self.conv("stem.conv1", spec.in_channels, first, 7, 2)
         yield self.pool("stem.pool1")

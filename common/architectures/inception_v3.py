@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from common.architectures.layers import (
     INPUT,
+    TRANSFORM_SCALE,
+    TRANSFORM_SHIFT,
     Affine,
     AveragePool,
     BatchNorm,
@@ -37,10 +39,6 @@ _CONVENTION = Mark.UNSEEN | Mark.ADOPTED
 _PUBLISHED_UNIT = 16
 MOST_MODULES = 25  # of one resolution: torchvision's names have a letter for each, from a or from b on
 _Few = Annotated[int, Bound(f"an integer of 1 to {MOST_MODULES}", lambda n: 1 <= n <= MOST_MODULES)]
-# ImageNet's mean and deviation back to 0.5 and 0.5, for weights that were trained on images from -1 to 1.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRANSFORM_SCALE = tuple(std / 0.5 for std in _STD)
-TRANSFORM_SHIFT = tuple((mean - 0.5) / 0.5 for mean in _MEAN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +109,7 @@ class InceptionV3Spec(Checked):
     ) -> Self:
         """The same network with another number of classes, or another end: ``logits``, ``softmax``, or ``none``, which
         leaves the auxiliary logits off too and returns the last map, pooled by `pool` into a vector an image."""
-        changes = head_changes(self, "average", classes=classes, head=head, pool=pool)
-        return self.replace(**(changes | ({"aux": False} if head == "none" else {})))
+        return self.replace(**head_changes(self, "average", classes=classes, head=head, pool=pool))
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -234,6 +234,13 @@ class Affine(Layer):
     kind = "affine"
 
 
+# Of images with ImageNet's mean and deviation, for weights that were trained on images from -1 to 1: torchvision's
+# `transform_input`.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRANSFORM_SCALE = tuple(std / 0.5 for std in _STD)
+TRANSFORM_SHIFT = tuple((mean - 0.5) / 0.5 for mean in _MEAN)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReLU(Layer):
     """Rectifier, max(x, 0)."""

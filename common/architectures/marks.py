@@ -16,7 +16,8 @@ class Mark(Flag):
     UNSEEN = auto()  # nothing in the weights shows it: a convention must say it
     ADOPTED = auto()  # a builder's network takes it from foreign weights, since no argument of its own says it
     FREE = auto()  # the same weights mean the same under another value
-    EXTRA = auto()  # true: there are more arrays, without which the rest is the same network
+    # True: there are more arrays, of further classifiers, without which the rest is the same network.
+    EXTRA = auto()
 
 
 def marked(spec: Any, mark: Mark) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from itertools import count
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from common.architectures.layers import Dense, Layer, output_shapes
+from common.architectures.marks import Mark, marked
 from common.errors import InputError
 from common.fields import Bound, Checked, Count
 
@@ -120,10 +121,11 @@ def least_size(spec: Spec) -> int:
 
 
 def head_changes(spec: Spec, usual_pool: str, *, classes: int | None, head: Head | None, pool: str) -> dict[str, Any]:
-    """The fields by which `with_head` changes a spec; a network without a classifier gets one behind `usual_pool`."""
+    """The fields by which `with_head` changes a spec; a network without a classifier gets one behind `usual_pool`, and
+    what is extra goes with a classifier."""
     changes: dict[str, Any] = {} if classes is None else {"classes": classes}
     if head == "none":
-        return changes | {"head": "none", "head_pool": pool}
+        return changes | {"head": "none", "head_pool": pool} | dict.fromkeys(marked(spec, Mark.EXTRA), False)
     if head is not None:
         changes |= {"head": head} | ({"head_pool": usual_pool} if spec.head == "none" else {})
     return changes

@@ -172,15 +172,7 @@ def trainings(plans: Sequence[Plan], folder: Path) -> list[Training]:
 
 def begin(folder: Path, facts: Mapping[str, Any]) -> None:
     """Make the folder of a new experiment. Raises `TrainingError` where there is something in it already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TrainingError(f"{folder}: is there already and not empty; give another --out, or --resume to go on in it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be made: {reason(error)}") from None
-    with written(folder / FILE, TrainingError) as beside:
-        data = {"format": _FORMAT, "experiment": _NAME, **facts}
-        beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    runs.make_folder(folder, FILE, {"format": _FORMAT, "experiment": _NAME, **facts})
 
 
 def recipe_of(folder: Path) -> TrainingRecipe:

@@ -354,14 +354,19 @@ def first_not_finite(backend: Backend, spec: Spec, weights: canonical.Weights, b
 
 def begin(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Make the folder of a new run. Raises `TrainingError` where there is something in it already."""
+    make_folder(folder, FILE, {**plan.facts(), **facts})
+
+
+def make_folder(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Make a new folder with a JSON file of what is begun there. Raises `TrainingError` where something is in it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainingError(f"{folder}: is there already and not empty; give another --out, or --resume to go on in it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made: {reason(error)}") from None
-    with written(folder / FILE, TrainingError) as beside:
-        beside.write_text(json.dumps({**plan.facts(), **facts}, indent=1) + "\n", encoding="utf-8")
+    with written(folder / name, TrainingError) as beside:
+        beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def facts(folder: Path) -> dict[str, Any]:
