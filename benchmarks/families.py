@@ -1,17 +1,20 @@
-"""A training step and a forward pass of each family, against what its community has: torchvision, keras.applications.
+"""A step, a forward pass, building and exporting of each family, against torchvision and keras.applications.
 
     .venv-peers/bin/python benchmarks/families.py torch|keras [ROUNDS [THREADS [VARIANT …]]]
 
 Batch 8, size 224, float32, SGD with momentum. A step is our trainer's against a plain loop in PyTorch's default layout
-or `train_on_batch` without XLA, its faster setting on a CPU; a forward pass is in eval mode, model against model. Both
-take turns; seconds are medians over the rounds, the ratio is the median of the rounds' ratios, ours to theirs. The
-environment is that of `make test-peers`. Flax has no community's network of these families to compare with.
+or `train_on_batch` without XLA, its faster setting on a CPU; a forward pass is in eval mode, model against model. A
+network is built with random weights, and exported by `torch.export` or to a SavedModel; these two take three rounds.
+Both take turns; seconds are medians over the rounds, the ratio is the median of the rounds' ratios, ours to theirs.
+The environment is that of `make test-peers`. Flax has no community's network of these families to compare with.
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from common.training.trainer import Minibatch
 BATCH, SIZE = 8, 224
 RECIPE = TrainingRecipe(learning_rate=0.01, batch_size=BATCH)
 VARIANTS = ("densenet121", "efficientnet_b0", "vgg16")
+SLOW = ("build", "export")
 Pairs = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 
 
@@ -69,10 +73,15 @@ def of_torch(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
 
         return run
 
-    ours = resnet_torch.from_spec(spec)
+    def export(network: Any) -> Callable[[], Any]:
+        return lambda: torch.export.export(network.eval(), (inputs,))
+
+    ours, theirs = resnet_torch.from_spec(spec), getattr(torchvision.models, variant)()
     return {
         "step": (our_step(backend, spec, images, labels), step),
-        "forward": (forward(ours), forward(getattr(torchvision.models, variant)())),
+        "forward": (forward(ours), forward(theirs)),
+        "build": (getattr(resnet_torch, variant), getattr(torchvision.models, variant)),
+        "export": (export(ours), export(theirs)),
     }
 
 
@@ -94,10 +103,19 @@ def of_keras(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
         network.compile(jit_compile=False)
         return lambda: network.predict_on_batch(images)
 
-    plain = getattr(keras.applications, name)(weights=None)
+    def export(network: Any) -> Callable[[], Any]:
+        def run() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                network.export(folder, verbose=False)
+
+        return run
+
+    ours, theirs = resnet_keras.from_spec(spec), getattr(keras.applications, name)(weights=None)
     return {
         "step": (our_step(backend, spec, images, labels), lambda: model.train_on_batch(images, labels)),
-        "forward": (forward(resnet_keras.from_spec(spec)), forward(plain)),
+        "forward": (forward(ours), forward(theirs)),
+        "build": tuple(partial(getattr(library, name), weights=None) for library in (resnet_keras, keras.applications)),
+        "export": (export(ours), export(theirs)),
     }
 
 
@@ -112,13 +130,14 @@ def main() -> None:
         pairs = {"torch": of_torch, "keras": of_keras}[framework](variant, images, labels, threads)
         for what, pair in pairs.items():
             seconds: list[tuple[float, ...]] = []
-            for number in range(rounds + 2):
+            first = 1 if what in SLOW else 2  # rounds that are slower: traced, and memory is asked for
+            for number in range(first + (min(rounds, 3) if what in SLOW else rounds)):
                 found = []
                 for run in pair:
                     started = time.perf_counter()
                     run()
                     found.append(time.perf_counter() - started)
-                if number >= 2:  # the first are slower: traced, and memory is asked for
+                if number >= first:
                     seconds.append(tuple(found))
             ours, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))
             ratio = statistics.median(a / b for a, b in seconds)
