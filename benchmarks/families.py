@@ -2,13 +2,15 @@
 
     .venv-peers/bin/python benchmarks/families.py torch|keras [ROUNDS [THREADS [VARIANT …]]]
 
-Batch 8, size 224, float32, SGD with momentum. A step is our trainer's against a plain loop in PyTorch's default layout
-or `train_on_batch` without XLA, its faster setting on a CPU; a forward pass is in eval mode, model against model. A
-network is built with random weights, and exported by `torch.export` or to a SavedModel; these two take three rounds.
-Both take turns; seconds are medians over the rounds, the ratio is the median of the rounds' ratios, ours to theirs.
-The environment is that of `make test-peers`. Flax has no community's network of these families to compare with.
+Batch 8, size 224, float32, SGD with momentum. Steps are our trainer's, eight in a row, against a plain loop of PyTorch
+in its default layout or `train_on_batch` without XLA, its faster setting on a CPU; a forward pass is in eval mode,
+model against model. A network is built with random weights, and exported by `torch.export` or to a SavedModel; these
+two take three rounds. Both take turns, and so does who begins; seconds are medians over the rounds, the ratio is the
+median of the rounds' ratios, ours to theirs. The environment is that of `make test-peers`. Flax has no community's
+network of these families to compare with.
 """
 
+import gc
 import statistics
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from common.training import dropout
 from common.training.recipe import TrainingRecipe
 from common.training.trainer import Minibatch
 
-BATCH, SIZE = 8, 224
+BATCH, SIZE, STEPS = 8, 224, 8
 RECIPE = TrainingRecipe(learning_rate=0.01, batch_size=BATCH)
 VARIANTS = ("densenet121", "efficientnet_b0", "vgg16")
 SLOW = ("build", "export")
@@ -37,7 +39,7 @@ def our_step(backend: Any, spec: Any, images: np.ndarray, labels: np.ndarray) ->
     trainer.load(canonical.init(spec))
     masks = dropout.masks(spec, (SIZE, SIZE), 0, np.arange(BATCH))
     batch = Minibatch(images=images, labels=labels, learning_rate=RECIPE.learning_rate, masks=masks)
-    return lambda: trainer.fit([batch], lambda measured: True)
+    return lambda: trainer.fit([batch] * STEPS, lambda measured: True)
 
 
 def of_torch(variant: str, images: np.ndarray, labels: np.ndarray, threads: int) -> Pairs:
@@ -65,6 +67,10 @@ def of_torch(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
         optimizer.step()
         loss.item()
 
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
     def forward(network: Any) -> Callable[[], Any]:
         def run() -> None:
             network.eval()
@@ -78,7 +84,7 @@ def of_torch(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
 
     ours, theirs = resnet_torch.from_spec(spec), getattr(torchvision.models, variant)()
     return {
-        "step": (our_step(backend, spec, images, labels), step),
+        "step": (our_step(backend, spec, images, labels), steps),
         "forward": (forward(ours), forward(theirs)),
         "build": (getattr(resnet_torch, variant), getattr(torchvision.models, variant)),
         "export": (export(ours), export(theirs)),
@@ -99,6 +105,10 @@ def of_keras(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
     optimizer = keras.optimizers.SGD(RECIPE.learning_rate, RECIPE.momentum)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
 
+    def steps() -> None:
+        for _ in range(STEPS):
+            model.train_on_batch(images, labels)
+
     def forward(network: Any) -> Callable[[], Any]:
         network.compile(jit_compile=False)
         return lambda: network.predict_on_batch(images)
@@ -112,16 +122,19 @@ def of_keras(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
 
     ours, theirs = resnet_keras.from_spec(spec), getattr(keras.applications, name)(weights=None)
     return {
-        "step": (our_step(backend, spec, images, labels), lambda: model.train_on_batch(images, labels)),
+        "step": (our_step(backend, spec, images, labels), steps),
         "forward": (forward(ours), forward(theirs)),
-        "build": tuple(partial(getattr(library, name), weights=None) for library in (resnet_keras, keras.applications)),
+        "build": (
+            partial(getattr(resnet_keras, name), weights=None),
+            partial(getattr(keras.applications, name), weights=None),
+        ),
         "export": (export(ours), export(theirs)),
     }
 
 
 def main() -> None:
     framework, *rest = sys.argv[1:]
-    rounds, threads = (int(text) for text in [*rest[:2], *("10", "2")[len(rest[:2]) :]])
+    rounds, threads = (int(text) for text in [*rest[:2], *("5", "2")[len(rest[:2]) :]])
     generator = np.random.default_rng(0)
     images = generator.standard_normal((BATCH, SIZE, SIZE, 3)).astype(np.float32)
     labels = generator.integers(0, 1000, BATCH)
@@ -130,14 +143,15 @@ def main() -> None:
         pairs = {"torch": of_torch, "keras": of_keras}[framework](variant, images, labels, threads)
         for what, pair in pairs.items():
             seconds: list[tuple[float, ...]] = []
-            first = 1 if what in SLOW else 2  # rounds that are slower: traced, and memory is asked for
-            for number in range(first + (min(rounds, 3) if what in SLOW else rounds)):
-                found = []
-                for run in pair:
+            # The first round is slower: traced, and memory is asked for.
+            for number in range(1 + (min(rounds, 3) if what in SLOW else rounds)):
+                found = [0.0, 0.0]
+                for who in (0, 1) if number % 2 else (1, 0):
+                    gc.collect()  # a network of the round before is not freed in this one's time
                     started = time.perf_counter()
-                    run()
-                    found.append(time.perf_counter() - started)
-                if number >= first:
+                    pair[who]()
+                    found[who] = (time.perf_counter() - started) / (STEPS if what == "step" else 1)
+                if number:
                     seconds.append(tuple(found))
             ours, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))
             ratio = statistics.median(a / b for a, b in seconds)
