@@ -13,6 +13,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
+# Hundreds of processes start below: our modules are compiled for the first of them, whatever the machine's habit.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long test-mutants test-training test-peers test-peers-all fast lint bench clean
 
 demo: .venv/installed

@@ -1,11 +1,12 @@
 """Inception v3 as a Keras functional model, with the layer names of keras.applications in a process that has made
-nothing before: ``conv2d``, ``conv2d_1``, …, ``mixed0``, …, ``predictions``, whatever this process has made.
+nothing before: ``conv2d``, ``conv2d_1``, …, ``mixed0``, …, ``predictions``, whatever this process has made. Numbers go
+on behind those of a user's own layers that the model is built upon.
 
 Only the Keras API: the same file runs on TensorFlow, JAX and PyTorch. The model follows the global dtype policy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,10 +35,7 @@ class Style:
     spec: InceptionV3Spec
     data_format: str  # every layer is given it, whatever the user's keras.json says
     kernel_initializer: Any
-    names: dict[str, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", layer_names(self.spec))
+    names: dict[str, str]
 
     def conv(
         self,
@@ -203,6 +201,25 @@ def layer_names(spec: InceptionV3Spec) -> dict[str, str]:
     return dict(KERAS_APPLICATIONS.layers(spec))
 
 
+def _behind(input_tensor: Any, names: dict[str, str]) -> dict[str, str]:
+    """The names, with numbers behind those of the layers that `input_tensor` comes from: a model has each name once."""
+    last: dict[str, int] = {}
+    for layer in keras.Model(keras.utils.get_source_inputs(input_tensor), input_tensor).layers:
+        kind, number = _split(layer.name)
+        last[kind] = max(number, last.get(kind, 0))
+    found = {}
+    for path, name in names.items():
+        kind, number = _split(name)
+        found[path] = f"{kind}_{number + last[kind] + 1}" if kind in last else name
+    return found
+
+
+def _split(name: str) -> tuple[str, int]:
+    """``conv2d_7``: conv2d, 7; ``conv2d``: conv2d, 0."""
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number)) if kind and number.isdecimal() else (name, 0)
+
+
 def from_spec(
     spec: InceptionV3Spec,
     *,
@@ -217,9 +234,10 @@ def from_spec(
 
     With auxiliary logits it has two outputs: its own and these. A functional model has no mode: in eval mode too.
     """
+    names = layer_names(spec) if input_tensor is None else _behind(input_tensor, layer_names(spec))
     return applications.assembled(
         spec,
-        partial(_inception_v3, style=Style(spec, data_format, kernel_initializer)),
+        partial(_inception_v3, style=Style(spec, data_format, kernel_initializer, names)),
         input_tensor=input_tensor,
         input_shape=input_shape,
         data_format=data_format,

@@ -12,6 +12,7 @@ from operator import attrgetter
 import pytest
 
 from common.parity.session import Session
+from tests import scripts
 
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
@@ -77,10 +78,6 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def unoptimised() -> Iterator[None]:
-    """JAX's programs in this process are compiled without optimising them, which takes longer than it saves where they
-    run once. Not in the session's processes: a convolution in float64 runs twenty times as long then."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """JAX in this process compiles without optimising; the session's processes are others."""
+    with scripts.unoptimised():
+        yield

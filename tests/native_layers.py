@@ -7,6 +7,7 @@ images of ones where nobody gives it a mask.
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import numpy as np
 from common.names.roles import FLAX, KERAS, PYTORCH
 from common.weights.layouts import to_canonical, to_native
 from tests.layer_cases import CASES, EVEN, EXACT, ODD
+from tests.scripts import unoptimised
 
 MOVED = 0, 3, 1, 2  # from channels last to channels first
 BACK = 0, 2, 3, 1
@@ -27,6 +29,11 @@ def run(engine):
     ]
     if engine == "keras":
         check_keras()
+    with unoptimised() if engine == "flax" else nullcontext():
+        return ran(one, own)
+
+
+def ran(one, own):
     results = {f"own {what}": array for what, array in own(np.ones((400, 2, 2, 3), np.float32)).items()}
     for cases, dtype in ((CASES, "float64"), (EXACT, "float32")):
         for name, case in cases.items():
@@ -276,7 +283,6 @@ def in_flax(layer, inputs, arrays, slopes, mask):
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all that there is to do here
     from flax import linen as nn
 
     from resnet_flax.layers import given_dropout

@@ -1,7 +1,8 @@
 """Scripts that are run in the process that a session has of a framework anyway: importing TensorFlow takes 7 s."""
 
 import json
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -33,6 +34,19 @@ class KerasScript(Script):
         keras.config.set_dtype_policy("float32")
         keras.utils.clear_session()
         return super().perform(backend, clock)
+
+
+@contextmanager
+def unoptimised() -> Iterator[None]:
+    """JAX's programs are compiled without optimising them, which takes longer than it saves where they run once. To be
+    ended before anything large runs in the same process: a convolution in float64 takes twenty times as long so."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def printed(session: Session, column: str, code: str) -> Any:

@@ -197,6 +197,9 @@ small = architectures.from_dict(SPEC)
 one = resnet_keras.from_spec(small, input_shape=(299, 300, 3))
 found["outputs"] = [output.shape for output in one.outputs]
 found["stages"] = [list(stage.shape) for stage in resnet_keras.stage_outputs(one).outputs]
+own = keras.layers.Conv2D(3, 2, name="conv2d")(keras.Input((200, 200, 4)))
+behind = resnet_keras.from_spec(bare.spec, input_tensor=keras.layers.Conv2D(3, 2, name="conv2d_4")(own))
+found["behind"] = [layer.name for layer in behind.layers if layer.name.startswith("conv2d")][1:4]
 print(json.dumps(found))
 """
 
@@ -215,6 +218,7 @@ def test_keras_models_are_those_of_keras_applications_and_a_second_ones_file_is_
     assert found["same"]
     assert found["outputs"] == [[None, 6]] * 2
     assert [shape[-1] for shape in found["stages"]] == [8, 24, 31, 96, 256]
+    assert found["behind"] == ["conv2d_4", "conv2d_5", "conv2d_6"]
 
 
 def checkpoint(spec: InceptionV3Spec) -> Checkpoint:

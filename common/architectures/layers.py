@@ -88,17 +88,20 @@ class Layer:
     @property
     def parameters(self) -> dict[str, Shape]:
         """Trainable arrays of its own: canonical name -> shape."""
-        return {} if self.shares else {self.uses[role]: shape for role, shape in self.trained.items()}
+        return self._own(self.trained)
 
     @property
     def statistics(self) -> dict[str, Shape]:
         """Running statistics of its own: canonical name -> shape."""
-        return {} if self.shares else {self.uses[role]: shape for role, shape in self.averaged.items()}
+        return self._own(self.averaged)
 
     @property
     def arrays(self) -> dict[str, Shape]:
         """All that the layer stores, parameters first."""
-        return self.parameters | self.statistics
+        return self._own(self.trained | self.averaged)
+
+    def _own(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
+        return {} if self.shares else {f"{self.path}.{role}": shape for role, shape in shapes.items()}
 
     @property
     def parameter_count(self) -> int:

@@ -384,8 +384,9 @@ def _block(
 def _shared(kept: dict[str, Layer], layer: Layer, wanted: bool) -> Layer:
     """The layer, with the arrays of the first of its kind in the block where that is `wanted` and it is the same."""
     first = kept.setdefault(layer.kind, layer)
-    alike = replace(first, path=layer.path, inputs=layer.inputs) == layer
-    return replace(layer, shares=first.path) if wanted and alike else layer
+    if wanted and replace(first, path=layer.path, inputs=layer.inputs) == layer:
+        return replace(layer, shares=first.path)
+    return layer
 
 
 def _shortcut(spec: ResNetSpec, path: str, last: str, in_channels: int, out_channels: int, stride: int) -> _Part:

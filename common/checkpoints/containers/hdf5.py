@@ -155,10 +155,10 @@ class _Datasets:
                 where = f"{path}/{name}".lstrip("/")
                 if not where.isprintable():
                     raise CheckpointError(f"{where!r} is no name that Keras gives; the file is damaged")
-                link = group.get(name, getlink=True)
-                if link is None:
-                    raise CheckpointError(f"{where} cannot be reached; the file is damaged, fetch or make it again")
-                if not isinstance(link, h5py.HardLink):
+                if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+                    link = group.get(name, getlink=True)
+                    if link is None:
+                        raise CheckpointError(f"{where} cannot be reached; the file is damaged, fetch or make it again")
                     raise CheckpointError(
                         f"{where} is linked by {type(link).__name__}; only what is in the file itself is read"
                     )
