@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from common import architectures, datasets
 from common.errors import TrainingError
-from common.training import metrics
+from common.training import metrics, run
+from common.training.recipe import TrainingRecipe
 from common.training.snapshots import Snapshots
 
 
@@ -181,3 +183,22 @@ def test_writing_metrics_imports_no_framework(tmp_path):
     code += "print([name for name in ('tensorflow', 'torch', 'jax', 'keras') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_path):
+    given = {"dataset": datasets.open("digits"), "data": "digits", "recipe": TrainingRecipe(), "backend": "torch"}
+    plan = run.Plan(variant="resnet20", spec=architectures.find("resnet20"), **given)
+    run.begin(tmp_path / "run", plan, {})
+    facts = run.facts(tmp_path / "run")
+    del facts["spec"]["unused_projection"], facts["recipe"]["auxiliary_weights"]
+
+    def begun_with(**fields):
+        content = facts | {"spec": facts["spec"] | fields}
+        (tmp_path / "run" / run.FILE).write_text(json.dumps(content))
+        run.check_same(tmp_path / "run", plan)
+
+    begun_with()
+    with pytest.raises(TrainingError, match="with spec relu_before_add=True, not relu_before_add=False"):
+        begun_with(relu_before_add=True)
+    with pytest.raises(TrainingError, match=r"was begun with another version's spec: .*colour.*; begin anew"):
+        begun_with(colour="red")

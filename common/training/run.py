@@ -22,7 +22,7 @@ from common.architectures import Spec, running
 from common.backends.protocol import Backend
 from common.checkpoints import Checkpoint, Origin
 from common.datasets import Dataset, Examples
-from common.errors import RecipeError, TrainingError
+from common.errors import RecipeError, SpecError, TrainingError
 from common.files import reason, written
 from common.images import Preprocessing
 from common.training import dropout, pipeline
@@ -395,8 +395,17 @@ def recipe_of(folder: Path, facts: Mapping[str, Any]) -> TrainingRecipe:
 
 
 def check_same(folder: Path, plan: Plan) -> None:
-    """Raise `TrainingError` unless the run in `folder` was begun with this plan."""
-    begun, now = facts(folder), json.loads(json.dumps(plan.facts()))
+    """Raise `TrainingError` unless the run in `folder` was begun with this plan.
+
+    A version that lacked a field of today's computed what its default does.
+    """
+    begun = facts(folder)
+    try:
+        spec = architectures.from_dict(begun["spec"])
+    except SpecError as error:
+        raise TrainingError(f"{folder}: was begun with another version's spec: {error}; begin anew") from None
+    begun |= {"spec": architectures.to_dict(spec), "recipe": recipes.to_dict(recipe_of(folder, begun))}
+    begun, now = (json.loads(json.dumps(one)) for one in (begun, plan.facts()))
     for name in _FIXED:
         if begun[name] != now[name]:
             was, wanted = _differing(begun[name], now[name])
