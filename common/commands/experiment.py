@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import architectures
 from common.backends.columns import COLUMNS, cores, resolve
 from common.commands.options import grouped
-from common.commands.terminal import err, examples, out
-from common.commands.train import Material, absolute, fitting, say, stoppable
+from common.commands.terminal import err, examples, out, say, stoppable
+from common.commands.train import Material, absolute, fitting
 from common.errors import InputError
 from common.training import degradation, pipeline
 from common.training import recipe as recipes

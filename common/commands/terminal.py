@@ -1,11 +1,13 @@
-"""What the command line prints with: results on standard output, everything else on standard error."""
+"""What the command line prints with: results on standard output, everything else on standard error; and how it is stopped."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import (
@@ -112,3 +114,26 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path}: cannot be written: {path.parent} is not a folder; make it first")
     if path is not None and path.is_dir():
         raise InputError(f"{path}: cannot be written: it is a folder; name a file")
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    err().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C end the training after the step it is at, with a checkpoint; a second one ends it at once."""
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+
+    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ from common.backends.columns import COLUMNS, cores, resolve, start_here
 from common.backends.protocol import Backend
 from common.checkpoints import Checkpoint
 from common.commands.options import grouped
-from common.commands.terminal import check_writable, counting, err, examples, native_silence, out
+from common.commands.terminal import check_writable, counting, err, examples, native_silence, out, say, stoppable
 from common.datasets import Dataset
 from common.errors import InputError
 from common.images import Preprocessing
@@ -334,24 +333,6 @@ def _join(column: str) -> Replica:
 
 
 @contextmanager
-def stoppable() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the training after the step it is at, with a checkpoint; a second one ends it at once."""
-    stopped: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        for one in before:
-            signal.signal(one, signal.SIG_DFL)
-
-    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopped
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-@contextmanager
 def _progress(plan: Plan, replica: Replica, every: int | None) -> Iterator[Callable[[Event], None]]:
     """A bar with loss, accuracy, images/s and time left, and a line for every epoch; lines alone without a terminal.
 
@@ -408,8 +389,3 @@ def _report(plan: Plan, output: Path, result: Outcome, stopped: list[int]) -> No
         f"accuracy {result.test.accuracy:.2%}{averaged}, loss {result.test.loss:.4f}, {result.seconds:.1f} s; "
         f"weights in {result.weights}"
     )
-
-
-def say(message: str) -> None:
-    """One line on standard error."""
-    err().print(message, markup=False, highlight=False, soft_wrap=True)
