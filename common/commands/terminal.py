@@ -1,4 +1,4 @@
-"""What the command line prints with: results on standard output, everything else on standard error; and how it is stopped."""
+"""What a command says: results on standard output, everything else on standard error. And how one is stopped."""
 
 import os
 import signal
