@@ -59,17 +59,14 @@ def of_torch(variant: str, images: np.ndarray, labels: np.ndarray, threads: int)
     inputs = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     targets = torch.tensor(labels)
 
-    def step() -> None:
-        model.train()
-        loss = F.cross_entropy(model(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
     def steps() -> None:
+        model.train()
         for _ in range(STEPS):
-            step()
+            loss = F.cross_entropy(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
 
     def forward(network: Any) -> Callable[[], Any]:
         def run() -> None:

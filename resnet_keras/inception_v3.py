@@ -234,7 +234,9 @@ def from_spec(
 
     With auxiliary logits it has two outputs: its own and these. A functional model has no mode: in eval mode too.
     """
-    names = layer_names(spec) if input_tensor is None else _behind(input_tensor, layer_names(spec))
+    names = layer_names(spec)
+    if input_tensor is not None:
+        names = _behind(input_tensor, names)
     return applications.assembled(
         spec,
         partial(_inception_v3, style=Style(spec, data_format, kernel_initializer, names)),

@@ -30,17 +30,13 @@ def run(engine):
     if engine == "keras":
         check_keras()
     with unoptimised() if engine == "flax" else nullcontext():
-        return ran(one, own)
-
-
-def ran(one, own):
-    results = {f"own {what}": array for what, array in own(np.ones((400, 2, 2, 3), np.float32)).items()}
-    for cases, dtype in ((CASES, "float64"), (EXACT, "float32")):
-        for name, case in cases.items():
-            for size in (EVEN, ODD):
-                inputs, arrays, slopes, mask = case.drawn(size, dtype)
-                for what, array in one(case.layer, inputs, arrays, slopes, mask).items():
-                    results[f"{name}|{size}|{dtype}|{what}"] = array
+        results = {f"own {what}": array for what, array in own(np.ones((400, 2, 2, 3), np.float32)).items()}
+        for cases, dtype in ((CASES, "float64"), (EXACT, "float32")):
+            for name, case in cases.items():
+                for size in (EVEN, ODD):
+                    inputs, arrays, slopes, mask = case.drawn(size, dtype)
+                    for what, array in one(case.layer, inputs, arrays, slopes, mask).items():
+                        results[f"{name}|{size}|{dtype}|{what}"] = array
     return results
 
 
