@@ -48,6 +48,10 @@ class RecordError(ParityError, ValueError):
     """A record is damaged, or two records cannot be compared."""
 
 
+class ModelError(ParityError, ValueError):
+    """A user's own model, or the function that makes it, cannot be used: it raises, or is not what it must be."""
+
+
 class BackendError(ParityError, RuntimeError):
     """A backend failed while it ran: an exception inside it, or its process ended."""
 

@@ -1,0 +1,1 @@
+"""Why two layers differ: what each does, found out from what went in and what came out."""
