@@ -113,7 +113,7 @@ def writer(folder):
         if "steps" in modes:
             fields |= {"recipe": recipes.to_dict(RECIPE), "batches": "90"}
         record.write(path, {named(key): value for key, value in values.items()}, Manifest(**(fields | manifest)))
-        return Record(path)
+        return Record.read(path)
 
     return write_record
 
@@ -193,7 +193,7 @@ class TestRecord:
         path = write("torch", modes=STEPS).path
         self.rewrite(path, lambda m: m.update(manifest=json.dumps(json.loads(m["manifest"]) | {"recipe": recipe})))
         with pytest.raises(RecordError) as caught:
-            Record(path)
+            Record.read(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
@@ -203,7 +203,7 @@ class TestRecord:
         for cut in (*range(10), *range(10, len(raw), 1801), len(raw) - 1):
             path.write_bytes(raw[:cut])
             with pytest.raises(RecordError) as caught:
-                Record(path)
+                Record.read(path)
             assert str(caught.value).startswith(f"{path}: cannot be read as safetensors: ")
             assert "\n" not in str(caught.value)
 
@@ -211,7 +211,7 @@ class TestRecord:
     def test_a_path_that_is_no_file_is_refused(self, tmp_path, make):
         path = tmp_path if make == "folder" else tmp_path / "none"
         with pytest.raises(RecordError, match="Is a directory" if make == "folder" else "No such file or directory"):
-            Record(path)
+            Record.read(path)
 
     @staticmethod
     def rewrite(path, change):
@@ -241,7 +241,7 @@ class TestRecord:
         path = write("torch").path
         self.rewrite(path, change)
         with pytest.raises(RecordError) as caught:
-            Record(path)
+            Record.read(path)
         assert str(caught.value).startswith(f"{path}: {expected}")
         assert "\n" not in str(caught.value)
 
@@ -260,7 +260,7 @@ class TestRecord:
             ("modes", "eval"),
             ("modes", []),
             ("modes", ["evil"]),
-            ("shape", [2, 8, 8]),
+            ("shape", []),
             ("shape", [2, 8, 8, 0]),
             ("shape", None),
             ("response", None),
@@ -280,7 +280,7 @@ class TestRecord:
         path = write("torch").path
         self.rewrite(path, lambda m: m.update(manifest=json.dumps(json.loads(m["manifest"]) | {field: value})))
         with pytest.raises(RecordError) as caught:
-            Record(path)
+            Record.read(path)
         assert str(caught.value).startswith(f"{path}: the manifest is damaged: ")
         assert "\n" not in str(caught.value)
 
@@ -386,7 +386,7 @@ class TestAccidents:
     def test_a_record_compared_with_itself_is_refused(self, write):
         made = write("torch")
         with pytest.raises(RecordError, match="is given twice"):
-            compare([made, Record(made.path)])
+            compare([made, Record.read(made.path)])
 
     @pytest.mark.parametrize("modes", [("train",), ("exact",)])
     def test_records_without_a_mode_in_common_are_refused(self, write, modes):

@@ -89,7 +89,7 @@ def recorded(folder: Path, backend: str, mean: Mean, draws: int) -> Record:
         **facts,
     )
     record.write(path, found.arrays, manifest)
-    return Record(path)
+    return Record.read(path)
 
 
 def compared(folder: Path, mean: Mean) -> Comparison:

@@ -45,6 +45,10 @@ DECIDABLE = {
 # fewest instructions. What rounding the weights does, the one-ulp response, is no lack of precision either.
 PRECISION_FACTOR = 5.0
 
+# Two passes of one model on one input that differ by more than this share of the norm are no rounding: the model draws
+# random numbers. Threads that add in another order each time reach 1e-13 and 1e-5 in deep networks.
+RANDOM = {"float64": 1e-8, "float32": 1e-3}
+
 # A tensor with a larger share of zeros carries too little to prove anything.
 ZERO_SHARE = 0.95
 

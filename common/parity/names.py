@@ -25,15 +25,22 @@ class Kind:
 
 KINDS = {
     "tap": Kind(backward=False),
+    "into": Kind(backward=False),  # an input of a layer that no layer gave
+    "result": Kind(backward=False),  # what the model returns
+    "given": Kind(backward=False),  # what it was called with
+    "weight": Kind(backward=False),  # a parameter or statistic before the pass
     "loss": Kind(backward=False),
     "stat": Kind(backward=False),
     "grad": Kind(backward=True, power=1),
+    "cotangent": Kind(backward=True, power=1),  # what comes back to the output of a layer
     "velocity": Kind(backward=True, power=1),
     "moment1": Kind(backward=True, power=1),
     "moment2": Kind(backward=True, power=2),
     "param": Kind(backward=True),
     "ema": Kind(backward=True),
 }
+
+_OF_GRAD = ("grad", "cotangent")
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,19 @@ class ArrayName:
         """The mode of the check that it belongs to."""
         if isinstance(self.run, int):
             return "steps"
-        return "grad" if self.kind == "grad" else self.run
+        return "grad" if self.kind in _OF_GRAD else self.run
 
     @cached_property
     def section(self) -> str:
         """The mode, for gradients with the pass they were taken in, for steps with the kind of array."""
         if isinstance(self.run, int):
             return f"steps, {self.kind}"
-        return f"grad, {self.run}" if self.kind == "grad" else self.run
+        return f"grad, {self.run}" if self.kind in _OF_GRAD else self.run
 
     @property
     def label(self) -> str:
         """The canonical name of what it is of; of the loss, ``loss``."""
-        return self.place or self.kind
+        return f"the input of {self.place}" if self.kind == "into" else self.place or self.kind
 
     @property
     def where(self) -> str:

@@ -5,17 +5,18 @@ with it all that a comparison needs to know of the subject: nothing that reads a
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from common.errors import RecordError
-from common.fields import Bound, Checked, Count, Natural
+from common.fields import Bound, Checked, Count, Counts, Natural
 from common.files import opened, reason, tensor, written
 from common.parity.names import ArrayName, Mode
 
@@ -39,6 +40,7 @@ class Array(Checked):
     layer: str  # arrays of one layer are judged beside each other
     terms: Count = 1  # of the sums of gradients that its elements are, where these terms may be equal: a bias's
     rounds: bool = False  # whether its layer rounds, and it shows whether to float32
+    sparse: bool = False  # whether it is compared even if it is nearly all zero
 
 
 def _parsed(name: str) -> ArrayName | None:
@@ -46,6 +48,36 @@ def _parsed(name: str) -> ArrayName | None:
         return ArrayName.parse(name)
     except ValueError:
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Checked):
+    """Where an input of a layer comes from: an array of the record that has the same values."""
+
+    error = RecordError
+    title = "the source of an input"
+
+    name: str  # without the pass: "tap/layer1.0.conv1"
+    shape: tuple[Natural, ...]  # of the input, in the model's own layout
+    moved: bool = False  # whether the channels were moved from one end to the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall(Checked):
+    """A call of a layer of a user's model, as `common.foreign.protocol.Call`, and where its arrays are."""
+
+    error = RecordError
+    title = "a call of a layer"
+
+    run: Literal["eval", "train"]
+    name: str
+    layer: str
+    kind: str
+    leaf: bool
+    operation: dict[str, Any] | None = None
+    arrays: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[Source, ...] = ()
+    outputs: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +100,7 @@ class Manifest(Checked):
     inputs: str  # digest of images and labels, as float64
     weights: str  # digest of the weights, as float64
     source: str  # what the images show, for people
-    shape: tuple[Count, Count, Count, Count]  # of the batch: (N, H, W, C)
+    shape: Counts  # of the batch: (N, H, W, C); of a user's model, of its first input
     arrays: tuple[Array, ...]  # in the order in which their values come about
     recipe: dict[str, Any] = field(default_factory=dict)  # of mode steps
     batches: str = ""  # digest of the images and labels of all steps, as float64
@@ -77,6 +109,10 @@ class Manifest(Checked):
     orders: Natural = 0
     order_response: Responses = field(default_factory=dict)
     not_restored: tuple[str, ...] = ()  # weights that did not come back bitwise after load and export
+    # Of a user's model: where its channels stand, which of its arrays are trained, and what was called.
+    layout: Literal["", "channels_first", "channels_last"] = ""
+    trained: tuple[str, ...] = ()
+    calls: tuple[LayerCall, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,36 +120,57 @@ class Manifest(Checked):
 
 
 class Record(Mapping[ArrayName, np.ndarray]):
-    """A record on disk, memory-mapped: an array is read when it is asked for."""
+    """What was computed, by name of array, and where it comes from. An array may be read when it is asked for.
 
-    def __init__(self, path: Path | str) -> None:
-        """Open the record at `path`. Raises `RecordError` for a file that is no record or damaged."""
-        self.path = Path(path)
-        self._file = opened(self.path, RecordError)
-        metadata = self._file.metadata() or {}
+    `path` is where it lies, or what people call it. Of a `partial` one an array that it does not describe is no lack.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        getters: Mapping[ArrayName, Callable[[], np.ndarray]],
+        partial: bool = False,
+    ) -> None:
+        """Raises `ValueError` for a name in the manifest that is none."""
+        self.path = path
+        self.manifest = manifest
+        self.partial = partial
+        self.arrays = {ArrayName.parse(array.name): array for array in manifest.arrays}
+        self.response = _by_name(manifest.response)
+        self.order_response = _by_name(manifest.order_response)
+        self._getters = getters
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """The record at `path`, memory-mapped. Raises `RecordError` for a file that is no record or damaged."""
+        path = Path(path)
+        file = opened(path, RecordError)
+        metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             found = metadata.get("format")
             raise RecordError(f"{path}: not a record: format is {found!r}, expected {_FORMAT!r}")
+
+        def get(name: str) -> np.ndarray:
+            try:
+                return tensor(file, name, RecordError)
+            except RecordError as error:
+                raise RecordError(f"{path}: {error}") from None
+
         try:
-            self.manifest = Manifest.from_data(json.loads(metadata.get("manifest", "")))
-            self.arrays = {ArrayName.parse(array.name): array for array in self.manifest.arrays}
-            self.response = _by_name(self.manifest.response)
-            self.order_response = _by_name(self.manifest.order_response)
-            self._names = {ArrayName.parse(name): name for name in self._file.keys()}
+            manifest = Manifest.from_data(json.loads(metadata.get("manifest", "")))
+            return cls(path, manifest, {ArrayName.parse(name): partial(get, name) for name in file.keys()})
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
 
     def __getitem__(self, name: ArrayName) -> np.ndarray:
-        try:
-            return tensor(self._file, self._names[name], RecordError)
-        except RecordError as error:
-            raise RecordError(f"{self.path}: {error}") from None
+        return self._getters[name]()
 
     def __iter__(self) -> Iterator[ArrayName]:
-        return iter(self._names)
+        return iter(self._getters)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._getters)
 
 
 def _by_name(responses: Mapping[str, float]) -> dict[ArrayName, float]:

@@ -146,7 +146,7 @@ class Session:
                 process = self.process(column)
                 request = inputs.request(task, column, process.threads, output)
                 process.ask(request, lambda step, t=task: progress(column, f"{t.name}: {step}"))  # type: ignore[misc]
-                made[task.name] = Record(output)
+                made[task.name] = Record.read(output)
         except BackendCrashed:
             self.processes.pop(column).close()
             raise
@@ -187,12 +187,12 @@ def make_record(case: Case, column: str, output: Path, *, response: bool = True,
     ):
         request = Inputs(case, Path(folder), [task]).request(task, column, process.threads, output.absolute())
         process.ask(request, lambda step: progress(column, step))
-    return Record(output)
+    return Record.read(output)
 
 
 def compare_files(paths: Sequence[Path]) -> list[Comparison]:
     """Compare the records at `paths`, those of each dtype with one another. Raises `RecordError`."""
-    records = [Record(path) for path in paths]
+    records = [Record.read(path) for path in paths]
     if len(records) < 2:
         raise RecordError(f"{len(records)} record given; a comparison needs at least two")
     groups: dict[str, list[Record]] = {}

@@ -43,5 +43,5 @@ class Bench:
             output = inputs.folder / f"{column}-{task.name}-{plant}.safetensors"
             process = self._session.process(column)
             process.ask(Planted(request=inputs.request(task, column, process.threads, output), plant=plant))
-            made[task.name] = Record(output)
+            made[task.name] = Record.read(output)
         return made
