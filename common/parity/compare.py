@@ -6,7 +6,7 @@ to theirs. All pairs are compared, not a star. Nothing here runs a network or im
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import inf, isnan
 from statistics import median_low
@@ -146,6 +146,11 @@ class Comparison:
         agree = [d for d in there if d.verdict == "same" and not suspects & set(d.pair)]
         return suspects.pop() if len(suspects) == 1 and agree else None
 
+    def between(self, backend: str) -> "Comparison":
+        """What concerns one backend and the first."""
+        mine = tuple(d for d in self.differences if set(d.pair) == {self.backends[0], backend})
+        return replace(self, differences=mine)
+
     def worst(self) -> list[Difference]:
         """For every section and pair the difference that matters most: by its verdict, then by its ratio."""
         worst: dict[tuple[str, tuple[str, str]], Difference] = {}
@@ -178,7 +183,7 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
             "make one of them again without --no-response"
         )
     labels = _labels(records)
-    soft = {label for label, record in labels.items() if level == "L1" and not COLUMNS[record.manifest.backend].float64}
+    soft = {label for label, record in labels.items() if level == "L1" and not _honours_float64(record)}
     if soft and float32 is None:
         raise RecordError(
             f"{', '.join(sorted(soft))} rounds to float32 inside a float64 network and is held to level L2; "
@@ -272,7 +277,7 @@ def _measure(
     arrays: dict[str, np.ndarray] = {}
     size = 0.0
     for label, record in records.items():
-        what, array = _examine(record, name, described.shape)
+        what, array = _examine(record, name, described)
         if what:
             problems.append(Problem(backend=label, tensor=name, what=what))
         elif array is not None:
@@ -280,8 +285,8 @@ def _measure(
             if record is reference:
                 size = norm(array)
     errors: dict[str, float] = {}
-    if exact is not None and name.run == "eval" and name.kind == "tap":
-        what, true = _examine(exact, name, described.shape)
+    if exact is not None and name.run == "eval" and name.is_output:
+        what, true = _examine(exact, name, described)
         if what:
             problems.append(Problem(backend=f"{exact.manifest.backend} in float64", tensor=name, what=what))
         elif true is not None:
@@ -289,26 +294,31 @@ def _measure(
             errors = {label: distance(array, true) / true_size for label, array in arrays.items()}
     distances = {(a, b): distance(arrays[a], arrays[b]) for a, b in combinations(arrays, 2)}
     flips = frozenset(
-        (a, b) for a, b in distances if name.kind == "tap" and not np.array_equal(arrays[a] == 0, arrays[b] == 0)
+        (a, b) for a, b in distances if name.is_output and not np.array_equal(arrays[a] == 0, arrays[b] == 0)
     )
     return _Measured(problems=tuple(problems), norm=size, distances=distances, flips=flips, errors=errors)
 
 
-def _examine(record: Record, name: ArrayName, shape: tuple[int, ...]) -> tuple[str | None, np.ndarray | None]:
-    """What makes an array unfit for comparison, or the array."""
+def _honours_float64(record: Record) -> bool:
+    column = COLUMNS.get(record.manifest.backend)
+    return column is None or column.float64
+
+
+def _examine(record: Record, name: ArrayName, described: Array) -> tuple[str | None, np.ndarray | None]:
+    """What makes an array unfit for comparison, or the array; neither where it need not be there."""
     array = record.get(name)
     if array is None:
-        return "is missing", None
-    if array.shape != shape:
-        return f"has shape {array.shape}; expected {shape}", None
+        return None if record.partial else "is missing", None
+    if array.shape != described.shape:
+        return f"has shape {array.shape}; expected {described.shape}", None
     # A column that is known to round inside a float64 network may hand out what it rounded.
-    rounds = array.dtype == np.float32 and not COLUMNS[record.manifest.backend].float64
+    rounds = array.dtype == np.float32 and not _honours_float64(record)
     if array.dtype != record.manifest.dtype and not rounds:
         return f"is {array.dtype}; {record.manifest.dtype} was asked for", None
     if not np.isfinite(array).all():
         return "has values that are NaN or infinite", None
     zeros = 1 - np.count_nonzero(array) / max(array.size, 1)
-    if zeros > ZERO_SHARE:
+    if zeros > ZERO_SHARE and not described.sparse:
         return f"is {zeros:.0%} zero, too empty to compare", None
     return None, array
 
@@ -326,7 +336,7 @@ def _precision(name: ArrayName, found: _Measured, reference: Record) -> list[Pre
 
 def _labels(records: Sequence[Record]) -> dict[str, Record]:
     """Names for the columns: the backend, with the file's name or path where one backend comes twice."""
-    labels = [record.manifest.backend for record in records]
+    labels = [record.label for record in records]
     for part in ("stem", "path"):
         labels = [
             label
@@ -344,7 +354,7 @@ def _check_comparable(records: Sequence[Record]) -> None:
     for record in records:
         if paths.count(record.path.resolve()) > 1:
             raise RecordError(f"{record.path} is given twice; a record compared with itself shows nothing")
-        if record.manifest.backend not in COLUMNS:
+        if record.manifest.backend not in COLUMNS and not record.manifest.layout:
             known = ", ".join(COLUMNS)
             raise RecordError(f"{record.path}: backend {record.manifest.backend!r} is unknown; expected one of {known}")
     for other in records[1:]:

@@ -29,7 +29,7 @@ class Policy:
 
 def policy(level: Level, name: ArrayName) -> Policy:
     """The row of `POLICIES` for an array: that of outputs in eval mode, or of all others."""
-    return POLICIES[level, name.run == "eval" and name.kind == "tap"]
+    return POLICIES[level, name.run == "eval" and name.is_output]
 
 
 POLICIES: dict[tuple[Level, bool], Policy] = {

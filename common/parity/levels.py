@@ -49,6 +49,10 @@ PRECISION_FACTOR = 5.0
 # random numbers. Threads that add in another order each time reach 1e-13 and 1e-5 in deep networks.
 RANDOM = {"float64": 1e-8, "float32": 1e-3}
 
+# Arrays of two models that are the same to this share of the norm are taken for one another when layers are matched:
+# far above rounding in float64, far below any fault that a diagnosis could name. No verdict depends on it.
+SAME_VALUES = 1e-6
+
 # A tensor with a larger share of zeros carries too little to prove anything.
 ZERO_SHARE = 0.95
 

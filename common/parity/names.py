@@ -70,6 +70,11 @@ class ArrayName:
         return f"{run}/{self.kind}/{self.place}" if self.place else f"{run}/{self.kind}"
 
     @property
+    def is_output(self) -> bool:
+        """Whether it is what a layer, or code between layers, gives on the way forward."""
+        return self.kind in ("tap", "into", "result")
+
+    @property
     def step(self) -> int | None:
         """The optimiser step after which it is; None in other modes than steps."""
         return self.run if isinstance(self.run, int) else None

@@ -4,8 +4,9 @@ An input that some layer gave before, or the model was called with, has its name
 the name of the layer that takes it. So what stands between layers is seen where it goes in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -178,6 +179,68 @@ class ModelPasses:
                     rounds=name.kind == "tap" and not exact,
                     sparse=name.kind != "result",
                 )
+
+
+class ModelSteps:
+    """Steps of the user's own with a model: mode steps. After each are kept the loss and every array."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        batches: Sequence[Inputs],
+        train: Callable[[Any], Callable[..., Any]],
+        clock: Clock,
+        title: str,
+    ) -> None:
+        """Raises `ModelError` for steps that fail, or are not the same twice."""
+        self._runner, self._train, self._title = runner, train, title
+        self._batches = batches
+        self._values = runner.values()
+        with clock.step("steps"):
+            self._first = self._taken(batches)
+        again = self._taken(batches)
+        for name, array in self._first.items():
+            if name not in again or not _close(again[name], array):
+                raise ModelError(f"the steps of {title} are random: taken again, {name.where} is another; seed them")
+        self.arrays = tuple(
+            Array(name=str(name), shape=array.shape, layer=name.place, sparse=True)
+            for name, array in self._first.items()
+        )
+
+    def not_restored(self) -> list[str]:
+        return []
+
+    def run(self, keep: Keep, *, draw: int | None = None, order: np.ndarray | None = None) -> None:
+        batches = self._batches
+        if draw is not None:
+            batches = [_each(b, lambda a, key, n=n: _moved(a, draw, f"{key} of {n}")) for n, b in enumerate(batches)]  # type: ignore[misc]
+            self._runner.load({name: _moved(array, draw, name) for name, array in self._values.items()})
+        if order is not None:
+            batches = [_each(batch, lambda a, key: a[order]) for batch in batches]
+        try:
+            plain = draw is None and order is None
+            for name, array in (self._first if plain else self._taken(batches)).items():
+                keep(name, array)
+        finally:
+            if draw is not None:
+                self._runner.load(self._values)
+
+    def _taken(self, batches: Sequence[Inputs]) -> dict[ArrayName, np.ndarray]:
+        found: dict[ArrayName, np.ndarray] = {}
+        for number, state in enumerate(self._runner.steps(self._train, batches), 1):
+            if state.get("") is not None:
+                found[ArrayName(number, "loss")] = np.asarray(state[""])
+            for trained, kind in ((False, "stat"), (True, "param")):
+                for name, is_trained in self._runner.trained.items():
+                    if is_trained == trained and name in state and state[name].dtype.kind == "f":
+                        found[ArrayName(number, kind, name)] = state[name]
+        return found
+
+
+def _each(inputs: Inputs, change: Callable[[np.ndarray, str], np.ndarray]) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: change(array, name) for name, array in inputs.items()}
+    return [change(array, str(number)) for number, array in enumerate(inputs)]
 
 
 _EXACT_NAMES = {kind.__name__ for kind in _EXACT}

@@ -5,8 +5,8 @@ with it all that a comparison needs to know of the subject: nothing that reads a
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -162,6 +162,17 @@ class Record(Mapping[ArrayName, np.ndarray]):
             return cls(path, manifest, {ArrayName.parse(name): partial(get, name) for name in file.keys()})
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
+
+    def restricted(self, names: Set[ArrayName]) -> "Record":
+        """What of it has one of these names; what else it describes is no lack."""
+        arrays = tuple(array for name, array in self.arrays.items() if name in names)
+        getters = {name: get for name, get in self._getters.items() if name in names}
+        return Record(self.path, replace(self.manifest, arrays=arrays), getters, partial=True)
+
+    @property
+    def label(self) -> str:
+        """What a column of it is called where its backend alone does not tell it from others."""
+        return str(self.path) if self.manifest.layout else self.manifest.backend
 
     def __getitem__(self, name: ArrayName) -> np.ndarray:
         return self._getters[name]()

@@ -1,0 +1,276 @@
+"""Where two models begin to differ: every layer alone, on the reference's own input (level L3 of docs/numerics.md).
+
+One pass of the other model does it for all layers at once: each is given the reference's inputs in the place of its
+own, and what follows it the reference's outputs. So what a layer makes of the reference's input is its *added* error,
+what plain code makes of the reference's outputs is that code's, and neither is hidden by what went wrong before. On the
+way back the same is done with what comes back to every output. What the layer's output is off by in its own network
+is the *inherited* error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from common.foreign.protocol import Forced, Trace
+from common.parity.compare import Comparison
+from common.parity.hosts import Ask, Host
+from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.matching import Matching, Turn
+from common.parity.names import ArrayName, Pass
+from common.parity.record import LayerCall, Record, Source, distance, norm
+
+Part = Literal["input", "layer", "result", "statistic", "gradient", "cotangent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """The error that one layer, or the code before it, adds to the reference's own values."""
+
+    run: Pass
+    part: Part
+    place: str  # the layer by the reference's name; of a parameter, its name there; of a result, its path
+    yours: str  # the same by the other's name
+    number: int = 0  # of the input or output
+    added: float  # ‖yours on the reference's values - reference‖ / ‖reference‖
+    inherited: float | None  # the same within its own network; None where it was not compared
+    limit: float  # what rounding may make of it, relative as well
+
+    @property
+    def fails(self) -> bool:
+        return not self.added <= self.limit
+
+    @property
+    def backward(self) -> bool:
+        """Whether it is found on the way back from the loss."""
+        return self.part in ("gradient", "cotangent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localised:
+    """Every matched layer of a pair of models, in order of execution, and what the passes gave."""
+
+    pair: tuple[str, str]
+    added: tuple[Added, ...]
+    traces: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+
+    @property
+    def failing(self) -> tuple[Added, ...]:
+        """What adds more than rounding, each once: what fails in eval mode is not told again of training."""
+        found: dict[tuple[Part, str, int], Added] = {}
+        for one in self.added:
+            if one.fails:
+                found.setdefault((one.part, one.place, one.number), one)
+        return tuple(found.values())
+
+    @property
+    def first(self) -> Added | None:
+        """The first on the way forward."""
+        return next((one for one in self.failing if not one.backward), None)
+
+    @property
+    def first_backward(self) -> Added | None:
+        """The first on the way back."""
+        return next((one for one in self.failing if one.backward), None)
+
+
+class Reference:
+    """The arrays of a record by what calls take and give."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.calls: dict[tuple[Pass, str], LayerCall] = {(c.run, c.name): c for c in record.manifest.calls}
+
+    def source(self, run: Pass, source: Source) -> np.ndarray | None:
+        """What an input or output holds, in its own shape; None where the record has not got it."""
+        kind, _, place = source.name.partition("/")
+        both: list[Pass] = [run, "eval", "train"]
+        for one in both:
+            name = ArrayName(one, kind, place)
+            if name in self.record:
+                array = self.record[name]
+                if source.moved:
+                    ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == source.shape else (1, -1)
+                    array = np.moveaxis(array, *ends)
+                return array.reshape(source.shape)
+            if kind != "given":
+                return None
+        return None
+
+
+def localise(
+    reference: Record, host: Host, other: Record, matching: Matching, compared: Comparison, ask: Ask
+) -> Localised:
+    """Run the model of `host`, whose record is `other`, on the reference's values. `compared` is the comparison of the
+    two, by the reference's names."""
+    ours, theirs = Reference(reference), Reference(other)
+    limits = {d.tensor: (RESPONSE_FACTOR * d.response, d.error) for d in compared.differences}
+    found: list[Added] = []
+    traces: dict[Pass, Trace] = {}
+    runs: list[Pass] = ["eval", "train"]
+    for run in runs:
+        if not any(name.run == run for name in reference.arrays):
+            continue
+        pairs = [
+            (ours.calls[run, one], theirs.calls[run, two])
+            for one, two in matching.calls
+            if (run, one) in ours.calls and (run, two) in theirs.calls
+        ]
+        forced = {
+            two.name: _forced(run, one, two, ours, matching, "grad" in ask.modes) for one, two in pairs if two.leaf
+        }
+        trace = host.forced(ask, run == "train", forced)
+        traces[run] = trace
+        found += _forward(run, pairs, forced, trace, ours, matching, limits)
+        if "grad" in ask.modes:
+            found += _backward(run, pairs, trace, ours, matching, limits)
+    return Localised(
+        pair=(str(reference.path), str(other.path)),
+        added=tuple(found),
+        traces=traces,
+    )
+
+
+Limits = Mapping[ArrayName, tuple[float, float]]
+
+
+def _forced(run: Pass, one: LayerCall, two: LayerCall, ours: Reference, matching: Matching, gradients: bool) -> Forced:
+    """What a call of the other model is given: the reference's arrays in the other's layout."""
+    inputs: list[np.ndarray | None] = []
+    for number, theirs in enumerate(two.inputs):
+        mine = one.inputs[number] if len(one.inputs) == len(two.inputs) else None
+        found = matching.arrays.get(mine.name) if mine is not None else None
+        value = ours.source(run, Source(name=mine.name, shape=found[1].turned)) if mine and found else None
+        if found is None or found[0] != theirs.name or value is None:
+            inputs.append(None)
+            continue
+        array = found[1].back(value)
+        if theirs.moved:
+            ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == theirs.shape else (1, -1)
+            array = np.moveaxis(array, *ends)
+        inputs.append(np.ascontiguousarray(array.reshape(theirs.shape)))
+    outputs: list[np.ndarray | None] = []
+    cotangents: list[np.ndarray | None] = []
+    for number in range(len(two.outputs)):
+        place = f"{one.name}[{number}]" if number else one.name
+        turn = matching.cotangents.get(place, ("", None))[1]
+        output = ours.source(run, one.outputs[number]) if number < len(one.outputs) else None
+        outputs.append(None if turn is None or output is None else np.ascontiguousarray(turn.back(output)))
+        name = ArrayName(run, "cotangent", place)
+        back = ours.record[name] if gradients and turn is not None and name in ours.record else None
+        cotangents.append(None if back is None or turn is None else np.ascontiguousarray(turn.back(back)))
+    return Forced(inputs=tuple(inputs), outputs=tuple(outputs), cotangents=tuple(cotangents))
+
+
+def _forward(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    forced: Mapping[str, Forced],
+    trace: Trace,
+    ours: Reference,
+    matching: Matching,
+    limits: Limits,
+) -> list[Added]:
+    found = []
+    for one, two in pairs:
+        given = forced.get(two.name, Forced())
+        seen = trace.inputs.get(two.name, ())
+        for number, (wanted, got) in enumerate(zip(given.inputs, seen, strict=False)):
+            # What another layer gave is that layer's; what the model was given may be turned on the way.
+            if wanted is None or wanted.dtype.kind != "f" or got.shape != wanted.shape:
+                continue
+            name = _array_name(run, one.inputs[number].name)
+            found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits.get(name)))
+        for number, got in enumerate(trace.outputs.get(two.name, ()) if two.leaf else ()):
+            place = f"{one.name}[{number}]" if number else one.name
+            turn = matching.cotangents.get(place, ("", None))[1]
+            if number >= len(one.outputs):
+                continue
+            expected = ours.source(run, one.outputs[number])
+            if expected is None or expected.dtype.kind != "f":
+                continue
+            name = _array_name(run, one.outputs[number].name)
+            fits = turn is not None and turn.shape == got.shape
+            mine = turn(got) if turn is not None and fits else got
+            found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits.get(name)))
+    for path, (theirs, turn) in matching.results.items():
+        name = ArrayName(run, "result", path)
+        if name in ours.record and (result := trace.results.get("" if theirs == "output" else theirs)) is not None:
+            found.append(
+                _added(run, "result", path, theirs, 0, turn(np.asarray(result)), ours.record[name], limits.get(name))
+            )
+    for parameter, (theirs, turn) in matching.parameters.items():
+        name = ArrayName(run, "stat", parameter)
+        if name in ours.record and theirs in trace.statistics:
+            mine = turn(trace.statistics[theirs])
+            found.append(_added(run, "statistic", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+    return found
+
+
+def _backward(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    trace: Trace,
+    ours: Reference,
+    matching: Matching,
+    limits: Limits,
+) -> list[Added]:
+    found = []
+    for one, two in reversed(pairs):
+        for number, got in enumerate(trace.cotangents.get(two.name, ())):
+            place = f"{one.name}[{number}]" if number else one.name
+            turn = matching.cotangents.get(place, ("", None))[1]
+            name = ArrayName(run, "cotangent", place)
+            if turn is None or name not in ours.record or (got is not None and got.shape != turn.shape):
+                continue
+            expected = ours.record[name]
+            mine = np.zeros_like(expected) if got is None else turn(got)
+            found.append(_added(run, "cotangent", one.name, two.name, number, mine, expected, limits.get(name)))
+        for held in one.arrays.values():
+            parameter = held["name"]
+            name = ArrayName(run, "grad", parameter)
+            theirs, turn = matching.parameters.get(parameter, ("", None))
+            if turn is None or name not in ours.record or theirs not in trace.gradients:
+                continue
+            mine = turn(trace.gradients[theirs])
+            found.append(_added(run, "gradient", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+    return found
+
+
+def _array_name(run: Pass, source: str) -> ArrayName:
+    kind, _, place = source.partition("/")
+    return ArrayName(run, kind, place)
+
+
+def _added(
+    run: Pass,
+    part: Part,
+    place: str,
+    yours: str,
+    number: int,
+    mine: np.ndarray,
+    expected: np.ndarray,
+    limit: tuple[float, float] | None,
+) -> Added:
+    size = norm(expected)
+    apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
+    # Of an array that was not compared, as one that has the values of another, rounding may make what it does of any.
+    least = RESPONSE_FACTOR * FLOOR * UNIT[str(expected.dtype)] * size
+    allowed, inherited = limit if limit is not None else (least, None)
+    scale = size or 1.0
+    return Added(
+        run=run,
+        part=part,
+        place=place,
+        yours=yours,
+        number=number,
+        added=apart / scale,
+        inherited=inherited,
+        limit=max(allowed, least) / scale,
+    )
+
+
+def turned(turn: Turn | None, array: np.ndarray) -> np.ndarray:
+    """The array in the reference's layout, where there is a way."""
+    return array if turn is None or turn.shape != array.shape else turn(array)
