@@ -51,6 +51,9 @@ COLUMNS: dict[str, Column] = {
     "flax": Column(backend="resnet_flax.backend", requires=("jax", "flax", "optax"), extra="flax"),
 }
 ALIASES = {"keras": "keras:tensorflow"}
+# Whose framework is not known before its function is called: a process for a user's own model.
+USER = "model"
+PROCESSES = COLUMNS | {USER: Column(backend="common.parity.workshop", requires=(), extra="")}
 
 
 def resolve(name: str) -> str:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from common import errors
-from common.backends.columns import COLUMNS, environment, resolve
+from common.backends.columns import PROCESSES, USER, environment, resolve
 from common.backends.messages import Done, Failed, Request, Step
 from common.errors import BackendCrashed, BackendError, ParityError
 
@@ -26,13 +26,15 @@ Answer = TypeVar("Answer")
 class BackendProcess:
     """A process that holds one framework and does one request after another; a context manager.
 
-    `threads` is the number of threads that the framework may use.
+    `threads` is the number of threads that the framework may use. `USER` for a name is a process for a user's model;
+    errors then speak of it as `called`.
     """
 
-    def __init__(self, name: str, threads: int = 1) -> None:
+    def __init__(self, name: str, threads: int = 1, called: str | None = None) -> None:
         """Start the process; it imports the framework while the caller goes on. Raises as `resolve`."""
-        self.name = resolve(name)
+        self.name = USER if name == USER else resolve(name)
         self.threads = threads
+        self._called = called or f"backend {self.name}"
         self.seconds: dict[str, float] = {}
         self.peak_bytes = 0
         self._step = "starting"
@@ -42,7 +44,7 @@ class BackendProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=environment(COLUMNS[self.name], threads),
+            env=environment(PROCESSES[self.name], threads),
             # Ctrl-C goes to this process, which then ends the others in its own order.
             start_new_session=True,
         )
@@ -58,6 +60,10 @@ class BackendProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -91,7 +97,7 @@ class BackendProcess:
                     self._step = message.what
                     progress(message.what)
                 case Failed():
-                    raise _remote_error(self.name, message)
+                    raise _remote_error(self._called, message)
                 case Done():
                     for what, seconds in message.seconds.items():
                         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
@@ -106,12 +112,12 @@ class BackendProcess:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         last = f"its last output: {lines[-1][:300]}" if lines else "it printed nothing"
-        return BackendCrashed(f"backend {self.name}: its process {how} while {self._step}; {last}")
+        return BackendCrashed(f"{self._called}: its process {how} while {self._step}; {last}")
 
 
-def _remote_error(name: str, failed: Failed) -> ParityError:
+def _remote_error(called: str, failed: Failed) -> ParityError:
     cls = getattr(errors, failed.kind, None)
     if cls is not None:
         error: ParityError = cls(failed.message)
         return error
-    return BackendError(f"backend {name}: {failed.kind}: {failed.message}")
+    return BackendError(f"{called}: {failed.kind}: {failed.message}")

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.backends.columns import COLUMNS
+from common.backends.columns import PROCESSES
 from common.backends.messages import Clock, Done, Failed, Request, Step
 from common.backends.protocol import Backend
 from common.errors import ParityError
@@ -81,7 +81,7 @@ def main() -> None:
                 raise request
             if backend is None:
                 with clock.step("import"):
-                    backend = importlib.import_module(COLUMNS[name].backend).start(threads)
+                    backend = importlib.import_module(PROCESSES[name].backend).start(threads)
                 gc.collect()
                 gc.freeze()  # a framework is a million objects that live as long as the process
             answer = request.perform(backend, clock)

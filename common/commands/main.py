@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from common.commands import experiment, prove, train, weights
+from common.commands import experiment, models, prove, train, weights
 from common.commands.terminal import WRONG, err
 from common.errors import ParityError
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (prove, weights, train, experiment):
+for group in (prove, models, weights, train, experiment):
     app.add_typer(group.app)
 
 

@@ -12,6 +12,7 @@ from common import architectures, checkpoints, images
 from common.architectures import Spec, running
 from common.architectures.layers import output_shapes
 from common.backends.columns import COLUMNS
+from common.commands.models import InputsFile, is_reference, record_model
 from common.commands.options import grouped
 from common.commands.terminal import DIFFERENT, WRONG, check_writable, choices, examples, out, progress_bar
 from common.errors import InputError, SpecError
@@ -161,26 +162,45 @@ def check(
 
 @app.command(
     rich_help_panel=_PANEL,
-    epilog=examples("resnet-parity record torch resnet50 -o before.safetensors"),
+    epilog=examples(
+        "resnet-parity record torch resnet50 -o before.safetensors",
+        "resnet-parity record mine.py:model -o mine.safetensors",
+    ),
 )
 @grouped
 def record(
-    backend: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
+    backend: Annotated[
+        str,
+        typer.Argument(
+            metavar="BACKEND|FILE.py:FUNCTION", help=f"One of {', '.join(COLUMNS)}; or what makes a model of your own."
+        ),
+    ],
     variant: Annotated[str | None, typer.Argument(help="A named variant.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="One of float64, float32.")] = "float64",
     spec: SpecFile = None,
+    inputs: InputsFile = None,
     *,
     conditions: Conditions,
     response: Annotated[
         bool, typer.Option(help="Measure the one-ulp response; one of the records that are compared needs it.")
     ] = True,
 ) -> None:
-    """Record what one backend computes, to be compared later or elsewhere."""
-    name, found = _one_spec(variant, spec)
+    """Record what one backend computes, or a model of your own, to be compared later or elsewhere."""
     dtypes = choices("dtype", dtype, DTYPES)
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype} names {len(dtypes)} types; a record has one")
+    if is_reference(backend):
+        if unused := [
+            o for o, v in {"a variant": variant, "--spec": spec, "--weights": conditions.weights}.items() if v
+        ]:
+            raise InputError(f"{backend} makes the model itself; {' and '.join(unused)} would say of another")
+        mode = conditions.mode if conditions.mode != _USUAL_MODES else None
+        record_model(backend, output, dtype, mode, inputs, response=response)
+        return
+    if inputs is not None:
+        raise InputError("--inputs is for a model of your own, FILE.py:FUNCTION; give --image")
+    name, found = _one_spec(variant, spec)
     case = conditions.case(name, found, dtypes)
     check_writable(output)
     with progress_bar(name, None) as progress:

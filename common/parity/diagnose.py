@@ -1,12 +1,420 @@
 """From where two models differ to why: gathers the evidence of each failing place, and asks for its causes."""
 
-from common.diagnosis.evidence import Diagnosis
-from common.parity.localise import Localised
-from common.parity.matching import Matching
-from common.parity.record import Record
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from common.diagnosis.evidence import (
+    Backward,
+    Diagnosis,
+    Explained,
+    Finding,
+    GlueEvidence,
+    LayerEvidence,
+    Side,
+    Statistics,
+)
+from common.diagnosis.glue import explain_glue
+from common.diagnosis.images import explain_input
+from common.diagnosis.layers import explain_layer
+from common.foreign.operations import Conv, from_data
+from common.foreign.protocol import Trace
+from common.parity.levels import EXPLAINED, SAME_VALUES
+from common.parity.localise import Added, Localised, Reference
+from common.parity.matching import Matching, held_of, turns
+from common.parity.names import ArrayName, Pass
+from common.parity.record import LayerCall, Record, Source, distance, norm
+
+_NEAREST = 40  # arrays before a place that plain code there may have been made of
 
 
 def diagnose(reference: Record, other: Record, matching: Matching, localised: Localised) -> Diagnosis:
-    """Every defect that `localised` shows, with its causes."""
-    del reference, other, matching, localised
-    return Diagnosis()
+    """Every defect that `localised` shows, with its causes: those on the way forward first, and on the way back what
+    none of them explains."""
+    case = _Case(reference, other, matching, localised)
+    failing = localised.failing
+    forward = [one for one in failing if not one.backward]
+    found: list[Explained] = []
+    for one in forward or failing:
+        if one.part == "statistic" and any(d.place == _layer(case, one) for d in found):
+            continue  # of a layer whose output is off already
+        if (explained := case.explain(one)) is not None:
+            found.append(explained)
+    return Diagnosis(defects=tuple(_merged(found)))
+
+
+def _layer(case: "_Case", one: Added) -> str:
+    owner = case.owner(one.place)
+    return owner[1].layer if owner else one.yours
+
+
+def _merged(found: Sequence[Explained]) -> Iterator[Explained]:
+    """Each defect once: of a layer that is called several times, and of a stride that stands on another layer."""
+    seen: set[tuple[str, str]] = set()
+    strides = [e for e in found if e.best is not None and e.best.cause == "stride"]
+    for explained in found:
+        best = explained.best
+        key = (explained.place, best.cause if best else "")
+        if key in seen:
+            continue
+        seen.add(key)
+        if best is not None and best.cause == "stride" and len(strides) > 1:
+            if explained is strides[0]:
+                others = " and ".join(f"`{e.place}`" for e in strides[1:])
+                moved = replace(
+                    best, reference=f"{best.reference}; the other way round in {others}: the stride is moved"
+                )
+                yield replace(explained, best=moved)
+            continue
+        yield explained
+
+
+class _Case:
+    """Two records, how they match, and what the other made of the reference's values."""
+
+    def __init__(self, reference: Record, other: Record, matching: Matching, localised: Localised) -> None:
+        self.ours, self.theirs = Reference(reference), Reference(other)
+        self.matching, self.localised = matching, localised
+        self.layouts = reference.manifest.layout, other.manifest.layout
+        self.backend = other.manifest.backend
+        self.pair = dict(matching.calls)
+        self.weights = [{name.place: name for name in record if name.kind == "weight"} for record in (reference, other)]
+
+    def explain(self, one: Added) -> Explained | None:
+        """The causes of one failing place; None where it says nothing that another does not say."""
+        if one.part in ("input", "result"):
+            return self._explain_glue(one)
+        if one.part == "layer":
+            evidence = self._layer_evidence(one)
+            if evidence is None:
+                return None
+            found = [*self._of_other_arrays(one, evidence), *explain_layer(evidence)]
+            return _answer(self._place(one), found)
+        return self._explain_parameter(one)
+
+    def owner(self, parameter: str) -> tuple[LayerCall, LayerCall] | None:
+        """The calls of the layer that holds a parameter of the reference."""
+        for (run, name), call in self.ours.calls.items():
+            if any(held["name"] == parameter for held in call.arrays.values()) and name in self.pair:
+                other = self.theirs.calls.get((run, self.pair[name]))
+                if other is not None:
+                    return call, other
+        return None
+
+    def _place(self, one: Added) -> str:
+        return one.yours if one.yours == one.place else f"{one.yours} ({one.place} in the reference)"
+
+    def _layer_evidence(self, one: Added) -> LayerEvidence | None:
+        ours, theirs = self.ours.calls[one.run, one.place], self.theirs.calls[one.run, one.yours]
+        trace = self.localised.traces[one.run]
+        inputs = [self.ours.source(one.run, source) for source in ours.inputs]
+        outputs = [self.ours.source(one.run, source) for source in ours.outputs]
+        made = trace.outputs.get(one.yours, ())
+        if any(array is None for array in (*inputs, *outputs)) or not made:
+            return None
+        expected = outputs[one.number]
+        assert expected is not None
+        return LayerEvidence(
+            training=one.run == "train",
+            inputs=tuple(_last(array, self.layouts[0], ours) for array in inputs if array is not None),
+            reference=self._side(0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None)),
+            yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made)),
+            limit=one.limit * norm(expected),
+        )
+
+    def _turned(self, made: np.ndarray, expected: np.ndarray, ours: LayerCall, theirs: LayerCall) -> np.ndarray:
+        """An array of the other, channels last; where it fits, in the reference's shape."""
+        found = next(turns(expected.shape, self.layouts[0], made.shape, self.layouts[1]), None)
+        if found is not None:
+            return _last(found(made), self.layouts[0], ours)
+        return _last(made, self.layouts[1], theirs)
+
+    def _side(self, which: int, call: LayerCall, outputs: tuple[np.ndarray, ...]) -> Side:
+        record = (self.ours, self.theirs)[which].record
+        return Side(
+            backend=record.manifest.backend,
+            layer=call.name,
+            kind=call.kind,
+            operation=from_data(call.operation),
+            arrays={
+                role: held_of(held).canonical(record[self.weights[which][held["name"]]])
+                for role, held in call.arrays.items()
+                if held["name"] in self.weights[which]
+            },
+            outputs=outputs,
+        )
+
+    def _of_other_arrays(self, one: Added, evidence: LayerEvidence) -> Iterator[Finding]:
+        """Whether the layer holds what another layer of the reference holds: a shared layer, or arrays in another
+        order."""
+        theirs = self.theirs.calls[one.run, one.yours]
+        again = sum(call.layer == theirs.layer for (run, _), call in self.theirs.calls.items() if run == one.run) > 1
+        for role, mine in evidence.yours.arrays.items():
+            own = evidence.reference.arrays.get(role)
+            if own is None or own.shape != mine.shape or not mine.any() or _same(own, mine):
+                continue
+            for (run, name), call in self.ours.calls.items():
+                held = call.arrays.get(role)
+                if run != one.run or held is None or name == one.place or held["name"] not in self.weights[0]:
+                    continue
+                array = held_of(held).canonical(self.ours.record[self.weights[0][held["name"]]])
+                if array.ndim and array.shape == mine.shape and np.ptp(array) and _same(array, mine):
+                    yield Finding(
+                        cause="shared_layer" if again else "block_order",
+                        place=self._place(one),
+                        yours=f"is `{theirs.layer}` once more" if again else f"holds the {role} of `{call.layer}`",
+                        reference=f"has a layer of its own there, `{one.place}`"
+                        if again
+                        else f"has its own there ({held['name'].rpartition('.')[0] or one.place})",
+                        remedy="Make a layer for each call."
+                        if again
+                        else "Load each layer's own arrays: an order of definition is no name.",
+                        before=one.added,
+                        after=distance(array, mine) / norm(array),
+                        cost=0.5,
+                    )
+                    return
+
+    def _explain_glue(self, one: Added) -> Explained | None:
+        evidence = self._glue_evidence(one)
+        if evidence is None:
+            return None
+        findings = list(self._of_blocks(one, evidence))
+        given = [array for name, array in evidence.sources.items() if name.startswith("the model's input")]
+        if given and evidence.reference.ndim == 4 and any(_same(evidence.reference, array) for array in given):
+            findings += [
+                replace(found, place=evidence.place) for found in explain_input(evidence.reference, evidence.yours)
+            ]
+        findings += explain_glue(evidence)
+        return _answer(evidence.place, findings)
+
+    def _glue_evidence(self, one: Added) -> GlueEvidence | None:
+        trace = self.localised.traces[one.run]
+        order = [call for (run, _), call in self.ours.calls.items() if run == one.run]
+        if one.part == "result":
+            name = ArrayName(one.run, "result", one.place)
+            expected: np.ndarray | None = self.ours.record[name]
+            theirs, turn = self.matching.results[one.place]
+            seen = turn(np.asarray(trace.results["" if theirs == "output" else theirs]))
+            place, before, own = "the output" if one.place == "output" else f"output {one.place}", order, ""
+        else:
+            call = self.ours.calls[one.run, one.place]
+            source = call.inputs[one.number]
+            expected, own = self.ours.source(one.run, source), source.name
+            array = trace.inputs[one.yours][one.number]
+            if expected is None:
+                return None
+            found = next(turns(expected.shape, self.layouts[0], array.shape, self.layouts[1]), None)
+            seen = array if found is None else found(array)
+            place = f"the input of {self._place(one)}"
+            before = order[: next(i for i, other in enumerate(order) if other.name == one.place)]
+        assert expected is not None
+        return GlueEvidence(
+            training=one.run == "train",
+            place=place,
+            backend=self.backend,
+            sources=dict(self._sources(one.run, before, own, expected)),
+            reference=_last(expected, self.layouts[0], None),
+            yours=_last(seen, self.layouts[0], None),
+            limit=one.limit * norm(expected),
+        )
+
+    def _sources(
+        self, run: Pass, before: Sequence[LayerCall], own: str, expected: np.ndarray
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """What there was before, nearest first; from further away what has the shape of the result."""
+        seen: set[str] = set()
+        for call in reversed(before):
+            for source in (*reversed(call.outputs), *call.inputs):
+                near = len(seen) < _NEAREST
+                if source.name in seen or (source.name == own and source.name.startswith("into/")):
+                    continue
+                array = self.ours.source(run, Source(name=source.name, shape=source.shape, moved=source.moved))
+                if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):
+                    continue
+                seen.add(source.name)
+                kind, _, place = source.name.partition("/")
+                words = {"tap": place, "into": f"the input of {place}", "given": f"the model's input {place}"}
+                yield words[kind], _last(array, self.layouts[0], None)
+        for name in self.ours.record:
+            if name.kind == "given" and f"given/{name.place}" not in seen:
+                array = self.ours.record[name]
+                if array.dtype.kind == "f":
+                    yield f"the model's input {name.place}", _last(array, self.layouts[0], None)
+
+    def _of_blocks(self, one: Added, evidence: GlueEvidence) -> Iterator[Finding]:
+        """Whether layers without a counterpart stand before the place: what is left without them."""
+        trace = self.localised.traces[one.run]
+        for which, names in enumerate(self.matching.unmatched):
+            calls = [call for (run, _), call in (self.ours, self.theirs)[which].calls.items() if run == one.run]
+            position = {call.name: i for i, call in enumerate(calls)}
+            end = position.get((one.place, one.yours)[which], len(calls))
+            matched = {pair[which] for pair in self.matching.calls}
+            start = max((i for i, c in enumerate(calls[:end]) if c.name in matched and c.leaf), default=-1)
+            alone = [c for c in calls[start + 1 : end] if c.name in names]
+            if not alone:
+                continue
+            words = ", ".join(f"`{call.name}`" for call in alone[:3]) + (", …" if len(alone) > 3 else "")
+            if which == 1:
+                # Without them it would get what they get.
+                arrays = [a for call in alone for a in trace.inputs.get(call.name, ()) if a.size == evidence.yours.size]
+                left = [_left(evidence.reference, a, self.layouts) for a in arrays]
+                yours, ours, cause = f"runs {words} before it", "has no such layer", "block_extra"
+            else:
+                sources = [self.ours.source(one.run, s) for call in alone for s in call.inputs]
+                left = [_left(evidence.yours, a, (self.layouts[0],) * 2) for a in sources if a is not None]
+                yours, ours, cause = "has no such layer", f"runs {words} before it", "block_missing"
+            if left and min(left) < np.inf:
+                yield Finding(
+                    cause=cause,
+                    place=evidence.place,
+                    yours=yours,
+                    reference=ours,
+                    remedy="",
+                    before=one.added,
+                    after=min(left),
+                    cost=0.8,
+                )
+
+    def _explain_parameter(self, one: Added) -> Explained | None:
+        """A running statistic, a gradient, or what came back to an output."""
+        if one.part == "cotangent":
+            return self._explain_way_back(one)
+        owner = self.owner(one.place)
+        if owner is None:
+            return Explained(place=self._place(one), best=None)
+        ours, theirs = owner
+        outputs = Added(
+            run=one.run,
+            part="layer",
+            place=ours.name,
+            yours=theirs.name,
+            added=one.added,
+            inherited=None,
+            limit=one.limit,
+        )
+        evidence = self._layer_evidence(outputs)
+        if evidence is None:
+            return Explained(place=theirs.layer, best=None)
+        trace = self.localised.traces[one.run]
+        if one.part == "statistic":
+            evidence = replace(evidence, statistics=self._statistics(one.run, ours, theirs, trace))
+        else:
+            evidence = replace(evidence, backward=self._way_back(one.run, ours, theirs, trace))
+        place = theirs.layer if theirs.layer == ours.layer else f"{theirs.layer} ({ours.layer} in the reference)"
+        return _answer(place, explain_layer(evidence))
+
+    def _statistics(self, run: Pass, ours: LayerCall, theirs: LayerCall, trace: Trace) -> tuple[Statistics, Statistics]:
+        first, second = {}, {}
+        for role, held in ours.arrays.items():
+            name = ArrayName(run, "stat", held["name"])
+            if name in self.ours.record:
+                first[role] = held_of(held).canonical(self.ours.record[name])
+        for role, held in theirs.arrays.items():
+            if held["name"] in trace.statistics:
+                second[role] = held_of(held).canonical(trace.statistics[held["name"]])
+        sides = self._side(0, ours, ()), self._side(1, theirs, ())
+        return (
+            Statistics(before={role: sides[0].arrays[role] for role in first}, after=first),
+            Statistics(before={role: sides[1].arrays[role] for role in second}, after=second),
+        )
+
+    def _way_back(
+        self, run: Pass, ours: LayerCall, theirs: LayerCall, trace: Trace
+    ) -> tuple[Backward, Backward] | None:
+        name = ArrayName(run, "cotangent", ours.name)
+        if name not in self.ours.record:
+            return None
+        cotangent = _last(self.ours.record[name], self.layouts[0], ours)
+        gradients: list[dict[str, np.ndarray]] = [{}, {}]
+        for role, held in ours.arrays.items():
+            if (of := ArrayName(run, "grad", held["name"])) in self.ours.record:
+                gradients[0][role] = held_of(held).canonical(self.ours.record[of])
+        for role, held in theirs.arrays.items():
+            if held["name"] in trace.gradients:
+                gradients[1][role] = held_of(held).canonical(trace.gradients[held["name"]])
+        first, second = (Backward(cotangent=cotangent, of_inputs=(), of_arrays=found) for found in gradients)
+        return first, second
+
+    def _explain_way_back(self, one: Added) -> Explained | None:
+        """Nothing, or a part, of what should come back to an output."""
+        trace = self.localised.traces[one.run]
+        expected = self.ours.record[ArrayName(one.run, "cotangent", _numbered(one.place, one.number))]
+        got = trace.cotangents[one.yours][one.number]
+        place = self._place(one)
+        if got is None or not np.any(got):
+            finding = Finding(
+                cause="detached",
+                place=place,
+                yours="gets no gradient from what follows it",
+                reference="does",
+                remedy=_DETACHED.get(self.backend.partition(":")[0], ""),
+                before=one.added,
+                after=0.0,
+            )
+            return Explained(place=place, best=finding)
+        mine = next(turns(expected.shape, self.layouts[0], got.shape, self.layouts[1]), None)
+        back = got if mine is None else mine(got)
+        scale = float(np.vdot(expected, back) / np.vdot(expected, expected)) if expected.shape == back.shape else 0.0
+        left = distance(back, scale * expected) / norm(expected) if scale else 1.0
+        if left <= EXPLAINED[str(expected.dtype)]:
+            finding = Finding(
+                cause="gradient_scaled",
+                place=place,
+                yours=f"gets {scale:.6g} times the gradient from what follows it",
+                reference="gets it as it is",
+                remedy="",
+                before=one.added,
+                after=left,
+            )
+            return Explained(place=place, best=finding)
+        return Explained(place=place, best=None)
+
+
+_DETACHED = {
+    "torch": "Look for .detach(), .data, torch.no_grad() or a way through NumPy behind it.",
+    "keras": "Look for keras.ops.stop_gradient, or a way through NumPy, behind it.",
+    "flax": "Look for jax.lax.stop_gradient behind it.",
+}
+
+
+def _answer(place: str, findings: Sequence[Finding]) -> Explained:
+    """The finding that leaves least; of those that leave nothing but rounding the plainest."""
+    ranked = sorted(findings, key=lambda found: (not _explains(found), found.cost if _explains(found) else found.after))
+    best = ranked[0] if ranked and _explains(ranked[0]) else None
+    others = [found for found in ranked if best is None or found.cause != best.cause]
+    return Explained(place=place, best=best, runner_up=others[0] if others else None)
+
+
+def _explains(found: Finding) -> bool:
+    return found.after <= 1e-3 * found.before
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}[{number}]" if number else name
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
+
+
+def _last(array: np.ndarray, layout: str, call: LayerCall | None) -> np.ndarray:
+    """Channels last."""
+    operation = from_data(call.operation) if call is not None else None
+    rows = isinstance(operation, Conv) and len(operation.strides) == 1
+    if layout == "channels_first" and (array.ndim >= 4 or (rows and array.ndim == 3)):
+        return np.moveaxis(array, 1, -1)
+    return array
+
+
+def _left(expected: np.ndarray, array: np.ndarray, layouts: Sequence[str]) -> float:
+    """How far an array is from another, channels last, in the layout that is nearest."""
+    size = norm(expected) or 1.0
+    return min(
+        (
+            distance(turn(array), expected) / size
+            for turn in turns(expected.shape, "channels_last", array.shape, layouts[1])
+        ),
+        default=np.inf,
+    )

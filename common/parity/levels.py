@@ -53,6 +53,12 @@ RANDOM = {"float64": 1e-8, "float32": 1e-3}
 # far above rounding in float64, far below any fault that a diagnosis could name. No verdict depends on it.
 SAME_VALUES = 1e-6
 
+# A hypothesis explains a difference where the reference, changed by it, is left with so little of the other's norm, and
+# with so small a share of the difference. Both are far above rounding (1e-15 and 1e-7 of a layer alone) and far below
+# what any two hypotheses differ by: one that is nearly right leaves a hundredth of a difference, not a thousandth.
+EXPLAINED = {"float64": 1e-10, "float32": 1e-5}
+EXPLAINED_SHARE = 1e-3
+
 # A tensor with a larger share of zeros carries too little to prove anything.
 ZERO_SHARE = 0.95
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.errors import ModelError
+from common.errors import ModelError, RecordError
 from common.foreign.protocol import Held
 from common.parity.levels import SAME_VALUES
 from common.parity.names import ArrayName, Pass
@@ -27,34 +27,47 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Turn:
-    """How an array of the other model, of this shape, becomes the reference's: by steps, each a transposition of axes
-    or another shape."""
+    """How an array of the other model, of this shape, becomes the reference's: by steps, each a transposition of axes,
+    another shape, or another order of rows."""
 
     shape: Shape
-    steps: tuple[tuple[Literal["axes", "shape"], Shape], ...] = ()
+    steps: tuple[tuple[Literal["axes", "shape", "rows"], Shape], ...] = ()
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
         """The array in the reference's layout."""
         for kind, value in self.steps:
-            array = array.transpose(value) if kind == "axes" else array.reshape(value)
+            array = _step(array, kind, value)
         return array
 
     def back(self, array: np.ndarray) -> np.ndarray:
         """An array of the reference in the layout of the other model."""
-        shapes = [self.shape]
-        for kind, value in self.steps:
-            shapes.append(tuple(shapes[-1][axis] for axis in value) if kind == "axes" else value)
-        for (kind, value), shape in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
-            array = array.transpose(np.argsort(value)) if kind == "axes" else array.reshape(shape)
+        for (kind, value), shape in zip(reversed(self.steps), reversed(self._shapes[:-1]), strict=True):
+            array = array.reshape(shape) if kind == "shape" else _step(array, kind, _inverse(value))
         return array
 
     @property
     def turned(self) -> Shape:
         """The shape in the reference."""
-        shape = self.shape
+        return self._shapes[-1]
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        """Before the first step, and behind each."""
+        shapes = [self.shape]
         for kind, value in self.steps:
-            shape = tuple(shape[axis] for axis in value) if kind == "axes" else value
-        return shape
+            last = shapes[-1]
+            shapes.append(value if kind == "shape" else last if kind == "rows" else tuple(last[i] for i in value))
+        return shapes
+
+
+def _step(array: np.ndarray, kind: str, value: Shape) -> np.ndarray:
+    match kind:
+        case "axes":
+            return array.transpose(value)
+        case "shape":
+            return array.reshape(value)
+        case _:
+            return array[list(value)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +102,8 @@ def match(reference: Record, other: Record, table: Mapping[str, str] | None = No
         _of_call(a.call[one], b.call[two], a, b, arrays, cotangents, parameters)
     _arrays_by_values(a, b, arrays)
     _parameters_by_name(a, b, parameters)
-    taken = set(calls.values())
+    found = set(calls.values())
+    there = {name for name, _ in arrays.values()}
     return Matching(
         calls=tuple(sorted(calls.items(), key=lambda pair: a.position[pair[0]])),
         arrays=arrays,
@@ -97,10 +111,15 @@ def match(reference: Record, other: Record, table: Mapping[str, str] | None = No
         results=results,
         parameters=parameters,
         unmatched=(
-            tuple(call.name for call in a.calls if call.leaf and call.name not in calls),
-            tuple(call.name for call in b.calls if call.leaf and call.name not in taken),
+            # A layer of the one may be plain code in the other: its output was found then.
+            tuple(c.name for c in a.calls if c.leaf and c.name not in calls and not _outputs(c) & arrays.keys()),
+            tuple(c.name for c in b.calls if c.leaf and c.name not in found and not _outputs(c) & there),
         ),
     )
+
+
+def _outputs(call: LayerCall) -> set[str]:
+    return {source.name for source in call.outputs}
 
 
 def aligned(reference: Record, other: Record, matching: Matching) -> tuple[Record, Record]:
@@ -194,7 +213,7 @@ class _Model:
         for call in self.calls:
             self.layers[call.layer].append(call)
         self.weights = {name.place: name for name in record if name.kind == "weight"}
-        self.held = {held["name"]: Held(**_tuples(held)) for call in self.calls for held in call.arrays.values()}
+        self.held = {held["name"]: held_of(held) for call in self.calls for held in call.arrays.values()}
         self._facts: dict[str, tuple[float, float, float]] = {}
 
     @cached_property
@@ -229,14 +248,25 @@ class _Model:
         return self._facts[source]
 
 
-def _tuples(held: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
+def held_of(data: Mapping[str, Any]) -> Held:
+    """What `LayerCall.arrays` has as data."""
+    axes, shape = (tuple(data[key]) if data.get(key) is not None else None for key in ("axes", "shape"))
+    return Held(name=data["name"], axes=axes, shape=shape)
 
 
 def turns(a: Shape, a_layout: str, b: Shape, b_layout: str) -> Iterator[Turn]:
     """Ways to read an array of shape `b` as one of shape `a`, the likeliest first."""
     if prod(a) != prod(b):
         return
+    # Rows on one side: a map flattened as it lies there, or as the other model has it.
+    if len(b) == 2 < len(a) and a[0] == b[0]:
+        for layout in dict.fromkeys((b_layout, a_layout)):
+            axes = _readings(len(a), a_layout)[0] if layout != a_layout else tuple(range(len(a)))
+            yield Turn(b, (("shape", tuple(a[axis] for axis in axes)), ("axes", _inverse(axes))))
+    if len(a) == 2 < len(b) and a[0] == b[0]:
+        for layout in dict.fromkeys((a_layout, b_layout)):
+            axes = _readings(len(b), b_layout)[0] if layout != b_layout else tuple(range(len(b)))
+            yield Turn(b, (("axes", axes), ("shape", a)))
     for first in _readings(len(b), b_layout):
         for second in _readings(len(a), a_layout):
             theirs, ours = [b[axis] for axis in first], [a[axis] for axis in second]
@@ -374,33 +404,22 @@ def _parameter_turns(a: np.ndarray, b: np.ndarray, a_held: Held | None, b_held: 
 def _rows_turn(one: LayerCall, two: LayerCall, a: _Model, b: _Model) -> Turn | None:
     """Of a dense layer below a map that is flattened: its kernel's rows, from the order of the other to that of the
     reference."""
-    if not (one.inputs and two.inputs and a.has(one.inputs[0].name) and b.has(two.inputs[0].name)):
+    if not (one.inputs and two.inputs and "kernel" in one.arrays and "kernel" in two.arrays):
+        return None
+    if len(one.inputs[0].shape) != 2 or not (a.has(one.inputs[0].name) and b.has(two.inputs[0].name)):
         return None
     ours, theirs = a.array(one.inputs[0].name), b.array(two.inputs[0].name)
-    if len(one.inputs[0].shape) != 2 or ours.ndim < 4 or ours.ndim != theirs.ndim:
+    turn = _best_turn(ours, theirs, a.layout, b.layout) if max(ours.ndim, theirs.ndim) > 2 else None
+    if turn is None or ours.shape[0] != theirs.shape[0]:
         return None
-    held = [Held(**_tuples(call.arrays["kernel"])) for call in (one, two) if "kernel" in call.arrays]
-    turn = _best_turn(ours, theirs, a.layout, b.layout)
-    axes = None if turn is None else _permutation(turn)
-    if len(held) != 2 or axes is None or axes[0] != 0:
-        return None
+    numbers = np.broadcast_to(np.arange(theirs[0].size).reshape(theirs.shape[1:]), theirs.shape)
+    rows = tuple(int(row) for row in turn(numbers)[0].reshape(-1))
+    held = [held_of(call.arrays["kernel"]) for call in (one, two)]
     kernel = b.weight(held[1].name)
-    canonical = held[1].canonical(kernel).shape
-    to_rows = ("axes", held[1].axes or (0, 1))
-    rows = ("shape", (*theirs.shape[1:], canonical[-1])), ("axes", (*(axis - 1 for axis in axes[1:]), len(axes) - 1))
-    back = ("shape", canonical), ("axes", _inverse(held[0].axes or (0, 1)))
-    return Turn(kernel.shape, (to_rows, *rows, *back))  # type: ignore[arg-type]
-
-
-def _permutation(turn: Turn) -> Shape | None:
-    """The axes of the other in the reference's order; None where the number of axes changes."""
-    axes, shape = tuple(range(len(turn.shape))), turn.shape
-    for kind, value in turn.steps:
-        if kind == "axes":
-            axes, shape = tuple(axes[axis] for axis in value), tuple(shape[axis] for axis in value)
-        elif value != shape:
-            return None
-    return axes
+    return Turn(
+        kernel.shape,
+        (("axes", held[1].axes or (0, 1)), ("rows", rows), ("axes", _inverse(held[0].axes or (0, 1)))),
+    )
 
 
 def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: Mapping[str, tuple[str, Turn]]) -> None:
@@ -626,3 +645,35 @@ def _parameters_by_name(a: _Model, b: _Model, parameters: dict[str, tuple[str, T
         found = theirs.get(_words(name), [])
         if name not in parameters and len(found) == 1:
             _add_parameter(a, b, name, found[0], parameters)
+
+
+def in_one_view(records: Sequence[Record], tables: Sequence[Mapping[str, str] | None] | None = None) -> list[Record]:
+    """Records of models with the names and layouts of the first that carries a response, which comes first.
+
+    Raises `RecordError` for records of other inputs, `ModelError` as `match`.
+    """
+    reference = next((record for record in records if record.response), records[0])
+    others = [record for record in records if record is not reference]
+    for other in others:
+        _check_inputs(reference, other)
+    matchings = [match(reference, other, tables[i] if tables else None) for i, other in enumerate(others)]
+    views = [aligned(reference, other, found)[1] for other, found in zip(others, matchings, strict=True)]
+    return [reference.restricted({name for view in views for name in view.arrays}), *views]
+
+
+def _check_inputs(a: Record, b: Record) -> None:
+    """Both were called with the same arrays, in whatever layout."""
+    given = [{name.place: name for name in record if name.kind == "given"} for record in (a, b)]
+    for record in (a, b):
+        if not record.manifest.layout:
+            raise RecordError(
+                f"{record.path} is no record of a user's model, and the other one is; compare like with like"
+            )
+    for place, name in given[0].items():
+        ours = a[name]
+        theirs = b[given[1][place]] if place in given[1] else None
+        layouts = a.manifest.layout, b.manifest.layout
+        if theirs is None or not any(
+            np.array_equal(ours, turn(theirs)) for turn in turns(ours.shape, layouts[0], theirs.shape, layouts[1])
+        ):
+            raise RecordError(f"{a.path} and {b.path} are records of different inputs: {place} is not the same")

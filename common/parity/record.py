@@ -142,8 +142,11 @@ class Record(Mapping[ArrayName, np.ndarray]):
         self._getters = getters
 
     @classmethod
-    def read(cls, path: Path | str) -> Self:
-        """The record at `path`, memory-mapped. Raises `RecordError` for a file that is no record or damaged."""
+    def read(cls, path: Path | str, called: str | None = None) -> Self:
+        """The record at `path`, memory-mapped, and what people call it, where that is no path.
+
+        Raises `RecordError` for a file that is no record or damaged.
+        """
         path = Path(path)
         file = opened(path, RecordError)
         metadata = file.metadata() or {}
@@ -159,7 +162,9 @@ class Record(Mapping[ArrayName, np.ndarray]):
 
         try:
             manifest = Manifest.from_data(json.loads(metadata.get("manifest", "")))
-            return cls(path, manifest, {ArrayName.parse(name): partial(get, name) for name in file.keys()})
+            return cls(
+                Path(called or path), manifest, {ArrayName.parse(name): partial(get, name) for name in file.keys()}
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: the manifest is damaged: {reason(error)}") from None
 

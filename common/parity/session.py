@@ -17,6 +17,7 @@ from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, step_count, tasks
 from common.parity.compare import Comparison, compare
 from common.parity.levels import DRAWS, ORDERS
+from common.parity.matching import in_one_view
 from common.parity.record import Record
 
 Progress = Callable[[str, str], None]
@@ -206,6 +207,8 @@ def compare_files(paths: Sequence[Path]) -> list[Comparison]:
 
 
 def _compare_group(group: list[Record], groups: Mapping[str, list[Record]]) -> Comparison:
+    if any(record.manifest.layout for record in group):
+        group = in_one_view(group)
     first = group[0].manifest
     given = first.weights, first.inputs
     float32 = next((r for r in groups.get("float32", []) if r.response), None)

@@ -6,11 +6,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from common.diagnosis.evidence import Diagnosis, Finding
 from common.errors import RecordError
 from common.files import written
 from common.parity.compare import Comparison, Difference, rank
 from common.parity.gate import OrderDependence
 from common.parity.levels import RESPONSE_FACTOR
+from common.parity.localise import Added
+from common.parity.models import ModelsResult
 from common.parity.names import ArrayName
 from common.parity.session import CheckResult
 
@@ -42,17 +45,83 @@ def as_json(results: Sequence[CheckResult]) -> dict[str, Any]:
     }
 
 
+def write_models(path: Path, result: ModelsResult) -> None:
+    """Write the result of a comparison of models. Raises `RecordError` where the file cannot be written."""
+    with written(path, RecordError) as beside:
+        beside.write_text(json.dumps(models_as_json(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def models_as_json(result: ModelsResult) -> dict[str, Any]:
+    """The comparison of a user's models as JSON data: `levels` as the `checks` of `as_json`, and one entry in `pairs`
+    for the reference and each other model: what was matched, what each layer adds, and the diagnosis."""
+    return {
+        "passed": result.passed,
+        "models": list(result.names),
+        "modes": list(result.modes),
+        "limit": RESPONSE_FACTOR,
+        "levels": [
+            {"dtype": compared.dtype, **_compared(compared), "notes": list(result.notes)}
+            for compared in result.comparisons
+        ],
+        "pairs": [
+            {
+                "models": [pair.reference, pair.other],
+                "layers": [list(names) for names in pair.matching.calls],
+                "parameters": {name: other for name, (other, _) in pair.matching.parameters.items()},
+                "unmatched": [list(names) for names in pair.matching.unmatched],
+                "added": [_added(one) for one in pair.localised.failing] if pair.localised else [],
+                "diagnosis": diagnosis_as_json(pair.diagnosis) if pair.diagnosis else [],
+            }
+            for pair in result.pairs
+        ],
+        "versions": {name: dict(versions) for name, versions in result.versions.items()},
+    }
+
+
+def diagnosis_as_json(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+    """A defect each: its place, the cause that explains it, or null, and the one that comes next."""
+    return [
+        {
+            "place": defect.place,
+            "best": _finding(defect.best) if defect.best else None,
+            "runner_up": _finding(defect.runner_up) if defect.runner_up else None,
+        }
+        for defect in diagnosis.defects
+    ]
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    return vars(found) | {
+        "sentence": found.sentence,
+        "before": _finite(found.before),
+        "after": _finite(found.after),
+    }
+
+
+def _added(one: Added) -> dict[str, Any]:
+    return vars(one) | {"added": _finite(one.added), "inherited": _finite(one.inherited or 0.0)}
+
+
 def _entry(result: CheckResult, compared: Comparison) -> dict[str, Any]:
     facts = dict(result.facts)
     recipe = facts.pop("recipe")
     return {
         "variant": result.variant,
         "dtype": compared.dtype,
+        **facts,
+        "input": result.source,
+        **_compared(compared),
+        "spec": dict(compared.subject),
+        "recipe": recipe if "steps" in compared.modes else None,
+    }
+
+
+def _compared(compared: Comparison) -> dict[str, Any]:
+    """What one level found."""
+    return {
         "level": compared.level,
         "passed": compared.passed,
         "backends": list(compared.backends),
-        **facts,
-        "input": result.source,
         "arrays": len({d.tensor for d in compared.differences}),
         "modes": _modes(compared),
         "first_difference": _difference(compared.first) if compared.first else None,
@@ -65,8 +134,6 @@ def _entry(result: CheckResult, compared: Comparison) -> dict[str, Any]:
             if not p.passed
         ],
         "float32_inside": {name: list(layers) for name, layers in compared.float32_inside.items()},
-        "spec": dict(compared.subject),
-        "recipe": recipe if "steps" in compared.modes else None,
     }
 
 
