@@ -50,13 +50,7 @@ class FlaxBackend:
         self._jit = jit
 
     def describe(self) -> dict[str, str]:
-        import jax
-
-        device = jax.devices()[0]
-        versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-        # XLA calls every processor "cpu"; on others the kind says what they are.
-        name = platform.machine() if device.platform == "cpu" else device.device_kind
-        return versions | {"python": platform.python_version(), "device": f"{device.platform} {name}"}
+        return describe()
 
     def build(self, spec: Spec, dtype: str) -> Model:
         import jax
@@ -127,6 +121,17 @@ class FlaxBackend:
                 named = from_collection(model.spec, collection, tree)
                 results |= {f"{prefix}/{name}": array for name, array in named.items() if name in wanted}
         return {name: np.asarray(array) for name, array in results.items()}
+
+
+def describe() -> dict[str, str]:
+    """Versions of what decides the numbers, and the device, as ``device``."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    # XLA calls every processor "cpu"; on others the kind says what they are.
+    name = platform.machine() if device.platform == "cpu" else device.device_kind
+    return versions | {"python": platform.python_version(), "device": f"{device.platform} {name}"}
 
 
 def start(threads: int) -> FlaxBackend:
