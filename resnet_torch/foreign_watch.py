@@ -248,6 +248,10 @@ class Casts(TorchDispatchMode):
         super().__init__()
         self._watch = watch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch loads its compiler, only to keep it away: three seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [one for one in tensors_in(tree_leaves(result)) if floats(one) and one.dtype not in _WIDE]
