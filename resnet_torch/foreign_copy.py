@@ -42,11 +42,14 @@ def copied(model: nn.Module, title: str) -> Any:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return copy.deepcopy(model, memo)
+            own = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(f"{title} cannot be copied: {one_line(error)}") from error
+    for array, original in zip(own.parameters(), model.parameters(), strict=True):
+        array.requires_grad_(original.requires_grad)  # TorchScript's copies forget it
+    return own
 
 
 def cast_to(model: nn.Module, dtype: str) -> None:
@@ -84,11 +87,8 @@ def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _widened(argument: Any) -> Any:
-    return (
-        {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(argument, argument)
-        if isinstance(argument, torch.dtype)
-        else argument
-    )
+    wider = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+    return wider.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -120,9 +120,10 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, before in buffers:
             # One that gradients ran through would take their whole graph with it.
-            module._buffers[name] = before if buffer.requires_grad else buffer
+            kept = before if buffer.requires_grad else buffer
             with torch.no_grad():
-                module._buffers[name].copy_(before)
+                kept.copy_(before)
+            module._buffers[name] = kept
         for module, training in modes:
             module.training = training
 

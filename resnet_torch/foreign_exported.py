@@ -50,7 +50,7 @@ class Operators(torch.fx.Interpreter):
         sources = [one for one in read if one.op != "get_attr" and isinstance(self.env[one], Tensor)]
         given = iter(self._watch.enter(node.name, kind, [self.env[one] for one in sources]))
         args, kwargs = map_arg((node.args, node.kwargs), lambda one: next(given) if one in sources else self.env[one])
-        result = self.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        result = self.call_function(node.target, args, kwargs)
         leaves, structure = tree_flatten(result)
         tensors = tensors_in(leaves)
         entered = self._watch.inside[-1]

@@ -83,12 +83,13 @@ class Watch:
         self.inside: list[Entered] = []
         self._title, self._wide, self._gradients, self._forced = title, wide, gradients, forced
         self._on = True
+        self._root = ""
         self._counts: dict[str, int] = {}
         self._copies = WeakIdKeyDictionary()
 
     def place(self) -> str:
         """The innermost layer at work."""
-        if not self.inside or not self.inside[-1].layer:
+        if not self.inside or self.inside[-1].layer == self._root:
             return self._title
         return f"{self._title}, layer {self.inside[-1].name!r} ({self.inside[-1].kind})"
 
@@ -109,7 +110,7 @@ class Watch:
         entered = Entered(name, layer, kind, tuple(self._copy(tensor) for tensor in tensors), axes)
         self.inside.append(entered)
         given = list(tensors)
-        for i, value in self._values("input", self._forced.get(name, _NOTHING).inputs, tensors):
+        for i, value in self._values("input", self._forced.get(name, _NOTHING).inputs, tensors).items():
             given[i] = node(tensors[i], value) if self._follows(tensors[i]) else value
             entered.taken.append((tensors[i], given[i], given[i]._version))
         return given
@@ -121,15 +122,15 @@ class Watch:
         for theirs, ours, version in entered.taken:
             if ours._version != version:  # it worked in place, and others may read that too
                 theirs.copy_(ours)
-        for tensor in tensors if call.leaf else ():
+        for tensor in tensors:
             self.check(tensor)
         trace = self.trace
         trace.calls = (*trace.calls, call)
         trace.inputs[call.name] = entered.inputs if call.leaf else ()
         trace.outputs[call.name] = tuple(self._copy(tensor) for tensor in tensors)
         forced = self._forced.get(call.name, _NOTHING)
-        values = dict(self._values("output", forced.outputs, tensors))
-        cotangents = dict(self._values("cotangent", forced.cotangents, tensors))
+        values = self._values("output", forced.outputs, tensors)
+        cotangents = self._values("cotangent", forced.cotangents, tensors)
         if self._gradients:
             trace.cotangents[call.name] = (None,) * len(tensors)
         returned = list(tensors)
@@ -156,19 +157,18 @@ class Watch:
     def modules(self, model: nn.Module) -> Iterator[None]:
         """While it lasts, every module of the model is watched; the model itself is a layer only where it calls none,
         and goes by its class."""
-        root = self._title.lower()
-        if any(path == root for path, _ in model.named_modules()):
-            root = f"{root}_"
+        taken, root = dict(model.named_modules()), self._title.lower()
+        self._root = root if root not in taken else f"{root}_"
         names = {id(array): name for name, array in (*model.named_parameters(), *model.named_buffers())}
         with ExitStack() as hooks:
-            for path, module in model.named_modules():
+            for path, module in taken.items():
                 # What computes a weight anew is a part of the layer that has the weight.
                 if isinstance(module, torch.jit.ScriptModule) or "parametrizations" in path.split("."):
                     continue
-                before, after = partial(self._before, path or root), partial(self._after, path or root, names)
-                alone = module is model
+                layer = path or self._root
+                before, after = partial(self._before, layer), partial(self._after, layer, names)
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(partial(after, alone), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             yield
 
     def _before(self, layer: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ class Watch:
         return replaced(leaves, structure, tensors, given)
 
     def _after(
-        self, layer: str, names: Mapping[int, str], alone: bool, module: nn.Module, args: Any, kwargs: Any, output: Any
+        self, layer: str, names: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         if not self._on:
             return None
@@ -188,7 +188,7 @@ class Watch:
             self.inside.pop()
         entered = self.inside[-1]
         returned = None
-        if not (alone and entered.around):
+        if layer != self._root or not entered.around:
             leaves, structure = tree_flatten(output)
             tensors = tensors_in(leaves)
             call = Call(
@@ -206,9 +206,8 @@ class Watch:
     def _follows(self, tensor: Tensor) -> bool:
         return self._gradients and tensor.requires_grad
 
-    def _values(
-        self, what: str, arrays: tuple[np.ndarray | None, ...], tensors: list[Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _values(self, what: str, arrays: tuple[np.ndarray | None, ...], tensors: list[Tensor]) -> dict[int, Tensor]:
+        values = {}
         for i, array in enumerate(arrays):
             if array is None:
                 continue
@@ -217,7 +216,8 @@ class Watch:
                 raise ModelError(f"{self.place()}: {what} {i} is of shape {shape}, not {array.shape}")
             with torch.no_grad():
                 # In the memory order of the one that it replaces: the sums of some kernels depend on it.
-                yield i, torch.empty_like(tensors[i]).copy_(tensor_of(array))
+                values[i] = torch.empty_like(tensors[i]).copy_(tensor_of(array))
+        return values
 
     def _copy(self, tensor: Tensor) -> np.ndarray:
         """One copy for a tensor that several layers see, which is most of them."""
@@ -247,6 +247,10 @@ class Casts(TorchDispatchMode):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch loads its compiler, only to keep it away: three seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
