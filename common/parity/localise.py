@@ -7,7 +7,7 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,7 @@ from common.foreign.protocol import Forced, Trace
 from common.parity.compare import Comparison
 from common.parity.hosts import Ask, Host
 from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
-from common.parity.matching import Matching, Turn
+from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
 
@@ -118,11 +118,13 @@ def localise(
             if (run, one) in ours.calls and (run, two) in theirs.calls
         ]
         forced = {
-            two.name: _forced(run, one, two, ours, matching, "grad" in ask.modes) for one, two in pairs if two.leaf
+            two.name: _forced(run, one, two, ours, theirs, matching, "grad" in ask.modes)
+            for one, two in pairs
+            if two.leaf
         }
         trace = host.forced(ask, run == "train", forced)
         traces[run] = trace
-        found += _forward(run, pairs, forced, trace, ours, matching, limits)
+        found += _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
         if "grad" in ask.modes:
             found += _backward(run, pairs, trace, ours, matching, limits)
     return Localised(
@@ -135,21 +137,15 @@ def localise(
 Limits = Mapping[ArrayName, tuple[float, float]]
 
 
-def _forced(run: Pass, one: LayerCall, two: LayerCall, ours: Reference, matching: Matching, gradients: bool) -> Forced:
+def _forced(
+    run: Pass, one: LayerCall, two: LayerCall, ours: Reference, theirs: Reference, matching: Matching, gradients: bool
+) -> Forced:
     """What a call of the other model is given: the reference's arrays in the other's layout."""
-    inputs: list[np.ndarray | None] = []
-    for number, theirs in enumerate(two.inputs):
-        mine = one.inputs[number] if len(one.inputs) == len(two.inputs) else None
-        found = matching.arrays.get(mine.name) if mine is not None else None
-        value = ours.source(run, Source(name=mine.name, shape=found[1].turned)) if mine and found else None
-        if found is None or found[0] != theirs.name or value is None:
-            inputs.append(None)
-            continue
-        array = found[1].back(value)
-        if theirs.moved:
-            ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == theirs.shape else (1, -1)
-            array = np.moveaxis(array, *ends)
-        inputs.append(np.ascontiguousarray(array.reshape(theirs.shape)))
+    alike = len(one.inputs) == len(two.inputs)
+    inputs = [
+        _input(run, mine, own, ours, theirs, matching) if alike else None
+        for mine, own in zip(one.inputs if alike else two.inputs, two.inputs, strict=True)
+    ]
     outputs: list[np.ndarray | None] = []
     cotangents: list[np.ndarray | None] = []
     for number in range(len(two.outputs)):
@@ -163,16 +159,43 @@ def _forced(run: Pass, one: LayerCall, two: LayerCall, ours: Reference, matching
     return Forced(inputs=tuple(inputs), outputs=tuple(outputs), cotangents=tuple(cotangents))
 
 
+def _input(
+    run: Pass, mine: Source, own: Source, ours: Reference, theirs: Reference, matching: Matching
+) -> np.ndarray | None:
+    """An input of the reference as the other's layer takes it; None where the two come from different places."""
+    name, turn = matching.arrays.get(mine.name, ("", None))
+    if turn is not None and name == own.name:
+        whole = ours.source(run, Source(name=mine.name, shape=turn.turned))
+        if whole is None:
+            return None
+        array = turn.back(whole)
+        if own.moved:
+            array = np.moveaxis(array, *((-1, 1) if np.moveaxis(array, -1, 1).shape == own.shape else (1, -1)))
+        return np.ascontiguousarray(array.reshape(own.shape))
+    places = [source.name.partition("/") for source in (mine, own)]
+    # The output of one layer, or what code made before one layer, and other shapes by a fault.
+    same = places[0][0] == places[1][0] and (places[0][0] == "into" or (places[0][2], places[1][2]) in matching.calls)
+    value = ours.source(run, mine) if same and turn is None and mine.shape != own.shape else None
+    if value is None or value.ndim != len(own.shape):
+        return None
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    if layouts[0] != layouts[1] and value.ndim >= 4:
+        value = np.moveaxis(value, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
+    return np.ascontiguousarray(value)
+
+
 def _forward(
     run: Pass,
     pairs: Sequence[tuple[LayerCall, LayerCall]],
     forced: Mapping[str, Forced],
     trace: Trace,
     ours: Reference,
+    theirs: Reference,
     matching: Matching,
     limits: Limits,
 ) -> list[Added]:
     found = []
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     for one, two in pairs:
         given = forced.get(two.name, Forced())
         seen = trace.inputs.get(two.name, ())
@@ -191,21 +214,30 @@ def _forward(
             if expected is None or expected.dtype.kind != "f":
                 continue
             name = _array_name(run, one.outputs[number].name)
-            fits = turn is not None and turn.shape == got.shape
-            mine = turn(got) if turn is not None and fits else got
+            if turn is None or turn.shape != got.shape:
+                if any(array is None for array in given.inputs):
+                    continue  # it had inputs of its own, of another shape
+                turn = next(turns(expected.shape, layouts[0], got.shape, layouts[1]), Turn(got.shape))
+            mine = turn(got)
             found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits.get(name)))
-    for path, (theirs, turn) in matching.results.items():
+    for path, (own, turn) in matching.results.items():
         name = ArrayName(run, "result", path)
-        if name in ours.record and (result := trace.results.get("" if theirs == "output" else theirs)) is not None:
+        if name in ours.record and (result := trace.results.get("" if own == "output" else own)) is not None:
             found.append(
-                _added(run, "result", path, theirs, 0, turn(np.asarray(result)), ours.record[name], limits.get(name))
+                _added(run, "result", path, own, 0, turn(np.asarray(result)), ours.record[name], limits.get(name))
             )
-    for parameter, (theirs, turn) in matching.parameters.items():
+    for parameter in _held(one for one, _ in pairs):
+        own, turn = matching.parameters.get(parameter, ("", Turn(())))
         name = ArrayName(run, "stat", parameter)
-        if name in ours.record and theirs in trace.statistics:
-            mine = turn(trace.statistics[theirs])
-            found.append(_added(run, "statistic", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+        if name in ours.record and own in trace.statistics:
+            mine = turn(trace.statistics[own])
+            found.append(_added(run, "statistic", parameter, own, 0, mine, ours.record[name], limits.get(name)))
     return found
+
+
+def _held(calls: Iterable[LayerCall]) -> dict[str, None]:
+    """The names of what layers hold, each once."""
+    return dict.fromkeys(str(held["name"]) for call in calls for held in call.arrays.values())
 
 
 def _backward(
@@ -269,8 +301,3 @@ def _added(
         inherited=inherited,
         limit=max(allowed, least) / scale,
     )
-
-
-def turned(turn: Turn | None, array: np.ndarray) -> np.ndarray:
-    """The array in the reference's layout, where there is a way."""
-    return array if turn is None or turn.shape != array.shape else turn(array)
