@@ -159,7 +159,7 @@ def _interleaved(work: Work, operation: Conv, kernel: np.ndarray) -> Iterator[Tr
             order = np.arange(channels).reshape(parts, -1).T.ravel()
             change = Change(
                 cause="groups_interleaved",
-                yours=f"{side} the channels of its groups in turn",
+                yours=f"{side} the channels of its groups in turn ({parts} by {channels // parts})",
                 reference=f"{side} them group by group",
                 slot=f"groups {side}",
             )
@@ -169,7 +169,9 @@ def _interleaved(work: Work, operation: Conv, kernel: np.ndarray) -> Iterator[Tr
                 after = (*work.after, lambda output, order=order: output[..., order])
                 yield changed(work, change, after=after)
                 read = replace(
-                    change, yours="has the kernels of its groups in turn", reference="has them group by group"
+                    change,
+                    yours=f"has the kernels of its groups in turn ({parts} by {channels // parts})",
+                    reference="has them group by group",
                 )
                 shuffled = with_arrays(work, kernel=kernel[..., order], bias=None if bias is None else bias[order])
                 yield changed(work, read, arrays=shuffled)
@@ -236,6 +238,11 @@ def embedding_edits(work: Work, goal: Goal) -> Iterator[Trial]:
         yield changed(work, change, inputs=(shifted, *work.inputs[1:]))
     zeroed = table.copy()
     zeroed[0] = 0.0
-    change = Change(cause="array_differs", yours="has zeros for entry 0", reference="has values", slot="table",
-                    facts={"roles": "table"})  # fmt: skip
+    change = Change(
+        cause="array_differs",
+        yours="has zeros for entry 0",
+        reference="has values",
+        slot="table",
+        facts={"roles": "table"},
+    )
     yield changed(work, change, arrays=with_arrays(work, table=zeroed))

@@ -48,7 +48,7 @@ def _statistics(work: Work) -> tuple[np.ndarray, np.ndarray]:
 
 def _epsilons(work: Work, goal: Goal) -> Iterator[Trial]:
     """Another eps, solved for: of x' = (x - mean) / sqrt(var + eps) all but that is known."""
-    operation, x = work.operation, work.inputs[0]
+    operation = work.operation
     assert isinstance(operation, BatchNorm | LayerNorm | GroupNorm)
     solved = [] if work.function is not None else list(plain(solved_eps(work, goal)))
     for at, eps in enumerate(solved):

@@ -63,7 +63,7 @@ _REMEDIES: Mapping[str, Mapping[str, str]] = {
     "kernel_flipped": {_ANY: "Do not flip the kernel: layers of all frameworks correlate."},
     "groups_interleaved": {_ANY: "Group g reads channels g * in / groups onwards, and makes g * out / groups onwards."},
     "flatten_order": {
-        _TORCH: "Flatten the map in the reference's order (x.permute before x.flatten(1)), or permute the rows as loaded.",
+        _TORCH: "Flatten the map in the reference's order (x.permute before it), or permute the rows as they are loaded.",
         _ANY: "Flatten the map in the reference's order (transpose it first), or permute the kernel's rows as loaded.",
     },
     "bias_missing": {

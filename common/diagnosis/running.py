@@ -77,9 +77,11 @@ def _hypotheses(
 
     facts = facts_of_momentum(kept)
     frozen = Change(
-        cause="statistics_not_updated", yours="leaves its running statistics as they are", reference="updates them",
+        cause="statistics_not_updated",
+        yours="leaves its running statistics as they are",
+        reference="updates them",
         cost=0.9,
-    )  # fmt: skip
+    )
     yield frozen, (_old(yours, "mean"), _old(yours, "var"))
     titles = {False: "keeps the biased variance of the batch", True: "keeps N / (N - 1) times the batch's variance"}
     form = Change(
