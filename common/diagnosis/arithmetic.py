@@ -145,13 +145,14 @@ def _gathered(x: np.ndarray, axis: int, at: np.ndarray, span: int, pad: tuple[in
     """What windows see along an axis: in its place two, of the windows and of the positions in each."""
     place = 1 + 2 * axis
     size = x.shape[place]
-    if operation.padding_mode == "zeros":
-        reached = np.pad(np.arange(size), pad, constant_values=-1)
-    else:
+    index = at[:, None] * operation.strides[axis] + np.arange(span) * operation.dilation[axis] - pad[0]
+    if operation.padding_mode != "zeros":
         reached = np.pad(np.arange(size), pad, mode=_MODES[operation.padding_mode])  # type: ignore[call-overload]
-    index = reached[at[:, None] * operation.strides[axis] + np.arange(span) * operation.dilation[axis]]
-    inside = (index >= 0).reshape(*index.shape, *(1,) * (x.ndim - place - 1))
-    taken: np.ndarray = x.take(np.maximum(index, 0), axis=place) * inside
+        return x.take(reached[index + pad[0]], axis=place)
+    inside = (index >= 0) & (index < size)
+    taken = x.take(index, axis=place, mode="clip")
+    if not inside.all():
+        taken *= inside.reshape(*index.shape, *(1,) * (x.ndim - place - 1))
     return taken
 
 

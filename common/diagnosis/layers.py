@@ -88,13 +88,13 @@ def _edits(work: Work, goal: Goal, backend: str, *, single: bool) -> Iterator[Tr
         case Conv():
             yield from conv_edits(work, goal, wide=single)
         case Dense():
-            yield from dense_edits(work, goal)
+            yield from dense_edits(work, goal, wide=single)
         case Embedding():
             yield from embedding_edits(work, goal)
         case BatchNorm() | LayerNorm() | GroupNorm():
-            yield from norm_edits(work, goal)
+            yield from norm_edits(work, goal, wide=single)
         case Pool():
-            yield from pool_edits(work, goal, backend)
+            yield from pool_edits(work, goal, backend, wide=single)
         case GlobalPool():
             yield from global_edits(work, goal)
         case Activation():

@@ -18,28 +18,28 @@ _WINDOWS, _STRIDES = range(1, 8), range(1, 5)
 _MOST_ORDERED = 5
 
 
-def pool_edits(work: Work, goal: Goal, backend: str) -> Iterator[Trial]:
+def pool_edits(work: Work, goal: Goal, backend: str, *, wide: bool = True) -> Iterator[Trial]:
     """Of a pool."""
     operation, x = work.operation, work.inputs[0]
     assert isinstance(operation, Pool)
     axes = len(operation.window)
-    yield _mode(work, operation)
+    yield from _modes(work, operation)
     if goal.yours.ndim == x.ndim:
-        yield from padding_edits(work, goal, operation.window, "pool")
+        yield from padding_edits(work, goal, operation.window, "pool", wide=wide)
     if operation.mode == "average":
         facts = _counted(operation)
         yield _setting(work, replace(operation, counted=not operation.counted), "pool_counted", "counted", **facts)
     other = replace(operation, ceil=not operation.ceil)
-    # A window over the end is SAME's padding where the size is even. PyTorch's pools have a word for it, and none for SAME.
+    # A window over the end is SAME's padding where the size is even. PyTorch's pools know it alone.
     likely = 0.9 if family(backend) == "torch" else 1.1
     yield _setting(work, other, "pool_ceil", "ceil", likely, ceil=operation.ceil)
-    for size in _WINDOWS:
+    for size in _WINDOWS if wide else (2, 3):
         other = replace(operation, window=(size,) * axes)
         for padded in _reaching(other, goal, x):
             if other.window != operation.window:
                 window = words.one(operation.window)
                 yield _setting(work, padded, "pool_window", "window", window=window)
-    for step in _STRIDES:
+    for step in _STRIDES if wide else (1, 2):
         other = replace(operation, strides=(step,) * axes)
         if other.strides != operation.strides:
             yield _setting(work, other, "stride", "strides", strides=words.one(operation.strides))
@@ -68,10 +68,19 @@ def pool_edits(work: Work, goal: Goal, backend: str) -> Iterator[Trial]:
         yield changed(work, total, after=(*work.after, lambda output: output * area))
 
 
-def _mode(work: Work, operation: Pool | GlobalPool) -> Trial:
+def _modes(work: Work, operation: Pool) -> Iterator[Trial]:
+    """The other of maximum and average; an average that counts the borders, and one that does not."""
+    yield _mode(work, operation)
+    if operation.mode == "max":
+        yield _mode(work, replace(operation, counted=not operation.counted), cost=1.1)
+
+
+def _mode(work: Work, operation: Pool | GlobalPool, cost: float = 1.0) -> Trial:
     """The other of maximum and average."""
     other = replace(operation, mode="max" if operation.mode == "average" else "average")
     known, yours = {"max": "maximum", "average": "average"}[operation.mode], words.mode(other.mode)
+    if isinstance(other, Pool) and other.mode == "average" and any(map(any, other.padding)):
+        yours = f"{yours} and {words.setting(other, 'counted')}"
     keras = (
         ("GlobalMax" if operation.mode == "max" else "GlobalAverage")
         if isinstance(operation, GlobalPool)
@@ -79,7 +88,9 @@ def _mode(work: Work, operation: Pool | GlobalPool) -> Trial:
     )
     flax = "max_pool" if operation.mode == "max" else "avg_pool"
     facts = {"mode": known, "keras_pool": f"{keras}Pooling2D", "flax_pool": f"nn.{flax}"}
-    change = Change(cause="average_for_maximum", yours=yours, reference=f"the {known}", facts=facts, slot="mode")
+    change = Change(
+        cause="average_for_maximum", yours=yours, reference=f"the {known}", facts=facts, cost=cost, slot="mode"
+    )
     return changed(work, change, operation=other)
 
 
@@ -162,15 +173,17 @@ def merge_edits(work: Work, goal: Goal) -> Iterator[Trial]:
     assert isinstance(operation, Merge)
     count = len(inputs)
     names = [chr(ord("a") + at) for at in range(count)]
+    known = _expression(operation.how, names)
+    if work.activation is not None:
+        known = f"{activation_words(work.activation.name)}({known})"
 
     def of(cause: str, yours: str, cost: float = 1.0, **settings: Any) -> Trial:
-        facts = {"expression": _expression(operation.how, names)}
         change = Change(
             cause=cause,
             yours=yours,
-            reference=f"computes {_expression(operation.how, names)}",
+            reference=f"computes {known}",
             cost=cost,
-            facts=facts,
+            facts={"expression": known},
             slot=cause,
         )
         return changed(work, change, **settings)
