@@ -172,9 +172,9 @@ def _plus(x: np.ndarray | int, bias: np.ndarray | None) -> np.ndarray:
     return np.asarray(x) if bias is None else x + bias
 
 
-def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
-    """A pool. A window that hangs over the end counts only what is there, as PyTorch counts."""
-    sizes, window = x.shape[1:-1], operation.window
+def pool_counts(sizes: Sequence[int], operation: Pool) -> list[int]:
+    """How many windows there are on every axis. Raises `ValueError` where none fits."""
+    window = operation.window
     pads = pads_of(operation, sizes, window)
     counts = []
     for size, (before, behind), span, step in zip(sizes, pads, window, operation.strides, strict=True):
@@ -184,6 +184,13 @@ def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
         counts.append(count - 1 if operation.ceil and (count - 1) * step >= size + before else count)
     if min(counts) < 1:
         raise ValueError(f"a window of {window} does not fit into {sizes}")
+    return counts
+
+
+def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
+    """A pool. A window that hangs over the end counts only what is there, as PyTorch counts."""
+    sizes, window = x.shape[1:-1], operation.window
+    pads, counts = pads_of(operation, sizes, window), pool_counts(sizes, operation)
     ends = [(n - 1) * step + span for n, step, span in zip(counts, operation.strides, window, strict=True)]
     around = [(before, max(end - size - before, 0)) for end, size, (before, _) in zip(ends, sizes, pads, strict=True)]
     fill = -np.inf if operation.mode == "max" else 0.0

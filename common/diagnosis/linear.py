@@ -212,6 +212,8 @@ def dense_edits(work: Work, goal: Goal, *, wide: bool = True) -> Iterator[Trial]
         order = np.arange(kernel.shape[0]).reshape(shape).transpose(axes).ravel()
         there, here = " x ".join(map(str, shape)), " x ".join(str(shape[axis]) for axis in axes)
         yours, reference = f"reads the row as a map of {here} flattened", f"as one of {there}"
+        if here == there:
+            yours, reference = f"reads the row as a map of {here} with height and width exchanged", "as it is"
         cost = 1.0 if len(shape) == 2 else 1.2
         change = Change(cause="flatten_order", yours=yours, reference=reference, cost=cost, slot="kernel")
         # The rows of the input in the opposite order: they are fewer than the kernel's values.

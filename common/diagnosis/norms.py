@@ -158,6 +158,7 @@ def _batch_norm(work: Work, *, wide: bool) -> Iterator[Trial]:
             cause="variance_unbiased",
             yours="norms with the unbiased variance of the batch",
             reference="with the biased one",
+            facts={"detail": "norm"},
             slot="var",
         )
         yield changed(work, change, arrays=with_arrays(work, var=unbiased))
@@ -193,6 +194,7 @@ def _others(work: Work) -> Iterator[Trial]:
             cause="variance_unbiased",
             yours="norms with the unbiased variance",
             reference="with the biased one",
+            facts={"detail": "norm"},
             slot="var",
         )
         yield _with_statistics(work, change, mean, var * (terms / (terms - 1)))

@@ -93,6 +93,10 @@ _REMEDIES: Mapping[str, Mapping[str, str]] = {
         _ANY: "Keep {old:g} of the old statistics in a step.",
     },
     "variance_unbiased": {_ANY: "Keep the biased variance, the mean square over N."},
+    "variance_unbiased:norm": {
+        _TORCH: "In PyTorch give x.var unbiased=False.",
+        _ANY: "Divide the sum of squares by N, not by N - 1.",
+    },
     "variance_biased": {_ANY: "Keep N / (N - 1) times the batch's variance."},
     "variance_form": {_ANY: "Divide by sqrt(variance + eps)."},
     "batch_statistics": {

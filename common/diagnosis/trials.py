@@ -46,6 +46,14 @@ class Change:
     slot: str = ""  # what it sets: two changes of one thing are no pair; "" for the cause
 
 
+Changes = tuple[Change, ...]
+
+
+def cost_of(changes: Sequence[Change]) -> float:
+    """Of all together."""
+    return sum(one.cost for one in changes)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
     """A layer that can be computed.
@@ -86,7 +94,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        return sum(one.cost for one in self.changes)
+        return cost_of(self.changes)
 
     @property
     def key(self) -> frozenset[tuple[str, str]]:
@@ -249,15 +257,15 @@ def search(base: Work, edits: Edits, goal: Goal, *, place: str, backend: str) ->
     if not any(goal.explained(left) for left, _ in found):
         pairs = list(_pairs(sorted(tried, key=lambda one: one[0]), edits, goal))
         found += _proven(pairs, [_left(trial, sample) for trial in pairs], sample, goal)
-    return findings(found, goal, place=place, backend=backend)
+    return findings(((left, trial.changes) for left, trial in found), goal, place=place, backend=backend)
 
 
-def findings(found: Iterable[tuple[float, Trial]], goal: Goal, *, place: str, backend: str) -> list[Finding]:
+def findings(found: Iterable[tuple[float, Changes]], goal: Goal, *, place: str, backend: str) -> list[Finding]:
     """What was tried, with what each leaves, as findings, best first; none where none of them explains it."""
     rows = list(found)
     # A factor is solved for: it always leaves a little less.
     rows = [one for one in rows if goal.explained(one[0]) or not _fitted(one[1])]
-    best = sorted((one for one in rows if goal.explained(one[0])), key=lambda one: (one[1].cost, one[0]))
+    best = sorted((one for one in rows if goal.explained(one[0])), key=lambda one: (cost_of(one[1]), one[0]))
     if not best:
         return []
     rest = sorted((one for one in rows if not goal.explained(one[0]) and one[0] < inf), key=lambda one: one[0])
@@ -265,7 +273,7 @@ def findings(found: Iterable[tuple[float, Trial]], goal: Goal, *, place: str, ba
     explaining = [one for one in chosen if goal.explained(one[0])]
     others = [one for one in chosen if not goal.explained(one[0])]
     kept = [*explaining[: MOST - min(NEXT_BEST, len(others))], *others[:NEXT_BEST]]
-    return [as_finding(trial.changes, left, goal, place=place, backend=backend) for left, trial in kept]
+    return [as_finding(changes, left, goal, place=place, backend=backend) for left, changes in kept]
 
 
 def as_finding(changes: Sequence[Change], left: float, goal: Goal, *, place: str, backend: str) -> Finding:
@@ -281,19 +289,19 @@ def as_finding(changes: Sequence[Change], left: float, goal: Goal, *, place: str
         remedy=" ".join(one for one in reversed(sentences.values()) if one),
         before=goal.before,
         after=left,
-        cost=sum(one.cost for one in changes),
+        cost=cost_of(changes),
     )
 
 
-def _fitted(trial: Trial) -> bool:
-    return any(one.cause == "scale_factor" for one in trial.changes)
+def _fitted(changes: Changes) -> bool:
+    return any(one.cause == "scale_factor" for one in changes)
 
 
-def _by_cause(rows: Sequence[tuple[float, Trial]]) -> list[tuple[float, Trial]]:
+def _by_cause(rows: Sequence[tuple[float, Changes]]) -> list[tuple[float, Changes]]:
     """The first of each cause: a second number for one eps is no second answer."""
-    first: dict[tuple[str, ...], tuple[float, Trial]] = {}
+    first: dict[tuple[str, ...], tuple[float, Changes]] = {}
     for row in rows:
-        first.setdefault(tuple(sorted(one.cause for one in row[1].changes)), row)
+        first.setdefault(tuple(sorted(one.cause for one in row[1])), row)
     return list(first.values())
 
 
@@ -321,7 +329,10 @@ def _proven(
     limit = 0.0 if sample is None else sample.limit
     passing = [at for at in order if lefts[at] <= limit]
     found: list[tuple[float, Trial]] = []
-    for at in [*passing, *[one for one in order if lefts[one] > limit][:NEXT_BEST]]:
+    for at in [
+        *passing,
+        *[one for one in order if lefts[one] > limit and not _fitted(trials[one].changes)][:NEXT_BEST],
+    ]:
         if lefts[at] == inf:
             continue
         try:
