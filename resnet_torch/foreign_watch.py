@@ -171,7 +171,7 @@ class Watch:
                     continue
                 layer = path or self._root
                 before, after = partial(self._before, layer), partial(self._after, layer, names)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             yield
 

@@ -109,3 +109,5 @@ class Diagnosis:
     """Every defect that was found, in order of execution."""
 
     defects: tuple[Explained, ...] = field(default=())
+    # Of a network of ours: the other one of its family that computes what yours does.
+    as_spec: Finding | None = None

@@ -18,7 +18,7 @@ from common.backends.columns import COLUMNS, cores
 from common.errors import RecordError
 from common.parity.gate import Gate, Level, OrderDependence, Verdict
 from common.parity.levels import DECIDABLE, PRECISION_FACTOR, UNIT, ZERO_SHARE
-from common.parity.names import ArrayName
+from common.parity.names import KINDS, ArrayName
 from common.parity.record import Array, Record, distance, norm
 
 
@@ -202,7 +202,8 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for other in records[1:]:
             _check_same_recipe(records[0], other)
     # All that any of them says it holds: what another lacks is missing there.
-    expected = {name: array for record in records for name, array in record.arrays.items() if name.mode in modes}
+    described = ((name, array) for record in records for name, array in record.arrays.items())
+    expected = {name: array for name, array in described if name.mode in modes and KINDS[name.kind].compared}
     problems = [
         Problem(backend=label, tensor=weight, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()

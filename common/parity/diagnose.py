@@ -171,7 +171,7 @@ class _Case:
                 array = held_of(held).canonical(self.ours.record[self.weights[0][held["name"]]])
                 if array.ndim and array.shape == mine.shape and np.ptp(array) and _same(array, mine):
                     yield Finding(
-                        cause="shared_layer" if again else "block_order",
+                        cause="shared_layer" if again else "arrays_swapped",
                         place=self._place(one),
                         yours=f"is `{theirs.layer}` once more" if again else f"holds the {role} of `{call.layer}`",
                         reference=f"has a layer of its own there, `{one.place}`"
@@ -238,7 +238,8 @@ class _Case:
         for call in reversed(before):
             for source in (*reversed(call.outputs), *call.inputs):
                 near = len(seen) < _NEAREST
-                if source.name in seen or (source.name == own and source.name.startswith("into/")):
+                # What the reference has a layer for, and yours plain code, is to be explained by what comes before it.
+                if source.name in seen or (source.name == own and own.partition("/")[2] not in self.pair):
                     continue
                 array = self.ours.source(run, Source(name=source.name, shape=source.shape, moved=source.moved))
                 if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):

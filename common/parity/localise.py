@@ -14,9 +14,8 @@ from typing import Literal
 import numpy as np
 
 from common.foreign.protocol import Forced, Trace
-from common.parity.compare import Comparison
 from common.parity.hosts import Ask, Host
-from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
+from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, rho
 from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
@@ -100,12 +99,12 @@ class Reference:
 
 
 def localise(
-    reference: Record, host: Host, other: Record, matching: Matching, compared: Comparison, ask: Ask
+    reference: Record, host: Host, other: Record, matching: Matching, views: tuple[Record, Record], ask: Ask
 ) -> Localised:
-    """Run the model of `host`, whose record is `other`, on the reference's values. `compared` is the comparison of the
-    two, by the reference's names."""
+    """Run the model of `host`, whose record is `other`, on the reference's values. `views` are both records by the
+    reference's names. Raises `ModelError`."""
     ours, theirs = Reference(reference), Reference(other)
-    limits = {d.tensor: (RESPONSE_FACTOR * d.response, d.error) for d in compared.differences}
+    limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
     runs: list[Pass] = ["eval", "train"]
@@ -134,7 +133,24 @@ def localise(
     )
 
 
-Limits = Mapping[ArrayName, tuple[float, float]]
+class _Limits:
+    """What rounding may make of an array, and by how much the two differ in it within their networks."""
+
+    def __init__(self, views: tuple[Record, Record]) -> None:
+        self._ours, self._theirs = views
+
+    def of(self, name: ArrayName, expected: np.ndarray) -> float:
+        """As the gate has it: ‖yours - reference‖ may be so large."""
+        least = FLOOR * UNIT[str(expected.dtype)] * norm(expected)
+        orders = [view.order_response.get(name, 0.0) for view in (self._ours, self._theirs)]
+        believed = [order if order <= ORDER_LIMIT * least else 0.0 for order in orders]
+        return RESPONSE_FACTOR * rho(max(self._ours.response.get(name, 0.0), least), *believed)
+
+    def inherited(self, name: ArrayName) -> float | None:
+        if name not in self._ours or name not in self._theirs:
+            return None
+        a, b = self._ours[name], self._theirs[name]
+        return distance(a, b) / (norm(a) or 1.0) if a.shape == b.shape else None
 
 
 def _forced(
@@ -192,7 +208,7 @@ def _forward(
     ours: Reference,
     theirs: Reference,
     matching: Matching,
-    limits: Limits,
+    limits: _Limits,
 ) -> list[Added]:
     found = []
     layouts = ours.record.manifest.layout, theirs.record.manifest.layout
@@ -204,7 +220,7 @@ def _forward(
             if wanted is None or wanted.dtype.kind != "f" or got.shape != wanted.shape:
                 continue
             name = _array_name(run, one.inputs[number].name)
-            found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits.get(name)))
+            found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits, name))
         for number, got in enumerate(trace.outputs.get(two.name, ()) if two.leaf else ()):
             place = f"{one.name}[{number}]" if number else one.name
             turn = matching.cotangents.get(place, ("", None))[1]
@@ -219,19 +235,17 @@ def _forward(
                     continue  # it had inputs of its own, of another shape
                 turn = next(turns(expected.shape, layouts[0], got.shape, layouts[1]), Turn(got.shape))
             mine = turn(got)
-            found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits.get(name)))
+            found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits, name))
     for path, (own, turn) in matching.results.items():
         name = ArrayName(run, "result", path)
         if name in ours.record and (result := trace.results.get("" if own == "output" else own)) is not None:
-            found.append(
-                _added(run, "result", path, own, 0, turn(np.asarray(result)), ours.record[name], limits.get(name))
-            )
+            found.append(_added(run, "result", path, own, 0, turn(np.asarray(result)), ours.record[name], limits, name))
     for parameter in _held(one for one, _ in pairs):
         own, turn = matching.parameters.get(parameter, ("", Turn(())))
         name = ArrayName(run, "stat", parameter)
         if name in ours.record and own in trace.statistics:
             mine = turn(trace.statistics[own])
-            found.append(_added(run, "statistic", parameter, own, 0, mine, ours.record[name], limits.get(name)))
+            found.append(_added(run, "statistic", parameter, own, 0, mine, ours.record[name], limits, name))
     return found
 
 
@@ -246,7 +260,7 @@ def _backward(
     trace: Trace,
     ours: Reference,
     matching: Matching,
-    limits: Limits,
+    limits: _Limits,
 ) -> list[Added]:
     found = []
     for one, two in reversed(pairs):
@@ -258,7 +272,10 @@ def _backward(
                 continue
             expected = ours.record[name]
             mine = np.zeros_like(expected) if got is None else turn(got)
-            found.append(_added(run, "cotangent", one.name, two.name, number, mine, expected, limits.get(name)))
+            if (output := ours.source(run, one.outputs[number])) is not None and output.shape == expected.shape:
+                # Where a ReLU gave zero nothing goes further back, and a tie of a max-pool may send it anywhere.
+                mine, expected = mine * (output != 0), expected * (output != 0)
+            found.append(_added(run, "cotangent", one.name, two.name, number, mine, expected, limits, name))
         for held in one.arrays.values():
             parameter = held["name"]
             name = ArrayName(run, "grad", parameter)
@@ -266,7 +283,7 @@ def _backward(
             if turn is None or name not in ours.record or theirs not in trace.gradients:
                 continue
             mine = turn(trace.gradients[theirs])
-            found.append(_added(run, "gradient", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+            found.append(_added(run, "gradient", parameter, theirs, 0, mine, ours.record[name], limits, name))
     return found
 
 
@@ -283,14 +300,12 @@ def _added(
     number: int,
     mine: np.ndarray,
     expected: np.ndarray,
-    limit: tuple[float, float] | None,
+    limits: _Limits,
+    name: ArrayName,
 ) -> Added:
-    size = norm(expected)
+    scale = norm(expected) or 1.0
     apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
-    # Of an array that was not compared, as one that has the values of another, rounding may make what it does of any.
-    least = RESPONSE_FACTOR * FLOOR * UNIT[str(expected.dtype)] * size
-    allowed, inherited = limit if limit is not None else (least, None)
-    scale = size or 1.0
+    limit = limits.of(name, expected)
     return Added(
         run=run,
         part=part,
@@ -298,6 +313,6 @@ def _added(
         yours=yours,
         number=number,
         added=apart / scale,
-        inherited=inherited,
-        limit=max(allowed, least) / scale,
+        inherited=limits.inherited(name) if not apart <= limit else None,
+        limit=limit / scale,
     )

@@ -188,21 +188,22 @@ def compare_hosts(
     )
 
 
-def explain(reference: Host, other: Host, asks: tuple[Ask, Ask]) -> Pair:
-    """Where and why one model differs from another, of which it is known that it does. Raises `ModelError`."""
+def explain(reference: Host, other: Host, asks: tuple[Ask, Ask]) -> tuple[Pair, tuple[Record, Record]]:
+    """Where and why one model differs from another, of which it is known that it does; and their records, by the
+    reference's names. Raises `ModelError`."""
     with reference.at_work(asks[0].dtype), other.at_work(asks[1].dtype):
         first, second = reference.record(asks[0]), other.record(asks[1])
         found = match(first, second)
         views = aligned(first, second, found)
-        compared = compare(views)
-        localised = localise(first, other, second, found, compared, asks[1])
-        return Pair(
+        localised = localise(first, other, second, found, views, asks[1])
+        pair = Pair(
             reference=reference.name,
             other=other.name,
             matching=found,
             localised=localised,
             diagnosis=diagnose(first, second, found, localised),
         )
+        return pair, views
 
 
 class _NoTwin(Exception):
@@ -245,12 +246,12 @@ def _level(
             truth=_truth(own, truth, seen) if asks[0].dtype == "float32" else None,
         )
         pairs = []
-        for host, ask, other, (_, view), found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
+        for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
-            between = compared.of(compared.backends[0], view.label)
+            between = compared.of(compared.backends[0], view[1].label)
             if between.differs and "layers" not in host.lacks:
                 progress(host.name, "localise")
-                localised = localise(reference, host, other, found, between, ask)
+                localised = localise(reference, host, other, found, view, ask)
                 pair = replace(pair, localised=localised, diagnosis=diagnose(reference, other, found, localised))
             pairs.append(pair)
         return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))

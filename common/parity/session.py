@@ -18,12 +18,13 @@ from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, step_count, tasks
 from common.parity.compare import Comparison, compare
 from common.parity.hosts import Ask
-from common.parity.levels import DRAWS, ORDERS
+from common.parity.levels import DRAWS, EXPLAINED, ORDERS
 from common.parity.matching import in_one_view
 from common.parity.models import Pair, explain
 from common.parity.names import MODES
-from common.parity.native import Column, images_of, network
-from common.parity.record import Record
+from common.parity.native import Column, Network, images_of, network
+from common.parity.record import Record, distance, norm
+from common.parity.spec_fields import TryFields, candidates, finding, wanted
 
 Progress = Callable[[str, str], None]
 
@@ -153,10 +154,27 @@ class Session:
                 for c in (first, other)
             ]
             try:
-                found.append(explain(hosts[0], hosts[1], (ask, replace(ask, draws=0))))
+                pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
+                found.append(self._with_field(pair, views, case, what, ask, first))
             except ParityError as error:
                 progress(other, f"not localised: {error}")
         return found
+
+    def _with_field(
+        self, pair: Pair, views: tuple[Record, Record], case: Case, what: Network, ask: Ask, column: str
+    ) -> Pair:
+        """The pair, with the field of the specification that explains it, if one or two do."""
+        if pair.diagnosis is None or not (goal := wanted(views)):
+            return pair
+        changes = tuple(candidates(case.spec))
+        request = TryFields(network=what, values=None, candidates=changes, ask=ask, wanted=goal)
+        left = self.process(column).ask(request)
+        before = max(distance(views[0][name], array) / (norm(array) or 1.0) for name, array in goal.items())
+        best = min(zip(left, map(len, changes), range(len(changes)), strict=True), default=None)
+        if best is None or not best[0] <= EXPLAINED[ask.dtype]:
+            return pair
+        as_spec = finding(case.spec, changes[best[2]], best[0], before)
+        return replace(pair, diagnosis=replace(pair.diagnosis, as_spec=as_spec))
 
     def _measured(
         self,

@@ -75,6 +75,18 @@ def diagnosis(found: Diagnosis) -> Group:
     parts: list[RenderableType] = [Text("  diagnosis", "bold")]
     for number, defect in enumerate(found.defects, 1):
         parts += [Padding(line, (0, 0, 0, 4)) for line in _defect(number, defect)]
+    if found.as_spec is not None:
+        spec = found.as_spec
+        parts.append(
+            Padding(
+                Text(
+                    f"as a specification: yours {spec.yours}, and the reference {spec.reference}; "
+                    f"so changed it agrees to {spec.after:.0e} ({spec.before:.2g} now)",
+                    "bold red",
+                ),
+                (0, 0, 0, 4),
+            )
+        )
     if not found.defects:
         parts.append(Text("    no hypothesis was tried: nothing adds more than rounding", "yellow"))
     return Group(*parts)
