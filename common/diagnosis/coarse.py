@@ -70,4 +70,4 @@ def _is_noise(goal: Goal) -> bool:
     size = float(np.linalg.norm(difference))
     along = abs(float(np.vdot(difference, goal.reference))) / (size * goal.norm)
     aside = abs(float(difference.sum())) / (size * np.sqrt(difference.size))
-    return max(along, aside) < max(_NOISE, 4 / np.sqrt(difference.size))
+    return bool(max(along, aside) < max(_NOISE, 4 / np.sqrt(difference.size)))

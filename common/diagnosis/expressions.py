@@ -146,9 +146,9 @@ def applied(do: Operation | Scale | Move | Token | Part | Attention, inputs: Seq
             moved = x.reshape(len(x), *do.split).transpose(0, *(1 + axis for axis in do.axes))
             return moved.reshape(len(x), *do.shape)
         case Token():
-            return x[:, do.index]
+            return x.take(do.index, axis=1)
         case Part():
-            return x[..., do.start : do.start + do.count]
+            return x.take(range(do.start, do.start + do.count), axis=-1)
         case Attention():
             return attention(do, *inputs)
         case Merge() if do.how != "concatenate":
@@ -179,6 +179,16 @@ def attention(do: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.
     return turned.reshape(*q.shape[:2], -1)
 
 
+# In a formula.
+_SHORT = {
+    "gelu": "GELU",
+    "gelu_tanh": "GELU's tanh form",
+    "quick_gelu": "quick GELU",
+    "scaled_tanh": "scaled tanh",
+    "old_hard_sigmoid": "Keras 2's hard sigmoid",
+}
+
+
 def phrase(expression: Expression) -> str:
     """The formula, as one would write it."""
     match expression:
@@ -190,7 +200,7 @@ def phrase(expression: Expression) -> str:
     first = inner[0]
     match expression.do:
         case Activation() as do:
-            return f"{activation_words(do.name, do.slope).removeprefix('the ')}({first})"
+            return f"{_SHORT.get(do.name) or activation_words(do.name, do.slope).removeprefix('the ')}({first})"
         case Merge() as do:
             sign = {"add": " + ", "multiply": " * ", "subtract": " - "}.get(do.how)
             if sign is None:

@@ -228,7 +228,7 @@ class _Edits:
             change = Change(
                 cause="gate" if do.how == "multiply" else "branch_missing",
                 yours=f"leaves out {missing}",
-                reference=f"computes {phrase(self.known)}",
+                reference={"add": "adds it", "multiply": "multiplies by it"}.get(do.how, "has it"),
                 facts={"expression": phrase(self.known)},
                 cost=0.9,
                 slot=f"left out {missing}",

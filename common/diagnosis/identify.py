@@ -192,4 +192,4 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
 
 def size_of(x: np.ndarray) -> int:
     """The image's first axis; a pool may step over all of it."""
-    return x.shape[1]
+    return int(x.shape[1])

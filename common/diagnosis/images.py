@@ -64,7 +64,7 @@ def _turned(x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         ways = ["has height and width exchanged"] * exchanged
         ways += ["is flipped upside down"] * up + ["is flipped left to right"] * across
         image = x.swapaxes(1, 2) if exchanged else x
-        axes = [1] * up + [2] * across
+        axes = (1,) * up + (2,) * across
         yield " and ".join(ways), np.flip(image, axes)
 
 
@@ -86,10 +86,18 @@ def _tried(
         yield tuple(changes), image
     factor, addend = _fitted(image, goal.yours)
     predicted = image * factor + addend
-    if np.ptp(factor) > _NEAR or np.ptp(addend) > _NEAR * (1 + np.abs(addend).max()):
-        yield (*changes, _of_channels(image, factor, addend)), predicted
+    if changes and _normalised_as_before(factor, addend, order):
+        named = Change(
+            cause="input_bgr",
+            yours="normalises them as if they were in the reference's order",
+            reference="by their own numbers",
+            cost=0.2,
+        )
+        yield (*changes, named), predicted
+    elif np.ptp(factor) > _NEAR or np.ptp(addend) > _NEAR * (1 + np.abs(addend).max()):
+        yield (*changes, _of_channels(image, factor, addend, order)), predicted
     elif abs(factor[0] - 1) > _NEAR or abs(addend[0]) > _NEAR:
-        yield (*changes, _of_all(image, float(factor[0]), float(addend[0]))), predicted
+        yield (*changes, _of_all(image, float(factor[0]), float(addend[0]), order)), predicted
 
 
 def _fitted(image: np.ndarray, yours: np.ndarray) -> _Affine:
@@ -101,9 +109,9 @@ def _fitted(image: np.ndarray, yours: np.ndarray) -> _Affine:
     return factor, y.mean(axis=0) - factor * x.mean(axis=0)
 
 
-def _of_all(image: np.ndarray, factor: float, addend: float) -> Change:
+def _of_all(image: np.ndarray, factor: float, addend: float, order: tuple[int, ...]) -> Change:
     """The same for all channels: another range."""
-    known = _known(image, np.array([factor]), np.array([addend]), normalised=False)
+    known = _known(image, np.array([factor]), np.array([addend]), order, normalised=False)
     yours, reference = known or (f"is {factor:.6g} times that of the reference, plus {addend:.6g}", "has its own range")
     form = reference.removeprefix("has ") if known else f"(x - {addend:.6g}) / {factor:.6g}"
     return Change(
@@ -111,9 +119,9 @@ def _of_all(image: np.ndarray, factor: float, addend: float) -> Change:
     )
 
 
-def _of_channels(image: np.ndarray, factor: np.ndarray, addend: np.ndarray) -> Change:
+def _of_channels(image: np.ndarray, factor: np.ndarray, addend: np.ndarray, order: tuple[int, ...]) -> Change:
     """Other for each: normalised otherwise."""
-    known = _known(image, factor, addend, normalised=True)
+    known = _known(image, factor, addend, order, normalised=True)
     if known:
         yours, reference = known
         form = reference.removeprefix("has ")
@@ -132,7 +140,25 @@ def _row(values: np.ndarray) -> str:
     return "(" + ", ".join(f"{one:.4g}" for one in values) + ")"
 
 
-def _known(image: np.ndarray, factor: np.ndarray, addend: np.ndarray, *, normalised: bool) -> tuple[str, str] | None:
+def _normalised_as_before(factor: np.ndarray, addend: np.ndarray, order: tuple[int, ...]) -> bool:
+    """Whether channels in another order are normalised by what the others are normalised by."""
+    for name in _NORMALISED:
+        a, b = _FORMS[name]
+        if len(order) == len(b) and order != tuple(range(len(order))):
+            ratio = a / _of(a, order)
+            if not _apart(factor, addend, ratio, b - _of(b, order) * ratio):
+                return True
+    return False
+
+
+def _of(values: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """Numbers of channels in that order."""
+    return values[list(order)] if len(values) == len(order) else values
+
+
+def _known(
+    image: np.ndarray, factor: np.ndarray, addend: np.ndarray, order: tuple[int, ...], *, normalised: bool
+) -> tuple[str, str] | None:
     """Two forms of pixels between which that map leads, the values of the reference being of the first; the one is
     normalised, or both are, where the map is another for every channel."""
     channels = image.shape[-1]
@@ -143,6 +169,8 @@ def _known(image: np.ndarray, factor: np.ndarray, addend: np.ndarray, *, normali
             continue
         if normalised != bool({first, second} & _NORMALISED):
             continue
+        # Channels in another order, each by its own numbers.
+        a, b, c, d = (_of(one, order) for one in (a, b, c, d))
         if _apart(factor, addend, c / a, d - c / a * b):
             continue
         # The reference's values as pixels of 0..1: how far they lie outside.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import isqrt
 from typing import Any
@@ -169,7 +170,7 @@ def _interleaved(work: Work, operation: Conv, kernel: np.ndarray) -> Iterator[Tr
             if side == "reads":
                 yield changed(work, change, inputs=(x[..., order], *work.inputs[1:]))
             else:
-                after = (*work.after, lambda output, order=order: output[..., order])
+                after = (*work.after, partial(np.take, indices=order, axis=-1))
                 yield changed(work, change, after=after)
                 read = replace(
                     change,

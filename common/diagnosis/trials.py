@@ -32,6 +32,8 @@ MOST, NEXT_BEST = 4, 2
 # A sample has so many rows or channels of the greatest difference, and as many evenly spread.
 _ROWS, _CHANNELS = 128, 4
 _ORDER = list(CAUSES)
+# Causes whose numbers are fitted to what yours computes.
+_SOLVED = frozenset({"scale_factor", "input_range", "input_normalised"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,14 @@ class Sample:
     def of(self, output: np.ndarray) -> np.ndarray:
         """That part of an output."""
         if self.kind is Conv:
-            part = output[self.image]
+            part: np.ndarray = output[self.image]
             for axis, at in enumerate(self.at):
                 part = part.take(at, axis=axis)
-            return part[..., self.channels]
+            part = part[..., self.channels]
+            return part
         if self.kind is Pool:
-            return output[self.image][..., self.channels]
+            some: np.ndarray = output[self.image][..., self.channels]
+            return some
         return output.reshape(-1, output.shape[-1])[self.rows] if self.kind else output
 
     def _some(self, kernel: np.ndarray) -> np.ndarray:
@@ -204,8 +208,8 @@ class Sample:
             if operation.groups == 1 and not work.after:
                 kernel, bias = self._some(kernel), bias if bias is None else bias[self.channels]
             x = work.inputs[0][self.image : self.image + 1]
-            part = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
-            return part if part.shape[-1] == len(self.channels) else part[..., self.channels]
+            part: np.ndarray = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
+            return part if part.shape[-1] == len(self.channels) else self._narrow(part)
         if work.function is None and self.kind is Pool and isinstance(operation, Pool | GlobalPool):
             x = work.inputs[0][self.image : self.image + 1][..., self.channels]
             output = work.finished(arithmetic.compute(operation, (x,), {}))
@@ -263,7 +267,7 @@ def search(base: Work, edits: Edits, goal: Goal, *, place: str, backend: str) ->
 def findings(found: Iterable[tuple[float, Changes]], goal: Goal, *, place: str, backend: str) -> list[Finding]:
     """What was tried, with what each leaves, as findings, best first; none where none of them explains it."""
     rows = list(found)
-    # A factor is solved for: it always leaves a little less.
+    # What is solved for always leaves a little less.
     rows = [one for one in rows if goal.explained(one[0]) or not _fitted(one[1])]
     best = sorted((one for one in rows if goal.explained(one[0])), key=lambda one: (cost_of(one[1]), one[0]))
     if not best:
@@ -294,7 +298,7 @@ def as_finding(changes: Sequence[Change], left: float, goal: Goal, *, place: str
 
 
 def _fitted(changes: Changes) -> bool:
-    return any(one.cause == "scale_factor" for one in changes)
+    return any(one.cause in _SOLVED for one in changes)
 
 
 def _by_cause(rows: Sequence[tuple[float, Changes]]) -> list[tuple[float, Changes]]:
