@@ -24,7 +24,7 @@ from common.parity.models import Pair, explain
 from common.parity.names import MODES
 from common.parity.native import Column, Network, images_of, network
 from common.parity.record import Record, distance, norm
-from common.parity.spec_fields import TryFields, candidates, finding, wanted
+from common.parity.spec_fields import TryFields, finding, pairs, singles, wanted
 
 Progress = Callable[[str, str], None]
 
@@ -105,14 +105,14 @@ class Session:
             with self._timed("compare"):
                 comparisons = compare_case(case, records, reference)
             with self._timed("explain"):
-                pairs = self.explain(inputs, comparisons, progress)
+                explained = self.explain(inputs, comparisons, progress)
         return CheckResult(
             variant=case.variant,
             title=case.title(inputs.source),
             facts=case.facts,
             source=inputs.source,
             comparisons=tuple(comparisons),
-            pairs=tuple(pairs),
+            pairs=tuple(explained),
             failures={column: found for column, found in outcomes.items() if isinstance(found, ParityError)},
             versions={column: _versions(next(iter(made.values()))) for column, made in records.items()},
             seconds=time.perf_counter() - started,
@@ -154,8 +154,8 @@ class Session:
                 for c in (first, other)
             ]
             try:
-                pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
-                found.append(self._with_field(pair, views, case, what, ask, first))
+                found_pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
+                found.append(self._with_field(found_pair, views, case, what, ask, first))
             except ParityError as error:
                 progress(other, f"not localised: {error}")
         return found
@@ -164,17 +164,17 @@ class Session:
         self, pair: Pair, views: tuple[Record, Record], case: Case, what: Network, ask: Ask, column: str
     ) -> Pair:
         """The pair, with the field of the specification that explains it, if one or two do."""
-        if pair.diagnosis is None or not (goal := wanted(views)):
+        if pair.diagnosis is None or not pair.diagnosis.defects or not (goal := wanted(views)):
             return pair
-        changes = tuple(candidates(case.spec))
-        request = TryFields(network=what, values=None, candidates=changes, ask=ask, wanted=goal)
-        left = self.process(column).ask(request)
         before = max(distance(views[0][name], array) / (norm(array) or 1.0) for name, array in goal.items())
-        best = min(zip(left, map(len, changes), range(len(changes)), strict=True), default=None)
-        if best is None or not best[0] <= EXPLAINED[ask.dtype]:
-            return pair
-        as_spec = finding(case.spec, changes[best[2]], best[0], before)
-        return replace(pair, diagnosis=replace(pair.diagnosis, as_spec=as_spec))
+        for changes in (singles(case.spec), pairs(case.spec) if len(pair.diagnosis.defects) > 1 else []):
+            request = TryFields(network=what, values=None, candidates=tuple(changes), ask=ask, wanted=goal)
+            left = self.process(column).ask(request)
+            best = min(range(len(changes)), key=left.__getitem__, default=None)
+            if best is not None and left[best] <= EXPLAINED[ask.dtype]:
+                as_spec = finding(case.spec, changes[best], left[best], before)
+                return replace(pair, diagnosis=replace(pair.diagnosis, as_spec=as_spec))
+        return pair
 
     def _measured(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -66,18 +66,16 @@ class TryFields:
         return left
 
 
-def candidates(spec: Spec) -> Iterator[dict[str, Any]]:
-    """Other networks with the same arrays: one field changed, then two."""
-    singles = [
-        {name: value}
-        for name, value in _values(spec)
-        if (other := _changed(spec, {name: value})) is not None and other.layers != spec.layers
-    ]
-    yield from singles
-    pairs = (a | b for a, b in combinations(singles, 2) if a.keys() != b.keys())
-    for _, pair in zip(range(_MOST_PAIRS), pairs, strict=False):
-        if _changed(spec, pair) is not None:
-            yield pair
+def singles(spec: Spec) -> list[dict[str, Any]]:
+    """Other networks with the same arrays: one field changed."""
+    changes = ({name: value} for name, value in _values(spec))
+    return [c for c in changes if (other := _changed(spec, c)) is not None and other.layers != spec.layers]
+
+
+def pairs(spec: Spec) -> list[dict[str, Any]]:
+    """The same with two fields changed."""
+    both = (a | b for a, b in combinations(singles(spec), 2) if a.keys() != b.keys())
+    return [change for change in islice(both, _MOST_PAIRS) if _changed(spec, change) is not None]
 
 
 def _values(spec: Spec) -> Iterator[tuple[str, Any]]:

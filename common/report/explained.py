@@ -38,7 +38,12 @@ def localised(found: Localised) -> Group:
     parts: list[RenderableType] = [Text("  L3 each layer alone, on the reference's own input", "bold")]
     failing = found.failing
     if not failing:
-        parts.append(Text("    no layer adds more than rounding: the difference grows out of it", "yellow"))
+        parts.append(
+            Text(
+                "    no layer adds more than rounding of its own: what differs lies outside of them, as a loss does",
+                "yellow",
+            )
+        )
         return Group(*parts)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column, justify in (("layer", "left"), ("in yours", "left"), ("of", "left"), ("mode", "left")):
