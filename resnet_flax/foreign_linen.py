@@ -113,10 +113,10 @@ class LinenNetwork:
         module = self._module.clone(**values) if fields else self._module
         return module, [one for one in self._signature if one.name not in fields]
 
-    def _widen(self, module: nn.Module) -> None:
+    def _widen(self, module: Any) -> None:
         """In a module that is made in a pass, the dtype of its parameters: it is float32 where nobody said anything."""
         if any(one.name == "param_dtype" for one in dataclasses.fields(module)):
-            changed = in_dtype("param_dtype", getattr(module, "param_dtype"), self.dtype)  # noqa: B009
+            changed = in_dtype("param_dtype", module.param_dtype, self.dtype)
             object.__setattr__(module, "param_dtype", changed)
 
     def _variables(self, values: Mapping[str, Any]) -> Any:
