@@ -34,6 +34,7 @@ class Model:
 
     spec: Spec
     dtype: str
+    module: "nn.Module"
     variables: dict[str, Any]
     run: Callable[..., dict[str, Any]]
 
@@ -64,7 +65,10 @@ class FlaxBackend:
         variables = jax.eval_shape(module.init, jax.random.key(0), images)
         one_pass = partial(_pass, spec, module)
         run = jax.jit(one_pass, static_argnames=("training", "gradients")) if self._jit else _op_by_op(one_pass)
-        return Model(spec=spec, dtype=dtype, variables=variables, run=run)
+        return Model(spec=spec, dtype=dtype, module=module, variables=variables, run=run)
+
+    def native(self, model: Model) -> "tuple[nn.Module, dict[str, Any]]":
+        return model.module, model.variables
 
     def load(self, model: Model, weights: Weights) -> None:
         import jax

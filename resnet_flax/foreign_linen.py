@@ -1,9 +1,10 @@
 """A linen module and its variables, watched by an interceptor of its methods."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from common.foreign.protocol import Held
 from resnet_flax.foreign_modules import arguments, drops, in_dtype, is_switch, named_leaves, parameters, switched
 from resnet_flax.foreign_operations import arrays_of, operation_of
 from resnet_flax.foreign_runner import Again, in_dtype_of
-from resnet_flax.foreign_watch import Layer, Watch, is_array, is_floating
+from resnet_flax.foreign_watch import PATCHING, Layer, Watch, is_array, is_floating
 
 
 class LinenNetwork:
@@ -56,7 +57,11 @@ class LinenNetwork:
         # Any collection that has no key of its own draws from this one.
         keys = {"params": jax.random.key(randomness)} if training in self._drawing else None
         changes = training or self._writing
-        with nn.intercept_methods(partial(self._intercepted, watch, training)):
+        called = partial(self._called, watch, training)
+        with ExitStack() as stack:
+            stack.enter_context(_noticing(self._widen))
+            stack.enter_context(_noticing(stack.enter_context(_lifted(called))))
+            stack.enter_context(nn.intercept_methods(partial(_intercepted, called)))
             try:
                 output, state = module.apply(
                     self._variables(values),
@@ -84,7 +89,7 @@ class LinenNetwork:
     ) -> Iterator[tuple[dict[str, Any], Any]]:
         # A step may give its memory away, as `jax.jit(donate_argnums=...)` does.
         variables = self._variables({name: jax.numpy.array(array, copy=True) for name, array in values.items()})
-        with nn.intercept_methods(_without_dropout(self)):
+        with _noticing(self._widen), nn.intercept_methods(_without_dropout(self)):
             step = train(self._module, variables)
             for args, kwargs in batches:
                 result = step(variables, *args, **kwargs)
@@ -108,6 +113,12 @@ class LinenNetwork:
         module = self._module.clone(**values) if fields else self._module
         return module, [one for one in self._signature if one.name not in fields]
 
+    def _widen(self, module: Any) -> None:
+        """In a module that is made in a pass, the dtype of its parameters: it is float32 where nobody said anything."""
+        if any(one.name == "param_dtype" for one in dataclasses.fields(module)):
+            changed = in_dtype("param_dtype", module.param_dtype, self.dtype)
+            object.__setattr__(module, "param_dtype", changed)
+
     def _variables(self, values: Mapping[str, Any]) -> Any:
         leaves = [values.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
@@ -116,10 +127,16 @@ class LinenNetwork:
         named = {_name(path): leaf for path, leaf in named_leaves(variables, boxed=True)}
         return {name: leaf for name, leaf in named.items() if name in self.values}
 
-    def _intercepted(
-        self, watch: Watch, training: bool, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
+    def _called(
+        self,
+        watch: Watch,
+        training: bool,
+        module: nn.Module,
+        method: str,
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
-        module, method = context.module, context.method_name
         if module.scope is None or method == "setup" or (method.startswith("_") and method != "__call__"):
             return call(*args, **kwargs)
         if training:
@@ -156,6 +173,68 @@ class LinenNetwork:
             if place[: len(path)] == path and name in self.values:
                 names.setdefault("/".join(place[len(path) :]), name)
         return names
+
+
+def _intercepted(called: Callable[..., Any], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    return called(context.module, context.method_name, call, args, kwargs)
+
+
+@contextmanager
+def _noticing(each: Callable[[nn.Module], None]) -> Iterator[None]:
+    """While it lasts, `each` is called of every module that this thread makes, as soon as it has its fields."""
+    thread, initialise = threading.get_ident(), nn.Module.__post_init__
+
+    def noticed(self: nn.Module) -> None:
+        if threading.get_ident() == thread:
+            each(self)
+        initialise(self)
+
+    with PATCHING:
+        nn.Module.__post_init__ = noticed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__post_init__ = initialise  # type: ignore[method-assign]
+
+
+@contextmanager
+def _lifted(called: Callable[..., Any]) -> Iterator[Callable[[nn.Module], None]]:
+    """While it lasts, methods inside of a scan, a remat or a jit go through `called` as a whole too.
+
+    Interceptors see what is inside alone, where arrays are those of another program. The classes that `nn.scan` and
+    its like make are found when their modules are: each is to be given to what this yields.
+    """
+    thread = threading.get_ident()
+    before: list[tuple[type, str, Any]] = []
+    known: set[type] = set()
+    over = False
+
+    def patched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # A class that was made meanwhile may keep this method.
+            if over or threading.get_ident() != thread:
+                return original(self, *args, **kwargs)
+            return called(self, name, partial(original, self), args, kwargs)
+
+        return method
+
+    def found(module: nn.Module) -> None:
+        for one in set(type(module).__mro__) - known:
+            known.add(one)
+            for name, value in list(vars(one).items()):
+                # What is put around a method that Flax has wrapped already.
+                if getattr(getattr(value, "__wrapped__", None), "method_handler_wrapped", False):
+                    before.append((one, name, value))
+                    setattr(one, name, patched(name, value))
+
+    with PATCHING:
+        try:
+            yield found
+        finally:
+            over = True
+            for one, name, value in reversed(before):
+                setattr(one, name, value)
 
 
 def lacks(module: nn.Module, variables: Mapping[str, Any]) -> frozenset[str]:

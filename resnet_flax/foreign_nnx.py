@@ -1,6 +1,5 @@
 """An nnx module, watched through the methods of its classes."""
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -15,10 +14,7 @@ from common.foreign.protocol import Held
 from resnet_flax.foreign_modules import arguments, drops, in_dtype, named_leaves, parameters
 from resnet_flax.foreign_operations import arrays_of, operation_of
 from resnet_flax.foreign_runner import in_dtype_of
-from resnet_flax.foreign_watch import Layer, Watch, is_array, is_floating
-
-# Classes are everybody's: two threads that put back what the other has put there would leave it there.
-_PATCHING = threading.RLock()
+from resnet_flax.foreign_watch import PATCHING, Layer, Watch, is_array, is_floating
 
 
 class NnxNetwork:
@@ -181,7 +177,7 @@ def _watched(modules: Mapping[tuple[Any, ...], nnx.Module], called: Callable[...
 
         return method
 
-    with _PATCHING:
+    with PATCHING:
         before = [
             (one, name, value)
             for one in classes

@@ -5,7 +5,7 @@ Flax's own overhead is larger than the arithmetic of a small network, and to com
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,13 +19,6 @@ from common.errors import ModelError, ParityError
 from common.foreign.protocol import LATER_OUTPUT, Call, Forced, Inputs, Loss, Trace
 from resnet_flax.foreign_modules import cast, named_leaves
 from resnet_flax.foreign_watch import Watch, is_array, is_floating
-
-# Two names of each precision of products: see `settings`.
-_SYNONYMS = {None: "default", "default": "bfloat16", "bfloat16": "default", "high": "tensorfloat32"} | {
-    "tensorfloat32": "high",
-    "highest": "float32",
-    "float32": "highest",
-}
 
 
 class Again(Exception):
@@ -86,18 +79,15 @@ class _Program:
     settled: bool = False  # a second trace had the same
 
 
-@contextmanager
-def settings(dtype: str) -> Iterator[None]:
-    """JAX's settings for a model in `dtype`, in this thread and for a while: double precision where it is asked for."""
-    with ExitStack() as stack:
-        if dtype == "float64":
-            stack.enter_context(_double_precision())
-        # JAX keeps what it compiled. A function of the user's that was compiled here has no dropout, and one that he
-        # compiled has: the key must differ. The precision of products is in it by its name, and each has two.
-        precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
-        if precision in _SYNONYMS:
-            stack.enter_context(jax.default_matmul_precision(_SYNONYMS[precision]))
-        yield
+def settings(dtype: str) -> AbstractContextManager[Any]:
+    """JAX's settings for a model in `dtype`, in this thread and for a while: in float32 they are the user's."""
+    if dtype != "float64":
+        return nullcontext()
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    import jax.experimental as older  # before JAX 0.8
+
+    return older.enable_x64(True)  # type: ignore[attr-defined]
 
 
 class FlaxRunner:
@@ -116,14 +106,13 @@ class FlaxRunner:
         if unknown := sorted(values.keys() - self._values.keys()):
             raise ModelError(f"`{self._network.title}` has no array {unknown[0]}; it has {', '.join(self._values)}")
         with settings(self._network.dtype):
+            new = {}
             for name, value in values.items():
                 old = self._values[name]
                 if np.shape(value) != old.shape:
                     raise ModelError(f"{name}: an array of shape {np.shape(value)} for one of shape {old.shape}")
-            # New names for old arrays: a program that runs has its own.
-            self._values = self._values | {
-                name: jnp.array(value, self._values[name].dtype) for name, value in values.items()
-            }
+                new[name] = jnp.array(value, old.dtype)
+            self._values = self._values | new
 
     def run(
         self,
@@ -138,12 +127,17 @@ class FlaxRunner:
         with settings(self._network.dtype):
             named, given = self._given(inputs)
             put = {name: _in_jax(one) for name, one in (forced or {}).items()}
-            function = partial(self._pass, named=named, training=training, gradients=gradients, loss=loss)
-            key = (named, training, gradients)
+            # JAX sorts what it is given by name.
+            order = tuple(given)
+            function = partial(self._pass, order, named=named, training=training, gradients=gradients, loss=loss)
+            key = (order, named, training, gradients)
             results, notes = self._carried_out(key, function, given, put, keep=loss is None)
             network.randomness = results["randomness"]
             statistics = [name for name, trained in self.trained.items() if not trained] if training else []
-            return _trace(notes, results, statistics)
+            trace = _trace(notes, results, statistics)
+            trace.gradients = {name: trace.gradients[name] for name in self.trained if name in trace.gradients}
+            trace.of_inputs = {name: trace.of_inputs[name] for name in order if name in trace.of_inputs}
+            return trace
 
     def steps(self, train: Callable[..., Callable[..., Any]], batches: Sequence[Inputs]) -> list[dict[str, Any]]:
         """See `Runner`. A linen model's `train(module, variables)` returns ``step(variables, *arrays)``, which returns
@@ -168,8 +162,10 @@ class FlaxRunner:
         """Whatever the model raises, in one line."""
         try:
             yield
-        except (ParityError, Again):
+        except Again:
             raise
+        except ParityError as error:
+            raise type(error)(*error.args) from None  # JAX has left notes on it
         except Exception as error:
             path = notes.watch.failed if notes.watch else None
             place = f"`{path}` of `{self._network.title}`" if path else f"`{self._network.title}`"
@@ -189,7 +185,7 @@ class FlaxRunner:
         return named, arrays
 
     def _carried_out(
-        self, kind: tuple[bool, ...], function: Callable[..., Any], given: Any, put: Any, *, keep: bool
+        self, kind: tuple[Any, ...], function: Callable[..., Any], given: Any, put: Any, *, keep: bool
     ) -> tuple[dict[str, Any], _Notes]:
         for _ in range(4):
             arguments = (self._values, given, put, self._network.randomness)
@@ -212,6 +208,7 @@ class FlaxRunner:
 
     def _pass(
         self,
+        order: Sequence[str],
         notes: _Notes,
         values: Mapping[str, Any],
         inputs: Mapping[str, Any],
@@ -233,7 +230,7 @@ class FlaxRunner:
             )
             output, after, left = network.forward(
                 {**values, **params},
-                {**inputs, **floats},
+                {name: floats.get(name, inputs[name]) for name in order},
                 randomness,
                 named=named,
                 training=training,
@@ -367,15 +364,6 @@ def _in_jax(forced: Forced) -> dict[str, tuple[Any, ...]]:
         name: tuple(None if array is None else jnp.asarray(array) for array in arrays)
         for name, arrays in fields.items()
     }
-
-
-def _double_precision() -> Any:
-    """Of arrays and of what Python's numbers become, in this thread alone."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    import jax.experimental as older  # before JAX 0.8
-
-    return older.enable_x64(True)  # type: ignore[attr-defined]
 
 
 def in_dtype_of(array: Any, dtype: str) -> Any:

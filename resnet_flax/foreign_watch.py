@@ -1,5 +1,6 @@
 """Takes down what the layers of a Flax model are given and give back, and puts other arrays in their place."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from flax.core.tracers import current_trace
 from common.errors import ModelError
 from common.foreign.operations import Operation
 from common.foreign.protocol import Call, Held
+
+# Classes are everybody's: two threads that put back what the other has put there would leave it there.
+PATCHING = threading.RLock()
 
 # What a call is given in the place of its own, by "inputs", "outputs" and "cotangents": the fields of `Forced` in JAX.
 Given = Mapping[str, tuple[Any, ...]]

@@ -108,6 +108,9 @@ class KerasBackend:
         # Weights are always loaded; on jax, random ones cost a compilation for every shape.
         return resnet_keras.from_spec(spec, kernel_initializer="zeros")
 
+    def native(self, model: Any) -> Any:
+        return model
+
     def load(self, model: Any, weights: canonical.Weights) -> None:
         resnet_keras.load_weights(model, weights)
 

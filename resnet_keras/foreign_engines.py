@@ -125,7 +125,9 @@ class TensorFlow:
 
     def holder(self, variable: Any, array: np.ndarray) -> Any:
         with self._tf.device(variable.value.device):
-            return self._tf.Variable(array, trainable=variable.trainable)
+            holder = self._tf.Variable(array, trainable=variable.trainable)
+        holder._unique_id = variable.value._unique_id  # by which an optimizer knows it
+        return holder
 
     def put(self, undo: ExitStack, variable: Any, holder: Any) -> None:
         undo.callback(setattr, variable, "_value", variable._value)

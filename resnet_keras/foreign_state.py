@@ -180,6 +180,6 @@ def compiled_kept(model: Any) -> Iterator[None]:
     finally:
         for value, before in lists:
             value[:] = before
-        for owner, known in zip(owners, attributes, strict=True):
+        for owner, was in zip(owners, attributes, strict=True):
             vars(owner).clear()
-            vars(owner).update(known)
+            vars(owner).update(was)

@@ -87,6 +87,9 @@ class TorchBackend:
     def build(self, spec: Spec, dtype: str) -> nn.Module:
         return from_spec(spec).to(self._device, _DTYPES[dtype])
 
+    def native(self, model: nn.Module) -> nn.Module:
+        return model
+
     def load(self, model: nn.Module, weights: Weights) -> None:
         load_weights(model, weights)
 

@@ -52,6 +52,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, ours: Any) -> Tensor:
         # Of what autograd is given or a view of it nothing may be returned: what follows may work in place.
         value, ctx.note, ctx.cotangent = ours
+        ctx.fits = value is None or value.shape == tensor.shape
         return tensor.clone() if value is None else cast(Tensor, value)
 
     @staticmethod
@@ -59,6 +60,8 @@ class _Node(torch.autograd.Function):
         (gradient,) = gradients
         if ctx.note is not None:
             ctx.note(gradient)
+        if not ctx.fits:  # what was put there has another shape, and nothing can go back
+            return None, None
         return gradient if ctx.cotangent is None else ctx.cotangent, None
 
 
@@ -112,7 +115,8 @@ class Watch:
         given = list(tensors)
         for i, value in self._values("input", self._forced.get(name, _NOTHING).inputs, tensors).items():
             given[i] = node(tensors[i], value) if self._follows(tensors[i]) else value
-            entered.taken.append((tensors[i], given[i], given[i]._version))
+            if value.shape == tensors[i].shape:
+                entered.taken.append((tensors[i], given[i], given[i]._version))
         return given
 
     def leave(self, entered: Entered, call: Call, tensors: list[Tensor], *, aliases: bool = False) -> list[Tensor]:
@@ -167,7 +171,7 @@ class Watch:
                     continue
                 layer = path or self._root
                 before, after = partial(self._before, layer), partial(self._after, layer, names)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             yield
 
@@ -212,9 +216,13 @@ class Watch:
             if array is None:
                 continue
             shape = tuple(tensors[i].shape) if i < len(tensors) else None
-            if array.shape != shape:
+            other = shape is not None and array.ndim == len(shape)
+            if array.shape != shape and not other:
                 raise ModelError(f"{self.place()}: {what} {i} is of shape {shape}, not {array.shape}")
             with torch.no_grad():
+                if array.shape != shape:
+                    values[i] = tensor_of(array).to(tensors[i])
+                    continue
                 # In the memory order of the one that it replaces: the sums of some kernels depend on it.
                 values[i] = torch.empty_like(tensors[i]).copy_(tensor_of(array))
         return values

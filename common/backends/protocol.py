@@ -30,6 +30,10 @@ class Backend(Protocol):
         """A native model whose parameters and computation are of `dtype` (float32 or float64)."""
         ...
 
+    def native(self, model: Any) -> Any:
+        """What the framework's own users would call the model: what `common.foreign` takes."""
+        ...
+
     def load(self, model: Any, weights: Weights) -> None:
         """Set every parameter and statistic of the model, cast to its dtype; each native tensor exactly once."""
         ...

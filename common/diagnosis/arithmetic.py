@@ -145,13 +145,14 @@ def _gathered(x: np.ndarray, axis: int, at: np.ndarray, span: int, pad: tuple[in
     """What windows see along an axis: in its place two, of the windows and of the positions in each."""
     place = 1 + 2 * axis
     size = x.shape[place]
-    if operation.padding_mode == "zeros":
-        reached = np.pad(np.arange(size), pad, constant_values=-1)
-    else:
+    index = at[:, None] * operation.strides[axis] + np.arange(span) * operation.dilation[axis] - pad[0]
+    if operation.padding_mode != "zeros":
         reached = np.pad(np.arange(size), pad, mode=_MODES[operation.padding_mode])  # type: ignore[call-overload]
-    index = reached[at[:, None] * operation.strides[axis] + np.arange(span) * operation.dilation[axis]]
-    inside = (index >= 0).reshape(*index.shape, *(1,) * (x.ndim - place - 1))
-    taken: np.ndarray = x.take(np.maximum(index, 0), axis=place) * inside
+        return x.take(reached[index + pad[0]], axis=place)
+    inside = (index >= 0) & (index < size)
+    taken = x.take(index, axis=place, mode="clip")
+    if not inside.all():
+        taken *= inside.reshape(*index.shape, *(1,) * (x.ndim - place - 1))
     return taken
 
 
@@ -171,9 +172,9 @@ def _plus(x: np.ndarray | int, bias: np.ndarray | None) -> np.ndarray:
     return np.asarray(x) if bias is None else x + bias
 
 
-def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
-    """A pool. A window that hangs over the end counts only what is there, as PyTorch counts."""
-    sizes, window = x.shape[1:-1], operation.window
+def pool_counts(sizes: Sequence[int], operation: Pool) -> list[int]:
+    """How many windows there are on every axis. Raises `ValueError` where none fits."""
+    window = operation.window
     pads = pads_of(operation, sizes, window)
     counts = []
     for size, (before, behind), span, step in zip(sizes, pads, window, operation.strides, strict=True):
@@ -183,6 +184,13 @@ def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
         counts.append(count - 1 if operation.ceil and (count - 1) * step >= size + before else count)
     if min(counts) < 1:
         raise ValueError(f"a window of {window} does not fit into {sizes}")
+    return counts
+
+
+def pool(x: np.ndarray, operation: Pool) -> np.ndarray:
+    """A pool. A window that hangs over the end counts only what is there, as PyTorch counts."""
+    sizes, window = x.shape[1:-1], operation.window
+    pads, counts = pads_of(operation, sizes, window), pool_counts(sizes, operation)
     ends = [(n - 1) * step + span for n, step, span in zip(counts, operation.strides, window, strict=True)]
     around = [(before, max(end - size - before, 0)) for end, size, (before, _) in zip(ends, sizes, pads, strict=True)]
     fill = -np.inf if operation.mode == "max" else 0.0

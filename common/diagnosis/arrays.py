@@ -40,8 +40,14 @@ def change_of(role: str, arrays: Mapping[str, np.ndarray], reference: Mapping[st
     if role not in reference:
         if role == "bias":
             return Change(cause="bias_extra", yours="adds a bias", reference="adds none", slot=role)
-        return Change(cause="array_differs", yours=f"has a {role}", reference="has none", cost=2.0, slot=role,
-                      facts={"roles": role})  # fmt: skip
+        return Change(
+            cause="array_differs",
+            yours=f"has a {role}",
+            reference="has none",
+            cost=2.0,
+            slot=role,
+            facts={"roles": role},
+        )
     if held is not None and initial(role, reference) != held:
         return Change(
             cause="never_loaded",

@@ -69,6 +69,8 @@ CAUSES: Mapping[str, str] = {
     "block_extra": "a block extra",
     "block_missing": "a block missing",
     "block_order": "blocks in another order",
+    "field": "another network of the family",
+    "arrays_swapped": "arrays of another layer",
     # Numbers and gradients
     "precision": "a coarser precision inside",
     "detached": "a tensor detached",

@@ -1,7 +1,7 @@
 """Whether yours computes in a coarser precision: bfloat16, float16, TF32, or float32 inside a float64 network.
 
-What is left is then no rounding of float64. It is recognised by its size, by outputs that are numbers of that precision,
-and by a prediction from rounded inputs that leaves far less than there was.
+What is left is then no rounding of float64. It is recognised by its size, by outputs that are numbers of that
+precision, and by a prediction from rounded inputs that leaves far less than there was.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ def precision_findings(work: Work | None, goal: Goal, *, place: str, backend: st
         its_own = representable(goal.yours, name) and not representable(goal.reference, name)
         if its_own or left <= _LEFT * goal.before or (name == "float32" and _is_noise(goal) and left <= goal.before):
             # Of those that hold all outputs the coarsest, of the others the one that leaves least. A TF32 product is
-            # kept as float32, so outputs of eleven bits are float16's.
-            found.append((not its_own, -unit(name) if its_own else left, name == "tf32" and its_own, left, name))
+            # kept as float32: outputs of eleven bits are float16's, others TF32's.
+            found.append((not its_own, -unit(name) if its_own else left, (name == "tf32") == its_own, left, name))
     return [
         as_finding((_change(name, goal),), left, goal, place=place, backend=backend)
         for *_, left, name in sorted(found)[:1]
@@ -51,18 +51,17 @@ def _change(name: str, goal: Goal) -> Change:
 
 
 def _predictions(work: Work | None, goal: Goal, name: str) -> Iterator[np.ndarray]:
-    """The output rounded, for which nothing of the layer has to be known; its inputs and arrays rounded; both."""
+    """The output rounded, for which nothing of the layer has to be known; what goes into the product; all arrays;
+    and all of it."""
     yield rounded(goal.reference, name)
     if work is None:
         return
-    inner = replace(
-        work,
-        inputs=tuple(one if one.dtype.kind in "iu" else rounded(one, name) for one in work.inputs),
-        arrays={role: rounded(array, name) for role, array in work.arrays.items()},
-    )
-    output = inner.computed()
-    yield output
-    yield rounded(output, name)
+    inputs = tuple(one if one.dtype.kind in "iu" else rounded(one, name) for one in work.inputs)
+    for roles in ({"kernel", "table"}, set(work.arrays)):
+        arrays = {role: rounded(array, name) if role in roles else array for role, array in work.arrays.items()}
+        output = replace(work, inputs=inputs, arrays=arrays).computed()
+        yield output
+        yield rounded(output, name)
 
 
 def _is_noise(goal: Goal) -> bool:
@@ -71,4 +70,4 @@ def _is_noise(goal: Goal) -> bool:
     size = float(np.linalg.norm(difference))
     along = abs(float(np.vdot(difference, goal.reference))) / (size * goal.norm)
     aside = abs(float(difference.sum())) / (size * np.sqrt(difference.size))
-    return max(along, aside) < max(_NOISE, 4 / np.sqrt(difference.size))
+    return bool(max(along, aside) < max(_NOISE, 4 / np.sqrt(difference.size)))

@@ -6,6 +6,7 @@ model has; of the reference and of yours it has one shape, unless the two models
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isinf
 
 import numpy as np
 
@@ -88,7 +89,8 @@ class Finding:
     @property
     def sentence(self) -> str:
         """The answer with its proof."""
-        proof = f"so changed, the reference agrees with it to {self.after:.0e} ({self.before:.2g} now)"
+        now = "of another shape now" if isinf(self.before) else f"{self.before:.2g} now"
+        proof = f"so changed, the reference agrees with it to {self.after:.0e} ({now})"
         remedy = f" {self.remedy}" if self.remedy else ""
         return f"`{self.place}`: yours {self.yours}, the reference {self.reference}; {proof}.{remedy}"
 
@@ -107,3 +109,5 @@ class Diagnosis:
     """Every defect that was found, in order of execution."""
 
     defects: tuple[Explained, ...] = field(default=())
+    # Of a network of ours: the other one of its family that computes what yours does.
+    as_spec: Finding | None = None

@@ -27,7 +27,7 @@ from common.foreign.operations import (
     Softmax,
 )
 
-# What a layer without words of its own may be that has settings: as AlexNet, Caffe and the frameworks' defaults have it.
+# What a layer without words of its own may be: as AlexNet, Caffe and the frameworks' defaults have it.
 _RESPONSES = tuple(
     LocalResponseNorm(size=size, alpha=alpha, beta=0.75, k=k, mean=mean)
     for size in (5, 3, 9, 11)
@@ -192,4 +192,4 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
 
 def size_of(x: np.ndarray) -> int:
     """The image's first axis; a pool may step over all of it."""
-    return x.shape[1]
+    return int(x.shape[1])

@@ -56,7 +56,7 @@ def explain_layer(evidence: LayerEvidence) -> list[Finding]:
     arrays = {role: array.astype(np.float64) for role, array in evidence.reference.arrays.items()}
     reference = evidence.reference
     work = identified(
-        reference.operation, inputs, arrays, goal.reference, training=evidence.training, limit=evidence.limit
+        reference.operation, inputs, arrays, reference.outputs[0], training=evidence.training, limit=evidence.limit
     )
     backend = evidence.yours.backend
     if work is None:
@@ -65,7 +65,7 @@ def explain_layer(evidence: LayerEvidence) -> list[Finding]:
 
     def edits(work: Work, goal: Goal) -> Iterator[Trial]:
         single = work is base
-        yield from _edits(work, goal, single=single)
+        yield from _edits(work, goal, backend, single=single)
         yield from behind(work, goal, single=single)
         yield from array_edits(work, evidence.yours, arrays)
         if single:
@@ -82,19 +82,19 @@ def place_of(evidence: LayerEvidence) -> str:
     return yours if yours == reference else f"{yours} ({reference})"
 
 
-def _edits(work: Work, goal: Goal, *, single: bool) -> Iterator[Trial]:
+def _edits(work: Work, goal: Goal, backend: str, *, single: bool) -> Iterator[Trial]:
     """By what the reference does."""
     match work.operation:
         case Conv():
             yield from conv_edits(work, goal, wide=single)
         case Dense():
-            yield from dense_edits(work, goal)
+            yield from dense_edits(work, goal, wide=single)
         case Embedding():
             yield from embedding_edits(work, goal)
         case BatchNorm() | LayerNorm() | GroupNorm():
-            yield from norm_edits(work, goal)
+            yield from norm_edits(work, goal, wide=single)
         case Pool():
-            yield from pool_edits(work, goal)
+            yield from pool_edits(work, goal, backend, wide=single)
         case GlobalPool():
             yield from global_edits(work, goal)
         case Activation():
@@ -183,7 +183,7 @@ def _changes_of_arrays(work: Work, base: Work) -> list[Change]:
             facts={"roles": role},
             cost=_SAID,
             slot=role,
-        )  # fmt: skip
+        )
         for role in missing
     ]
     if others:
@@ -196,7 +196,7 @@ def _changes_of_arrays(work: Work, base: Work) -> list[Change]:
                 cost=3.0,
                 facts={"roles": names},
                 slot="arrays",
-            )  # fmt: skip
+            )
         )
     return changes
 

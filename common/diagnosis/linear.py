@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import isqrt
 from typing import Any
@@ -43,7 +44,7 @@ def conv_edits(work: Work, goal: Goal, *, wide: bool = True) -> Iterator[Trial]:
             if other.dilation != operation.dilation:
                 for padded in _reaching(other, sizes, window, target):
                     yield _setting(work, padded, "dilation", "dilation")
-    yield from _kernels(work, kernel)
+    yield from _kernels(work, kernel, wide=wide)
     yield from _interleaved(work, operation, kernel)
     yield from bias_edits(work)
 
@@ -91,9 +92,11 @@ def padding_edits(work: Work, goal: Goal, window: Sequence[int], layer: str, *, 
     facts = of_padding(own, same=operation.padding == "same", layer=layer)
     known = {own}
     for cost, padding in _paddings(sizes, window, operation.strides, dilation, target):
+        if cost > _PLAIN and not wide:
+            break
         other = replace(operation, padding=padding)
         pads = pads_of(other, sizes, window)
-        if pads in known or (cost > _PLAIN and not wide):
+        if pads in known:
             continue
         known.add(pads)
         # SAME is what this padding is called only where no symmetric one is the same.
@@ -121,7 +124,7 @@ def _paddings(
         yield from ((2.0, pads) for pads in product(*axes))
 
 
-def _kernels(work: Work, kernel: np.ndarray) -> Iterator[Trial]:
+def _kernels(work: Work, kernel: np.ndarray, *, wide: bool) -> Iterator[Trial]:
     """Kernels that were loaded in another order, or are read in one."""
     spatial = tuple(range(kernel.ndim - 2))
     i, o = kernel.ndim - 2, kernel.ndim - 1
@@ -134,9 +137,10 @@ def _kernels(work: Work, kernel: np.ndarray) -> Iterator[Trial]:
         ways.append(("kernel_transposed", "has its kernel's axes in reverse order", kernel.transpose(1, 0, o, i)))
     ways.append(("kernel_flipped", "flips its kernel", flipped))
     ways.append(("kernel_flipped", "flips its kernel, its inputs and outputs exchanged", np.flip(turned, spatial)))
-    # (out, in, height, width) as if it were (height, width, in, out).
-    reread = kernel.transpose(o, i, *spatial).reshape(kernel.shape)
-    ways.append(("kernel_transposed", "has its kernel reshaped where it is to be transposed", reread))
+    if wide:
+        # (out, in, height, width) as if it were (height, width, in, out). A copy, where all others are views.
+        reread = kernel.transpose(o, i, *spatial).reshape(kernel.shape)
+        ways.append(("kernel_transposed", "has its kernel reshaped where it is to be transposed", reread))
     if kernel.shape[-2] in {3, 4}:
         order = [2, 1, 0, 3][: kernel.shape[-2]]
         ways.append(("input_bgr", "reads the channels as BGR", kernel[..., order, :]))
@@ -159,17 +163,19 @@ def _interleaved(work: Work, operation: Conv, kernel: np.ndarray) -> Iterator[Tr
             order = np.arange(channels).reshape(parts, -1).T.ravel()
             change = Change(
                 cause="groups_interleaved",
-                yours=f"{side} the channels of its groups in turn",
+                yours=f"{side} the channels of its groups in turn ({parts} by {channels // parts})",
                 reference=f"{side} them group by group",
                 slot=f"groups {side}",
             )
             if side == "reads":
                 yield changed(work, change, inputs=(x[..., order], *work.inputs[1:]))
             else:
-                after = (*work.after, lambda output, order=order: output[..., order])
+                after = (*work.after, partial(np.take, indices=order, axis=-1))
                 yield changed(work, change, after=after)
                 read = replace(
-                    change, yours="has the kernels of its groups in turn", reference="has them group by group"
+                    change,
+                    yours=f"has the kernels of its groups in turn ({parts} by {channels // parts})",
+                    reference="has them group by group",
                 )
                 shuffled = with_arrays(work, kernel=kernel[..., order], bias=None if bias is None else bias[order])
                 yield changed(work, read, arrays=shuffled)
@@ -188,7 +194,7 @@ def bias_edits(work: Work) -> Iterator[Trial]:
     yield changed(work, negative, arrays=with_arrays(work, bias=-bias))
 
 
-def dense_edits(work: Work, goal: Goal) -> Iterator[Trial]:
+def dense_edits(work: Work, goal: Goal, *, wide: bool = True) -> Iterator[Trial]:
     """Of a dense layer."""
     assert isinstance(work.operation, Dense)
     kernel = work.arrays["kernel"]
@@ -200,15 +206,20 @@ def dense_edits(work: Work, goal: Goal) -> Iterator[Trial]:
 
     if kernel.shape[0] == kernel.shape[1]:
         yield of_kernel("kernel_transposed", "has its kernel transposed", "as it is", kernel.T)
-    elif min(kernel.shape) > 1:
+    elif min(kernel.shape) > 1 and wide:
         reread = kernel.T.reshape(kernel.shape)
         yield of_kernel("kernel_transposed", "has its kernel reshaped where it is to be transposed", "as it is", reread)
     for shape, axes in _maps(kernel.shape[0]):
         order = np.arange(kernel.shape[0]).reshape(shape).transpose(axes).ravel()
         there, here = " x ".join(map(str, shape)), " x ".join(str(shape[axis]) for axis in axes)
         yours, reference = f"reads the row as a map of {here} flattened", f"as one of {there}"
+        if here == there:
+            yours, reference = f"reads the row as a map of {here} with height and width exchanged", "as it is"
         cost = 1.0 if len(shape) == 2 else 1.2
-        yield of_kernel("flatten_order", yours, reference, kernel[order], cost=cost)
+        change = Change(cause="flatten_order", yours=yours, reference=reference, cost=cost, slot="kernel")
+        # The rows of the input in the opposite order: they are fewer than the kernel's values.
+        if wide or len(shape) == 2:
+            yield changed(work, change, inputs=(work.inputs[0][..., np.argsort(order)],))
 
 
 def _maps(features: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -236,6 +247,11 @@ def embedding_edits(work: Work, goal: Goal) -> Iterator[Trial]:
         yield changed(work, change, inputs=(shifted, *work.inputs[1:]))
     zeroed = table.copy()
     zeroed[0] = 0.0
-    change = Change(cause="array_differs", yours="has zeros for entry 0", reference="has values", slot="table",
-                    facts={"roles": "table"})  # fmt: skip
+    change = Change(
+        cause="array_differs",
+        yours="has zeros for entry 0",
+        reference="has values",
+        slot="table",
+        facts={"roles": "table"},
+    )
     yield changed(work, change, arrays=with_arrays(work, table=zeroed))

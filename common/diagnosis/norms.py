@@ -16,9 +16,11 @@ from common.foreign.operations import BatchNorm, GroupNorm, LayerNorm
 _VALUES = 4096
 
 
-def norm_edits(work: Work, goal: Goal) -> Iterator[Trial]:
-    """Of a norm of any kind."""
+def norm_edits(work: Work, goal: Goal, *, wide: bool = True) -> Iterator[Trial]:
+    """Of a norm of any kind; `wide`: what is seldom, too."""
     yield from _epsilons(work, goal)
+    if wide:
+        yield from _forms(work)
     yield from bias_edits(work)
     if "scale" in work.arrays:
         change = Change(cause="scale_missing", yours="does not scale", reference="scales", slot="scale")
@@ -27,7 +29,7 @@ def norm_edits(work: Work, goal: Goal) -> Iterator[Trial]:
             yield _swapped(work, "scale", "bias", "scale_bias_swapped", "has scale and bias exchanged")
     match work.operation:
         case BatchNorm():
-            yield from _batch_norm(work)
+            yield from _batch_norm(work, wide=wide)
         case LayerNorm() | GroupNorm():
             yield from _others(work)
 
@@ -48,7 +50,7 @@ def _statistics(work: Work) -> tuple[np.ndarray, np.ndarray]:
 
 def _epsilons(work: Work, goal: Goal) -> Iterator[Trial]:
     """Another eps, solved for: of x' = (x - mean) / sqrt(var + eps) all but that is known."""
-    operation, x = work.operation, work.inputs[0]
+    operation = work.operation
     assert isinstance(operation, BatchNorm | LayerNorm | GroupNorm)
     solved = [] if work.function is not None else list(plain(solved_eps(work, goal)))
     for at, eps in enumerate(solved):
@@ -62,7 +64,12 @@ def _epsilons(work: Work, goal: Goal) -> Iterator[Trial]:
                 facts={"eps": operation.eps},
             )
             yield changed(work, change, operation=other)
-    # Forms that are those of another variance under the same root.
+
+
+def _forms(work: Work) -> Iterator[Trial]:
+    """Forms of the deviation, as those of another variance under the same root."""
+    operation = work.operation
+    assert isinstance(operation, BatchNorm | LayerNorm | GroupNorm)
     mean, var = _statistics(work)
     forms = {
         "divides by sqrt(variance) + eps": (np.sqrt(var) + operation.eps) ** 2,
@@ -125,7 +132,7 @@ def solved_eps(work: Work, goal: Goal) -> float:
     return float(np.median(values))
 
 
-def _batch_norm(work: Work) -> Iterator[Trial]:
+def _batch_norm(work: Work, *, wide: bool) -> Iterator[Trial]:
     operation, x, arrays = work.operation, work.inputs[0], work.arrays
     assert isinstance(operation, BatchNorm)
     if "mean" not in arrays or "var" not in arrays:
@@ -151,6 +158,7 @@ def _batch_norm(work: Work) -> Iterator[Trial]:
             cause="variance_unbiased",
             yours="norms with the unbiased variance of the batch",
             reference="with the biased one",
+            facts={"detail": "norm"},
             slot="var",
         )
         yield changed(work, change, arrays=with_arrays(work, var=unbiased))
@@ -164,7 +172,7 @@ def _batch_norm(work: Work) -> Iterator[Trial]:
                 slot="statistics",
             )
             yield changed(work, change, arrays=with_arrays(work, mean=mean, var=other))
-    if x.ndim > 2:
+    if x.ndim > 2 and wide:
         axes = tuple(range(1, x.ndim - 1))
         change = Change(
             cause="norm_axes",
@@ -186,6 +194,7 @@ def _others(work: Work) -> Iterator[Trial]:
             cause="variance_unbiased",
             yours="norms with the unbiased variance",
             reference="with the biased one",
+            facts={"detail": "norm"},
             slot="var",
         )
         yield _with_statistics(work, change, mean, var * (terms / (terms - 1)))

@@ -143,6 +143,8 @@ def dropout(work: Work, goal: Goal) -> Iterator[Trial]:
     alike = min(float((output[zero] < 0).mean()), float((output[zero] > 0).mean()))
     if alike == 0.0 and 0 < float((output[there] < 0).mean()) < 1:
         return
+    if not goal.explained(goal.left(output * mask)):
+        return
     whole = _blocks(zero)
     rate = 1 - 1 / factor if factor > 1 else share
     cells = count / max(whole[1], 1)
@@ -235,7 +237,7 @@ def response_edits(work: Work, goal: Goal) -> Iterator[Trial]:
     for name, values in solved.items():
         for at, value in enumerate(plain(float(np.median(values)))):
             if value > 0:
-                yield of(replace(operation, **{name: value}), name, 1.1 + at / 10)
+                yield of(replace(operation, **{name: value}), name, 1.1 + at / 10)  # type: ignore[arg-type]
 
 
 def _facts_of_response(operation: LocalResponseNorm) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.diagnosis import arithmetic, words
 from common.diagnosis.linear import padding_edits
-from common.diagnosis.remedies import activation_words, of_padding
+from common.diagnosis.remedies import activation_words, family, of_padding
 from common.diagnosis.trials import Change, Goal, Trial, Work, changed
 from common.foreign.operations import Flatten, GlobalPool, Merge, Pad, Pool
 
@@ -18,26 +18,28 @@ _WINDOWS, _STRIDES = range(1, 8), range(1, 5)
 _MOST_ORDERED = 5
 
 
-def pool_edits(work: Work, goal: Goal) -> Iterator[Trial]:
+def pool_edits(work: Work, goal: Goal, backend: str, *, wide: bool = True) -> Iterator[Trial]:
     """Of a pool."""
     operation, x = work.operation, work.inputs[0]
     assert isinstance(operation, Pool)
     axes = len(operation.window)
-    yield _mode(work, operation)
+    yield from _modes(work, operation)
     if goal.yours.ndim == x.ndim:
-        yield from padding_edits(work, goal, operation.window, "pool")
+        yield from padding_edits(work, goal, operation.window, "pool", wide=wide)
     if operation.mode == "average":
         facts = _counted(operation)
         yield _setting(work, replace(operation, counted=not operation.counted), "pool_counted", "counted", **facts)
     other = replace(operation, ceil=not operation.ceil)
-    yield _setting(work, other, "pool_ceil", "ceil", ceil=operation.ceil)
-    for size in _WINDOWS:
+    # A window over the end is SAME's padding where the size is even. PyTorch's pools know it alone.
+    likely = 0.9 if family(backend) == "torch" else 1.1
+    yield _setting(work, other, "pool_ceil", "ceil", likely, ceil=operation.ceil)
+    for size in _WINDOWS if wide else (2, 3):
         other = replace(operation, window=(size,) * axes)
         for padded in _reaching(other, goal, x):
             if other.window != operation.window:
                 window = words.one(operation.window)
                 yield _setting(work, padded, "pool_window", "window", window=window)
-    for step in _STRIDES:
+    for step in _STRIDES if wide else (1, 2):
         other = replace(operation, strides=(step,) * axes)
         if other.strides != operation.strides:
             yield _setting(work, other, "stride", "strides", strides=words.one(operation.strides))
@@ -55,22 +57,40 @@ def pool_edits(work: Work, goal: Goal) -> Iterator[Trial]:
         yield changed(work, zeros, operation=bare, inputs=(np.pad(x, ((0, 0), *pads, (0, 0))),))
     if operation.mode == "average":
         # LeNet's pools sum.
-        total = Change(cause="scale_factor", yours="takes the sum of a window", reference="takes its average", cost=1.2,
-                       facts={"factor": 1 / float(np.prod(operation.window))})  # fmt: skip
+        total = Change(
+            cause="scale_factor",
+            yours="takes the sum of a window",
+            reference="takes its average",
+            cost=1.2,
+            facts={"factor": 1 / float(np.prod(operation.window))},
+        )
         area = float(np.prod(operation.window))
         yield changed(work, total, after=(*work.after, lambda output: output * area))
 
 
-def _mode(work: Work, operation: Pool | GlobalPool) -> Trial:
+def _modes(work: Work, operation: Pool) -> Iterator[Trial]:
+    """The other of maximum and average; an average that counts the borders, and one that does not."""
+    yield _mode(work, operation)
+    if operation.mode == "max":
+        yield _mode(work, replace(operation, counted=not operation.counted), cost=1.1)
+
+
+def _mode(work: Work, operation: Pool | GlobalPool, cost: float = 1.0) -> Trial:
     """The other of maximum and average."""
     other = replace(operation, mode="max" if operation.mode == "average" else "average")
     known, yours = {"max": "maximum", "average": "average"}[operation.mode], words.mode(other.mode)
-    keras = ("GlobalMax" if operation.mode == "max" else "GlobalAverage") if isinstance(operation, GlobalPool) else (
-        operation.mode.capitalize()
-    )  # fmt: skip
+    if isinstance(other, Pool) and other.mode == "average" and any(map(any, other.padding)):
+        yours = f"{yours} and {words.setting(other, 'counted')}"
+    keras = (
+        ("GlobalMax" if operation.mode == "max" else "GlobalAverage")
+        if isinstance(operation, GlobalPool)
+        else (operation.mode.capitalize())
+    )
     flax = "max_pool" if operation.mode == "max" else "avg_pool"
     facts = {"mode": known, "keras_pool": f"{keras}Pooling2D", "flax_pool": f"nn.{flax}"}
-    change = Change(cause="average_for_maximum", yours=yours, reference=f"the {known}", facts=facts, slot="mode")
+    change = Change(
+        cause="average_for_maximum", yours=yours, reference=f"the {known}", facts=facts, cost=cost, slot="mode"
+    )
     return changed(work, change, operation=other)
 
 
@@ -80,12 +100,12 @@ def _counted(operation: Pool) -> dict[str, Any]:
     return {"counted": operation.counted, "keras_counted": keras}
 
 
-def _setting(work: Work, other: Pool, cause: str, name: str, **facts: Any) -> Trial:
+def _setting(work: Work, other: Pool, cause: str, name: str, cost: float = 1.0, **facts: Any) -> Trial:
     operation = work.operation
     assert isinstance(operation, Pool)
-    yours, reference, cost = words.setting(other, name), words.setting(operation, name), 1.0
+    yours, reference, cost = words.setting(other, name), words.setting(operation, name), cost
     if other.padding != operation.padding:
-        yours, cost = f"{yours} and {words.padding(other.padding)}", 1.2
+        yours, cost = f"{yours} and {words.padding(other.padding)}", cost + 0.2
     change = Change(cause=cause, yours=yours, reference=reference, facts=facts, cost=cost, slot=name)
     return changed(work, change, operation=other)
 
@@ -104,8 +124,13 @@ def global_edits(work: Work, goal: Goal) -> Iterator[Trial]:
     assert isinstance(operation, GlobalPool)
     yield _mode(work, operation)
     pixels = int(np.prod(x.shape[1:-1]))
-    total = Change(cause="scale_factor", yours="takes the sum of all pixels", reference="takes their average", cost=1.2,
-                   facts={"factor": 1 / pixels})  # fmt: skip
+    total = Change(
+        cause="scale_factor",
+        yours="takes the sum of all pixels",
+        reference="takes their average",
+        cost=1.2,
+        facts={"factor": 1 / pixels},
+    )
     if operation.mode == "average":
         yield changed(work, total, after=(*work.after, lambda output: output * pixels))
     axes = tuple(range(1, x.ndim - 1))
@@ -148,11 +173,19 @@ def merge_edits(work: Work, goal: Goal) -> Iterator[Trial]:
     assert isinstance(operation, Merge)
     count = len(inputs)
     names = [chr(ord("a") + at) for at in range(count)]
+    known = _expression(operation.how, names)
+    if work.activation is not None:
+        known = f"{activation_words(work.activation.name)}({known})"
 
     def of(cause: str, yours: str, cost: float = 1.0, **settings: Any) -> Trial:
-        facts = {"expression": _expression(operation.how, names)}
-        change = Change(cause=cause, yours=yours, reference=f"computes {_expression(operation.how, names)}",
-                        cost=cost, facts=facts, slot=cause)  # fmt: skip
+        change = Change(
+            cause=cause,
+            yours=yours,
+            reference=f"computes {known}",
+            cost=cost,
+            facts={"expression": known},
+            slot=cause,
+        )
         return changed(work, change, **settings)
 
     for how in ("add", "multiply", "concatenate", "average", "maximum", "subtract"):
@@ -201,8 +234,12 @@ def pad_edits(work: Work, goal: Goal) -> Iterator[Trial]:
             cost = 1.0 if len(set(pads)) == 1 else 1.5
             change = Change(cause="padding", yours=yours, reference=reference, cost=cost, facts=facts)
             yield changed(work, change, operation=Pad(padding=pads))
+    around = ((0, 0), *operation.padding, (0, 0))
     for mode in ("edge", "reflect", "wrap"):
-        change = Change(cause="padding_mode", yours=f"pads with the image ({mode})", reference="pads with zeros",
-                        facts={"padding_mode": "zeros"})  # fmt: skip
-        around = ((0, 0), *operation.padding, (0, 0))
+        change = Change(
+            cause="padding_mode",
+            yours=f"pads with the image ({mode})",
+            reference="pads with zeros",
+            facts={"padding_mode": "zeros"},
+        )
         yield changed(work, change, function=lambda work, mode=mode: np.pad(work.inputs[0], around, mode=mode))

@@ -13,10 +13,12 @@ def rounded(x: np.ndarray, precision: str) -> np.ndarray:
     """Each value as the nearest of that precision, ties to even; as float64."""
     if precision in {"float32", "float16"}:
         with np.errstate(over="ignore"):
-            return x.astype(precision).astype(np.float64)
+            narrow: np.ndarray = x.astype(precision).astype(np.float64)
+        return narrow
     fraction, exponent = np.frexp(x)
     bits = BITS[precision]
-    return np.ldexp(np.rint(np.ldexp(fraction, bits)), exponent - bits)
+    near: np.ndarray = np.ldexp(np.rint(np.ldexp(fraction, bits)), exponent - bits)
+    return near
 
 
 def representable(x: np.ndarray, precision: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from common.diagnosis.arithmetic import Pads
+from common.diagnosis.arithmetic import ALPHA, LEAKY, Pads
 
 # By the cause and the framework; "" for all others. A template whose facts are not known says nothing.
 _TORCH, _KERAS, _FLAX, _ANY = "torch", "keras", "flax", ""
@@ -63,7 +63,7 @@ _REMEDIES: Mapping[str, Mapping[str, str]] = {
     "kernel_flipped": {_ANY: "Do not flip the kernel: layers of all frameworks correlate."},
     "groups_interleaved": {_ANY: "Group g reads channels g * in / groups onwards, and makes g * out / groups onwards."},
     "flatten_order": {
-        _TORCH: "Flatten the map in the reference's order (x.permute before x.flatten(1)), or permute the rows as loaded.",
+        _TORCH: "Flatten the map in the reference's order (x.permute before it), or permute the rows as loaded.",
         _ANY: "Flatten the map in the reference's order (transpose it first), or permute the kernel's rows as loaded.",
     },
     "bias_missing": {
@@ -93,6 +93,10 @@ _REMEDIES: Mapping[str, Mapping[str, str]] = {
         _ANY: "Keep {old:g} of the old statistics in a step.",
     },
     "variance_unbiased": {_ANY: "Keep the biased variance, the mean square over N."},
+    "variance_unbiased:norm": {
+        _TORCH: "In PyTorch give x.var unbiased=False.",
+        _ANY: "Divide the sum of squares by N, not by N - 1.",
+    },
     "variance_biased": {_ANY: "Keep N / (N - 1) times the batch's variance."},
     "variance_form": {_ANY: "Divide by sqrt(variance + eps)."},
     "batch_statistics": {
@@ -289,6 +293,7 @@ def of_padding(pads: Pads, *, same: bool, layer: str) -> dict[str, Any]:
 def of_activation(name: str, slope: float | None) -> dict[str, Any]:
     """Facts of the activation that the reference has."""
     facts: dict[str, Any] = {"activation": activation_words(name, slope)}
+    slope = {"leaky_relu": LEAKY, "elu": ALPHA}.get(name) if slope is None else slope
     known = {"relu", "relu6", "silu", "selu", "softplus", "mish", "sigmoid", "tanh", "hard_sigmoid", "hard_silu"}
     for framework, calls in _ACTIVATIONS.items():
         call = calls.get(name, calls[""] if name in known else "")

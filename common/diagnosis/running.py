@@ -7,7 +7,7 @@ import numpy as np
 from common.diagnosis.arithmetic import moments
 from common.diagnosis.evidence import Finding, LayerEvidence, Statistics
 from common.diagnosis.norms import facts_of_momentum, kept_share
-from common.diagnosis.trials import MOST, Change, Goal, as_finding, plain
+from common.diagnosis.trials import Change, Goal, findings, plain
 from common.foreign.operations import BatchNorm
 
 _ROLES = ("mean", "var")
@@ -27,16 +27,12 @@ def explain_statistics(evidence: LayerEvidence, place: str) -> list[Finding]:
     # The limit of outputs does not hold for these: a few roundings of sums over the batch.
     if goal.before <= goal.relative:
         return []
-    found = []
     kept, unbiased = _law(reference, x, evidence)
-    for change, predicted in _hypotheses(reference, yours, x, kept, unbiased):
-        left = goal.left(np.concatenate(predicted))
-        found.append((not goal.explained(left), change.cost if goal.explained(left) else left, left, change))
-    found.sort(key=lambda one: one[:2])
-    if not found or found[0][0]:
-        return []
-    backend = evidence.yours.backend
-    return [as_finding((change,), left, goal, place=place, backend=backend) for _, _, left, change in found[:MOST]]
+    found = [
+        (goal.left(np.concatenate(predicted)), changes)
+        for changes, predicted in _hypotheses(reference, yours, x, kept, unbiased)
+    ]
+    return findings(found, goal, place=place, backend=evidence.yours.backend)
 
 
 def _row(statistics: Statistics) -> np.ndarray:
@@ -65,7 +61,7 @@ def _old(statistics: Statistics, role: str) -> np.ndarray:
 
 def _hypotheses(
     reference: Statistics, yours: Statistics, x: np.ndarray, kept: float, unbiased: bool
-) -> Iterator[tuple[Change, tuple[np.ndarray, np.ndarray]]]:
+) -> Iterator[tuple[tuple[Change, ...], tuple[np.ndarray, np.ndarray]]]:
     """What may be otherwise, and the mean and variance that come of it."""
     mean, biased = moments(x, BatchNorm(eps=0.0, momentum=None))
     count = x.size / x.shape[-1]
@@ -77,17 +73,19 @@ def _hypotheses(
 
     facts = facts_of_momentum(kept)
     frozen = Change(
-        cause="statistics_not_updated", yours="leaves its running statistics as they are", reference="updates them",
+        cause="statistics_not_updated",
+        yours="leaves its running statistics as they are",
+        reference="updates them",
         cost=0.9,
-    )  # fmt: skip
-    yield frozen, (_old(yours, "mean"), _old(yours, "var"))
+    )
+    yield (frozen,), (_old(yours, "mean"), _old(yours, "var"))
     titles = {False: "keeps the biased variance of the batch", True: "keeps N / (N - 1) times the batch's variance"}
     form = Change(
         cause="variance_biased" if unbiased else "variance_unbiased",
         yours=titles[not unbiased],
         reference=titles[unbiased],
     )
-    yield form, after(kept, not unbiased)
+    yield (form,), after(kept, not unbiased)
     meant = Change(
         cause="momentum",
         yours=f"keeps {1 - kept:.6g} of the old statistics in a step",
@@ -95,7 +93,7 @@ def _hypotheses(
         facts=facts,
         cost=0.9,
     )
-    yield meant, after(1 - kept, unbiased)
+    yield (meant,), after(1 - kept, unbiased)
     solved = kept_share(old[0], yours.after["mean"].astype(np.float64), mean)
     for at, share in enumerate(plain(solved)):
         other = Change(
@@ -105,15 +103,8 @@ def _hypotheses(
             facts=facts,
             cost=1.0 + at / 10,
         )
-        yield other, after(share, unbiased)
-        both = Change(
-            cause=f"{other.cause}+{form.cause}",
-            yours=f"{other.yours} and {form.yours}",
-            reference=f"{other.reference} and {form.reference}",
-            facts=facts,
-            cost=other.cost + form.cost,
-        )
-        yield both, after(share, not unbiased)
+        yield (other,), after(share, unbiased)
+        yield (other, form), after(share, not unbiased)
     if any(not np.array_equal(reference.before[role], yours.before[role]) for role in _ROLES):
         start = Change(
             cause="never_loaded",
@@ -121,7 +112,7 @@ def _hypotheses(
             reference="with its own",
             facts={"roles": "mean and var"},
         )
-        yield start, after(kept, unbiased, (_old(yours, "mean"), _old(yours, "var")))
+        yield (start,), after(kept, unbiased, (_old(yours, "mean"), _old(yours, "var")))
     exchanged = Change(cause="mean_var_swapped", yours="keeps mean and variance exchanged", reference="as they are")
     first, second = after(kept, unbiased)
-    yield exchanged, (second, first)
+    yield (exchanged,), (second, first)

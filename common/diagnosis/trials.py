@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.diagnosis import arithmetic
-from common.diagnosis.causes import AND
+from common.diagnosis.causes import AND, CAUSES
 from common.diagnosis.evidence import Finding
 from common.diagnosis.remedies import remedy
 from common.foreign.operations import (
@@ -31,6 +31,9 @@ MOST_PAIRS = 6000
 MOST, NEXT_BEST = 4, 2
 # A sample has so many rows or channels of the greatest difference, and as many evenly spread.
 _ROWS, _CHANNELS = 128, 4
+_ORDER = list(CAUSES)
+# Causes whose numbers are fitted to what yours computes.
+_SOLVED = frozenset({"scale_factor", "input_range", "input_normalised"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,14 @@ class Change:
     cost: float = 1.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     slot: str = ""  # what it sets: two changes of one thing are no pair; "" for the cause
+
+
+Changes = tuple[Change, ...]
+
+
+def cost_of(changes: Sequence[Change]) -> float:
+    """Of all together."""
+    return sum(one.cost for one in changes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +96,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        return sum(one.cost for one in self.changes)
+        return cost_of(self.changes)
 
     @property
     def key(self) -> frozenset[tuple[str, str]]:
@@ -138,6 +149,7 @@ class Sample:
         yours = goal.yours
         self.goal = goal
         self.image, self.at, self.channels, self.rows = 0, [], np.arange(0), np.arange(0)
+        self.kernels: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.kind: type | None = None
         if yours.ndim < 2 or work.function is not None or not yours.size:
             return
@@ -169,13 +181,22 @@ class Sample:
     def of(self, output: np.ndarray) -> np.ndarray:
         """That part of an output."""
         if self.kind is Conv:
-            part = output[self.image]
+            part: np.ndarray = output[self.image]
             for axis, at in enumerate(self.at):
                 part = part.take(at, axis=axis)
-            return part[..., self.channels]
+            part = part[..., self.channels]
+            return part
         if self.kind is Pool:
-            return output[self.image][..., self.channels]
+            some: np.ndarray = output[self.image][..., self.channels]
+            return some
         return output.reshape(-1, output.shape[-1])[self.rows] if self.kind else output
+
+    def _some(self, kernel: np.ndarray) -> np.ndarray:
+        """A kernel's part that makes those channels. To gather it costs more than the product: it is kept, with the
+        kernel, whose identity is not another's as long as it lives."""
+        if id(kernel) not in self.kernels:
+            self.kernels[id(kernel)] = kernel, kernel[..., self.channels]
+        return self.kernels[id(kernel)][1]
 
     def predicted(self, work: Work) -> np.ndarray:
         """That part of a layer's output; computed alone where that can be."""
@@ -185,10 +206,10 @@ class Sample:
             if arithmetic.conv_shape(work.inputs[0], kernel, operation) != whole:
                 raise ValueError("another shape")
             if operation.groups == 1 and not work.after:
-                kernel, bias = kernel[..., self.channels], bias if bias is None else bias[self.channels]
+                kernel, bias = self._some(kernel), bias if bias is None else bias[self.channels]
             x = work.inputs[0][self.image : self.image + 1]
-            part = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
-            return part if part.shape[-1] == len(self.channels) else part[..., self.channels]
+            part: np.ndarray = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
+            return part if part.shape[-1] == len(self.channels) else self._narrow(part)
         if work.function is None and self.kind is Pool and isinstance(operation, Pool | GlobalPool):
             x = work.inputs[0][self.image : self.image + 1][..., self.channels]
             output = work.finished(arithmetic.compute(operation, (x,), {}))
@@ -240,13 +261,15 @@ def search(base: Work, edits: Edits, goal: Goal, *, place: str, backend: str) ->
     if not any(goal.explained(left) for left, _ in found):
         pairs = list(_pairs(sorted(tried, key=lambda one: one[0]), edits, goal))
         found += _proven(pairs, [_left(trial, sample) for trial in pairs], sample, goal)
-    return findings(found, goal, place=place, backend=backend)
+    return findings(((left, trial.changes) for left, trial in found), goal, place=place, backend=backend)
 
 
-def findings(found: Iterable[tuple[float, Trial]], goal: Goal, *, place: str, backend: str) -> list[Finding]:
+def findings(found: Iterable[tuple[float, Changes]], goal: Goal, *, place: str, backend: str) -> list[Finding]:
     """What was tried, with what each leaves, as findings, best first; none where none of them explains it."""
     rows = list(found)
-    best = sorted((one for one in rows if goal.explained(one[0])), key=lambda one: (one[1].cost, one[0]))
+    # What is solved for always leaves a little less.
+    rows = [one for one in rows if goal.explained(one[0]) or not _fitted(one[1])]
+    best = sorted((one for one in rows if goal.explained(one[0])), key=lambda one: (cost_of(one[1]), one[0]))
     if not best:
         return []
     rest = sorted((one for one in rows if not goal.explained(one[0]) and one[0] < inf), key=lambda one: one[0])
@@ -254,29 +277,35 @@ def findings(found: Iterable[tuple[float, Trial]], goal: Goal, *, place: str, ba
     explaining = [one for one in chosen if goal.explained(one[0])]
     others = [one for one in chosen if not goal.explained(one[0])]
     kept = [*explaining[: MOST - min(NEXT_BEST, len(others))], *others[:NEXT_BEST]]
-    return [as_finding(trial.changes, left, goal, place=place, backend=backend) for left, trial in kept]
+    return [as_finding(changes, left, goal, place=place, backend=backend) for left, changes in kept]
 
 
 def as_finding(changes: Sequence[Change], left: float, goal: Goal, *, place: str, backend: str) -> Finding:
     """One finding of all changes together."""
-    sentences = [remedy(one.cause, backend, one.facts) for one in changes]
+    changes = sorted(changes, key=lambda one: _ORDER.index(one.cause.partition(AND)[0]))
+    # Of two changes of one cause the first knows the reference as it is; the second is of what the first made of it.
+    sentences = {one.cause: remedy(one.cause, backend, one.facts) for one in reversed(changes)}
     return Finding(
         cause=AND.join(dict.fromkeys(one.cause for one in changes)),
         place=place,
         yours=" and ".join(one.yours for one in changes),
         reference=" and ".join(one.reference for one in changes),
-        remedy=" ".join(dict.fromkeys(one for one in sentences if one)),
+        remedy=" ".join(one for one in reversed(sentences.values()) if one),
         before=goal.before,
         after=left,
-        cost=sum(one.cost for one in changes),
+        cost=cost_of(changes),
     )
 
 
-def _by_cause(rows: Sequence[tuple[float, Trial]]) -> list[tuple[float, Trial]]:
+def _fitted(changes: Changes) -> bool:
+    return any(one.cause in _SOLVED for one in changes)
+
+
+def _by_cause(rows: Sequence[tuple[float, Changes]]) -> list[tuple[float, Changes]]:
     """The first of each cause: a second number for one eps is no second answer."""
-    first: dict[tuple[str, ...], tuple[float, Trial]] = {}
+    first: dict[tuple[str, ...], tuple[float, Changes]] = {}
     for row in rows:
-        first.setdefault(tuple(sorted(one.cause for one in row[1].changes)), row)
+        first.setdefault(tuple(sorted(one.cause for one in row[1])), row)
     return list(first.values())
 
 
@@ -304,7 +333,10 @@ def _proven(
     limit = 0.0 if sample is None else sample.limit
     passing = [at for at in order if lefts[at] <= limit]
     found: list[tuple[float, Trial]] = []
-    for at in [*passing, *[one for one in order if lefts[one] > limit][:NEXT_BEST]]:
+    for at in [
+        *passing,
+        *[one for one in order if lefts[one] > limit and not _fitted(trials[one].changes)][:NEXT_BEST],
+    ]:
         if lefts[at] == inf:
             continue
         try:

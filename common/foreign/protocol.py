@@ -58,7 +58,8 @@ class Forced:
     """Arrays that a call is given in the place of its own, each in the model's layout, or None for its own.
 
     Gradients pass as if nothing had been put there; but with `cotangents`, what comes back to an output is replaced
-    too, after it was noted down.
+    too, after it was noted down. An array may have another shape than the layer's own, with as many axes, where an
+    earlier layer strides or pads otherwise; no gradient passes it then.
     """
 
     inputs: tuple[np.ndarray | None, ...] = ()

@@ -18,7 +18,7 @@ from common.backends.columns import COLUMNS, cores
 from common.errors import RecordError
 from common.parity.gate import Gate, Level, OrderDependence, Verdict
 from common.parity.levels import DECIDABLE, PRECISION_FACTOR, UNIT, ZERO_SHARE
-from common.parity.names import ArrayName
+from common.parity.names import KINDS, ArrayName
 from common.parity.record import Array, Record, distance, norm
 
 
@@ -113,14 +113,7 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """Whether something was compared, and nothing differs, is undecided or is unfit."""
-        decided = any(d.verdict == "same" for d in self.differences)
-        return (
-            decided
-            and not self.problems
-            and not self.order_dependent
-            and all(d.verdict in ("same", "reported") for d in self.differences)
-            and all(p.passed for p in self.precision)
-        )
+        return any(d.verdict == "same" for d in self.differences) and not self.differs
 
     @property
     def first(self) -> Difference | None:
@@ -146,10 +139,25 @@ class Comparison:
         agree = [d for d in there if d.verdict == "same" and not suspects & set(d.pair)]
         return suspects.pop() if len(suspects) == 1 and agree else None
 
-    def between(self, backend: str) -> "Comparison":
-        """What concerns one backend and the first."""
-        mine = tuple(d for d in self.differences if set(d.pair) == {self.backends[0], backend})
-        return replace(self, differences=mine)
+    def of(self, first: str, second: str) -> "Comparison":
+        """What concerns these two backends."""
+        pair = {first, second}
+        return replace(
+            self,
+            differences=tuple(d for d in self.differences if set(d.pair) == pair),
+            problems=tuple(p for p in self.problems if p.backend in pair),
+            order_dependent=tuple(o for o in self.order_dependent if o.backend in pair),
+            precision=tuple(p for p in self.precision if p.backend in pair),
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether some array is not the same, is undecided or imprecise, or unfit."""
+        return (
+            bool(self.problems or self.order_dependent)
+            or any(d.verdict in ("different", "undecided") for d in self.differences)
+            or not all(p.passed for p in self.precision)
+        )
 
     def worst(self) -> list[Difference]:
         """For every section and pair the difference that matters most: by its verdict, then by its ratio."""
@@ -194,7 +202,8 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
         for other in records[1:]:
             _check_same_recipe(records[0], other)
     # All that any of them says it holds: what another lacks is missing there.
-    expected = {name: array for record in records for name, array in record.arrays.items() if name.mode in modes}
+    described = ((name, array) for record in records for name, array in record.arrays.items())
+    expected = {name: array for name, array in described if name.mode in modes and KINDS[name.kind].compared}
     problems = [
         Problem(backend=label, tensor=weight, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()

@@ -26,6 +26,7 @@ from common.parity.matching import Matching, held_of, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
 
+_MOST = 40  # failing places that are looked into
 _NEAREST = 40  # arrays before a place that plain code there may have been made of
 
 
@@ -36,38 +37,39 @@ def diagnose(reference: Record, other: Record, matching: Matching, localised: Lo
     failing = localised.failing
     forward = [one for one in failing if not one.backward]
     found: list[Explained] = []
-    for one in forward or failing:
-        if one.part == "statistic" and any(d.place == _layer(case, one) for d in found):
+    for one in (forward or failing)[:_MOST]:
+        if one.part == "statistic" and case.layer_of(one) in {defect.place for defect in found}:
             continue  # of a layer whose output is off already
         if (explained := case.explain(one)) is not None:
             found.append(explained)
+            if explained.best is not None and explained.best.cause == "detached":
+                break  # what lies before it gets nothing either
     return Diagnosis(defects=tuple(_merged(found)))
 
 
-def _layer(case: "_Case", one: Added) -> str:
-    owner = case.owner(one.place)
-    return owner[1].layer if owner else one.yours
-
-
 def _merged(found: Sequence[Explained]) -> Iterator[Explained]:
-    """Each defect once: of a layer that is called several times, and of a stride that stands on another layer."""
-    seen: set[tuple[str, str]] = set()
-    strides = [e for e in found if e.best is not None and e.best.cause == "stride"]
+    """Each defect once: the same at many layers, and a stride that stands on another layer."""
+    groups: dict[tuple[str, ...], list[Explained]] = {}
     for explained in found:
         best = explained.best
-        key = (explained.place, best.cause if best else "")
-        if key in seen:
+        key: tuple[str, ...] = (best.cause, best.yours, best.reference) if best else (explained.place,)
+        groups.setdefault(key, []).append(explained)
+    strides = [group for key, group in groups.items() if key[0] == "stride"]
+    for key, (first, *others) in groups.items():
+        best = first.best
+        if best is None or (key[0] == "stride" and strides[0][0] is not first):
+            if best is None:
+                yield first
             continue
-        seen.add(key)
-        if best is not None and best.cause == "stride" and len(strides) > 1:
-            if explained is strides[0]:
-                others = " and ".join(f"`{e.place}`" for e in strides[1:])
-                moved = replace(
-                    best, reference=f"{best.reference}; the other way round in {others}: the stride is moved"
-                )
-                yield replace(explained, best=moved)
-            continue
-        yield explained
+        places = list(dict.fromkeys(other.place for other in others if other.place != first.place))
+        if key[0] == "stride" and len(strides) > 1:
+            moved = " and ".join(f"`{group[0].place}`" for group in strides[1:])
+            best = replace(best, reference=f"{best.reference}, and the other way round at {moved}")
+        if places:
+            named = ", ".join(f"`{place}`" for place in places[:2])
+            more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+            best = replace(best, yours=f"(and {named}{more}) {best.yours}")
+        yield replace(first, best=best)
 
 
 class _Case:
@@ -93,6 +95,14 @@ class _Case:
             return _answer(self._place(one), found)
         return self._explain_parameter(one)
 
+    def layer_of(self, one: Added) -> str:
+        """The place of the layer that holds a parameter, as findings have it."""
+        owner = self.owner(one.place)
+        return self._called(*owner) if owner else one.yours
+
+    def _called(self, ours: LayerCall, theirs: LayerCall) -> str:
+        return theirs.layer if theirs.layer == ours.layer else f"{theirs.layer} ({ours.layer})"
+
     def owner(self, parameter: str) -> tuple[LayerCall, LayerCall] | None:
         """The calls of the layer that holds a parameter of the reference."""
         for (run, name), call in self.ours.calls.items():
@@ -103,7 +113,7 @@ class _Case:
         return None
 
     def _place(self, one: Added) -> str:
-        return one.yours if one.yours == one.place else f"{one.yours} ({one.place} in the reference)"
+        return one.yours if one.yours == one.place else f"{one.yours} ({one.place})"
 
     def _layer_evidence(self, one: Added) -> LayerEvidence | None:
         ours, theirs = self.ours.calls[one.run, one.place], self.theirs.calls[one.run, one.yours]
@@ -161,7 +171,7 @@ class _Case:
                 array = held_of(held).canonical(self.ours.record[self.weights[0][held["name"]]])
                 if array.ndim and array.shape == mine.shape and np.ptp(array) and _same(array, mine):
                     yield Finding(
-                        cause="shared_layer" if again else "block_order",
+                        cause="shared_layer" if again else "arrays_swapped",
                         place=self._place(one),
                         yours=f"is `{theirs.layer}` once more" if again else f"holds the {role} of `{call.layer}`",
                         reference=f"has a layer of its own there, `{one.place}`"
@@ -228,7 +238,8 @@ class _Case:
         for call in reversed(before):
             for source in (*reversed(call.outputs), *call.inputs):
                 near = len(seen) < _NEAREST
-                if source.name in seen or (source.name == own and source.name.startswith("into/")):
+                # What the reference has a layer for, and yours plain code, is to be explained by what comes before it.
+                if source.name in seen or (source.name == own and own.partition("/")[2] not in self.pair):
                     continue
                 array = self.ours.source(run, Source(name=source.name, shape=source.shape, moved=source.moved))
                 if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):
@@ -302,8 +313,7 @@ class _Case:
             evidence = replace(evidence, statistics=self._statistics(one.run, ours, theirs, trace))
         else:
             evidence = replace(evidence, backward=self._way_back(one.run, ours, theirs, trace))
-        place = theirs.layer if theirs.layer == ours.layer else f"{theirs.layer} ({ours.layer} in the reference)"
-        return _answer(place, explain_layer(evidence))
+        return _answer(self._called(ours, theirs), explain_layer(evidence))
 
     def _statistics(self, run: Pass, ours: LayerCall, theirs: LayerCall, trace: Trace) -> tuple[Statistics, Statistics]:
         first, second = {}, {}

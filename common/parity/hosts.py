@@ -79,8 +79,15 @@ class Here:
             finally:
                 self._runner = None
 
+    @property
+    def runner(self) -> Runner:
+        """What is at work. Raises `ModelError` where nothing is."""
+        if self._runner is None:
+            raise ModelError(f"{self.title} is not at work")
+        return self._runner
+
     def record(self, ask: Ask) -> Record:
-        runner = self._at_work()
+        runner = self.runner
         clock = silent()
         subjects: list[ModelPasses | ModelSteps] = []
         watched: ModelPasses | None = None
@@ -124,14 +131,9 @@ class Here:
         return Record(Path(self.name), manifest, {name: partial(arrays.__getitem__, name) for name in arrays})
 
     def forced(self, ask: Ask, training: bool, forced: Mapping[str, Forced]) -> Trace:
-        return self._at_work().run(
+        return self.runner.run(
             ask.inputs, training=training, gradients="grad" in ask.modes, loss=ask.loss, forced=forced
         )
-
-    def _at_work(self) -> Runner:
-        if self._runner is None:
-            raise ModelError(f"{self.title} is not at work")
-        return self._runner
 
 
 def _double(array: np.ndarray) -> np.ndarray:

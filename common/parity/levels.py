@@ -85,6 +85,7 @@ def rho(response: float, order_a: float, order_b: float) -> float:
     """
     return response + order_a + order_b
 
+
 # A hypothesis explains a difference where the reference, changed by it, is left with so little of the other's norm, and
 # with so small a share of the difference. Both are far above rounding (1e-15 and 1e-7 of a layer alone) and far below
 # what any two hypotheses differ by: one that is nearly right leaves a hundredth of a difference, not a thousandth.

@@ -7,17 +7,16 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from common.foreign.protocol import Forced, Trace
-from common.parity.compare import Comparison
 from common.parity.hosts import Ask, Host
-from common.parity.levels import FLOOR, RESPONSE_FACTOR, UNIT
-from common.parity.matching import Matching, Turn
+from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, rho
+from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
 
@@ -100,12 +99,12 @@ class Reference:
 
 
 def localise(
-    reference: Record, host: Host, other: Record, matching: Matching, compared: Comparison, ask: Ask
+    reference: Record, host: Host, other: Record, matching: Matching, views: tuple[Record, Record], ask: Ask
 ) -> Localised:
-    """Run the model of `host`, whose record is `other`, on the reference's values. `compared` is the comparison of the
-    two, by the reference's names."""
+    """Run the model of `host`, whose record is `other`, on the reference's values. `views` are both records by the
+    reference's names. Raises `ModelError`."""
     ours, theirs = Reference(reference), Reference(other)
-    limits = {d.tensor: (RESPONSE_FACTOR * d.response, d.error) for d in compared.differences}
+    limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
     runs: list[Pass] = ["eval", "train"]
@@ -118,11 +117,13 @@ def localise(
             if (run, one) in ours.calls and (run, two) in theirs.calls
         ]
         forced = {
-            two.name: _forced(run, one, two, ours, matching, "grad" in ask.modes) for one, two in pairs if two.leaf
+            two.name: _forced(run, one, two, ours, theirs, matching, "grad" in ask.modes)
+            for one, two in pairs
+            if two.leaf
         }
         trace = host.forced(ask, run == "train", forced)
         traces[run] = trace
-        found += _forward(run, pairs, forced, trace, ours, matching, limits)
+        found += _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
         if "grad" in ask.modes:
             found += _backward(run, pairs, trace, ours, matching, limits)
     return Localised(
@@ -132,24 +133,35 @@ def localise(
     )
 
 
-Limits = Mapping[ArrayName, tuple[float, float]]
+class _Limits:
+    """What rounding may make of an array, and by how much the two differ in it within their networks."""
+
+    def __init__(self, views: tuple[Record, Record]) -> None:
+        self._ours, self._theirs = views
+
+    def of(self, name: ArrayName, expected: np.ndarray) -> float:
+        """As the gate has it: ‖yours - reference‖ may be so large."""
+        least = FLOOR * UNIT[str(expected.dtype)] * norm(expected)
+        orders = [view.order_response.get(name, 0.0) for view in (self._ours, self._theirs)]
+        believed = [order if order <= ORDER_LIMIT * least else 0.0 for order in orders]
+        return RESPONSE_FACTOR * rho(max(self._ours.response.get(name, 0.0), least), *believed)
+
+    def inherited(self, name: ArrayName) -> float | None:
+        if name not in self._ours or name not in self._theirs:
+            return None
+        a, b = self._ours[name], self._theirs[name]
+        return distance(a, b) / (norm(a) or 1.0) if a.shape == b.shape else None
 
 
-def _forced(run: Pass, one: LayerCall, two: LayerCall, ours: Reference, matching: Matching, gradients: bool) -> Forced:
+def _forced(
+    run: Pass, one: LayerCall, two: LayerCall, ours: Reference, theirs: Reference, matching: Matching, gradients: bool
+) -> Forced:
     """What a call of the other model is given: the reference's arrays in the other's layout."""
-    inputs: list[np.ndarray | None] = []
-    for number, theirs in enumerate(two.inputs):
-        mine = one.inputs[number] if len(one.inputs) == len(two.inputs) else None
-        found = matching.arrays.get(mine.name) if mine is not None else None
-        value = ours.source(run, Source(name=mine.name, shape=found[1].turned)) if mine and found else None
-        if found is None or found[0] != theirs.name or value is None:
-            inputs.append(None)
-            continue
-        array = found[1].back(value)
-        if theirs.moved:
-            ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == theirs.shape else (1, -1)
-            array = np.moveaxis(array, *ends)
-        inputs.append(np.ascontiguousarray(array.reshape(theirs.shape)))
+    alike = len(one.inputs) == len(two.inputs)
+    inputs = [
+        _input(run, mine, own, ours, theirs, matching) if alike else None
+        for mine, own in zip(one.inputs if alike else two.inputs, two.inputs, strict=True)
+    ]
     outputs: list[np.ndarray | None] = []
     cotangents: list[np.ndarray | None] = []
     for number in range(len(two.outputs)):
@@ -163,16 +175,43 @@ def _forced(run: Pass, one: LayerCall, two: LayerCall, ours: Reference, matching
     return Forced(inputs=tuple(inputs), outputs=tuple(outputs), cotangents=tuple(cotangents))
 
 
+def _input(
+    run: Pass, mine: Source, own: Source, ours: Reference, theirs: Reference, matching: Matching
+) -> np.ndarray | None:
+    """An input of the reference as the other's layer takes it; None where the two come from different places."""
+    name, turn = matching.arrays.get(mine.name, ("", None))
+    if turn is not None and name == own.name:
+        whole = ours.source(run, Source(name=mine.name, shape=turn.turned))
+        if whole is None:
+            return None
+        array = turn.back(whole)
+        if own.moved:
+            array = np.moveaxis(array, *((-1, 1) if np.moveaxis(array, -1, 1).shape == own.shape else (1, -1)))
+        return np.ascontiguousarray(array.reshape(own.shape))
+    places = [source.name.partition("/") for source in (mine, own)]
+    # The output of one layer, or what code made before one layer, and other shapes by a fault.
+    same = places[0][0] == places[1][0] and (places[0][0] == "into" or (places[0][2], places[1][2]) in matching.calls)
+    value = ours.source(run, mine) if same and turn is None and mine.shape != own.shape else None
+    if value is None or value.ndim != len(own.shape):
+        return None
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    if layouts[0] != layouts[1] and value.ndim >= 4:
+        value = np.moveaxis(value, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
+    return np.ascontiguousarray(value)
+
+
 def _forward(
     run: Pass,
     pairs: Sequence[tuple[LayerCall, LayerCall]],
     forced: Mapping[str, Forced],
     trace: Trace,
     ours: Reference,
+    theirs: Reference,
     matching: Matching,
-    limits: Limits,
+    limits: _Limits,
 ) -> list[Added]:
     found = []
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     for one, two in pairs:
         given = forced.get(two.name, Forced())
         seen = trace.inputs.get(two.name, ())
@@ -181,7 +220,7 @@ def _forward(
             if wanted is None or wanted.dtype.kind != "f" or got.shape != wanted.shape:
                 continue
             name = _array_name(run, one.inputs[number].name)
-            found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits.get(name)))
+            found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits, name))
         for number, got in enumerate(trace.outputs.get(two.name, ()) if two.leaf else ()):
             place = f"{one.name}[{number}]" if number else one.name
             turn = matching.cotangents.get(place, ("", None))[1]
@@ -191,21 +230,28 @@ def _forward(
             if expected is None or expected.dtype.kind != "f":
                 continue
             name = _array_name(run, one.outputs[number].name)
-            fits = turn is not None and turn.shape == got.shape
-            mine = turn(got) if turn is not None and fits else got
-            found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits.get(name)))
-    for path, (theirs, turn) in matching.results.items():
+            if turn is None or turn.shape != got.shape:
+                if any(array is None for array in given.inputs):
+                    continue  # it had inputs of its own, of another shape
+                turn = next(turns(expected.shape, layouts[0], got.shape, layouts[1]), Turn(got.shape))
+            mine = turn(got)
+            found.append(_added(run, "layer", one.name, two.name, number, mine, expected, limits, name))
+    for path, (own, turn) in matching.results.items():
         name = ArrayName(run, "result", path)
-        if name in ours.record and (result := trace.results.get("" if theirs == "output" else theirs)) is not None:
-            found.append(
-                _added(run, "result", path, theirs, 0, turn(np.asarray(result)), ours.record[name], limits.get(name))
-            )
-    for parameter, (theirs, turn) in matching.parameters.items():
+        if name in ours.record and (result := trace.results.get("" if own == "output" else own)) is not None:
+            found.append(_added(run, "result", path, own, 0, turn(np.asarray(result)), ours.record[name], limits, name))
+    for parameter in _held(one for one, _ in pairs):
+        own, turn = matching.parameters.get(parameter, ("", Turn(())))
         name = ArrayName(run, "stat", parameter)
-        if name in ours.record and theirs in trace.statistics:
-            mine = turn(trace.statistics[theirs])
-            found.append(_added(run, "statistic", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+        if name in ours.record and own in trace.statistics:
+            mine = turn(trace.statistics[own])
+            found.append(_added(run, "statistic", parameter, own, 0, mine, ours.record[name], limits, name))
     return found
+
+
+def _held(calls: Iterable[LayerCall]) -> dict[str, None]:
+    """The names of what layers hold, each once."""
+    return dict.fromkeys(str(held["name"]) for call in calls for held in call.arrays.values())
 
 
 def _backward(
@@ -214,7 +260,7 @@ def _backward(
     trace: Trace,
     ours: Reference,
     matching: Matching,
-    limits: Limits,
+    limits: _Limits,
 ) -> list[Added]:
     found = []
     for one, two in reversed(pairs):
@@ -226,7 +272,10 @@ def _backward(
                 continue
             expected = ours.record[name]
             mine = np.zeros_like(expected) if got is None else turn(got)
-            found.append(_added(run, "cotangent", one.name, two.name, number, mine, expected, limits.get(name)))
+            if (output := ours.source(run, one.outputs[number])) is not None and output.shape == expected.shape:
+                # Where a ReLU gave zero nothing goes further back, and a tie of a max-pool may send it anywhere.
+                mine, expected = mine * (output != 0), expected * (output != 0)
+            found.append(_added(run, "cotangent", one.name, two.name, number, mine, expected, limits, name))
         for held in one.arrays.values():
             parameter = held["name"]
             name = ArrayName(run, "grad", parameter)
@@ -234,7 +283,7 @@ def _backward(
             if turn is None or name not in ours.record or theirs not in trace.gradients:
                 continue
             mine = turn(trace.gradients[theirs])
-            found.append(_added(run, "gradient", parameter, theirs, 0, mine, ours.record[name], limits.get(name)))
+            found.append(_added(run, "gradient", parameter, theirs, 0, mine, ours.record[name], limits, name))
     return found
 
 
@@ -251,14 +300,12 @@ def _added(
     number: int,
     mine: np.ndarray,
     expected: np.ndarray,
-    limit: tuple[float, float] | None,
+    limits: _Limits,
+    name: ArrayName,
 ) -> Added:
-    size = norm(expected)
+    scale = norm(expected) or 1.0
     apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
-    # Of an array that was not compared, as one that has the values of another, rounding may make what it does of any.
-    least = RESPONSE_FACTOR * FLOOR * UNIT[str(expected.dtype)] * size
-    allowed, inherited = limit if limit is not None else (least, None)
-    scale = size or 1.0
+    limit = limits.of(name, expected)
     return Added(
         run=run,
         part=part,
@@ -266,11 +313,6 @@ def _added(
         yours=yours,
         number=number,
         added=apart / scale,
-        inherited=inherited,
-        limit=max(allowed, least) / scale,
+        inherited=limits.inherited(name) if not apart <= limit else None,
+        limit=limit / scale,
     )
-
-
-def turned(turn: Turn | None, array: np.ndarray) -> np.ndarray:
-    """The array in the reference's layout, where there is a way."""
-    return array if turn is None or turn.shape != array.shape else turn(array)

@@ -5,7 +5,7 @@ names; and what is left between those by an alignment along the order of executi
 side. A fault leaves the parameters and all that comes before it as they are, so that the rest finds its place.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -422,15 +422,27 @@ def _rows_turn(one: LayerCall, two: LayerCall, a: _Model, b: _Model) -> Turn | N
     )
 
 
-def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: Mapping[str, tuple[str, Turn]]) -> None:
-    """Layers that hold the same values; several calls of one in their order."""
+def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: dict[str, tuple[str, Turn]]) -> None:
+    """Layers that hold the same values, most of them where they hold several; calls of one in their order.
+
+    Arrays may have been loaded into the wrong layers: of layers that would be run in another order only those that give
+    the same are one.
+    """
     owner = {held["name"]: call.layer for call in reversed(b.calls) for held in call.arrays.values()}
+    pairs: list[tuple[LayerCall, LayerCall]] = []
     for ours in a.layers.values():
-        held = [one["name"] for one in ours[0].arrays.values()]
-        theirs = [owner[parameters[name][0]] for name in held if name in parameters and parameters[name][0] in owner]
+        held = [parameters[h["name"]][0] for h in ours[0].arrays.values() if h["name"] in parameters]
+        theirs = Counter(owner[name] for name in held if name in owner)
         if theirs:
-            for first, second in zip(ours, b.layers[theirs[0]], strict=False):
-                calls.add(first.name, second.name)
+            pairs += zip(ours, b.layers[theirs.most_common(1)[0][0]], strict=False)
+    straight = set(_increasing([(a.position[one.name], b.position[two.name]) for one, two in pairs]))
+    for one, two in pairs:
+        if (a.position[one.name], b.position[two.name]) in straight or _give_the_same(a, one, b, two):
+            calls.add(one.name, two.name)
+
+
+def _give_the_same(a: _Model, one: LayerCall, b: _Model, two: LayerCall) -> bool:
+    return bool(one.outputs and two.outputs) and _alike(a, one.outputs[0].name, b, two.outputs[0].name)
 
 
 def _by_values(a: _Model, b: _Model, calls: _Pairs) -> None:
@@ -598,10 +610,12 @@ def _of_call(
         if turn is not None:
             end = f"[{number}]" if number else ""
             cotangents[one.name + end] = two.name + end, turn
-    others = {name for name, _ in parameters.values()}
     for role, held in one.arrays.items():
         mine, yours = held["name"], two.arrays.get(role, {}).get("name")
-        if mine in a.weights and mine not in parameters and yours in b.weights and yours not in others:
+        # What the layer holds in this role is its own, whatever else has the same values.
+        if mine in a.weights and yours in b.weights and parameters.get(mine, ("",))[0] != yours:
+            for name in [name for name, (other, _) in parameters.items() if other == yours]:
+                del parameters[name]
             _add_parameter(a, b, mine, yours, parameters)
         if role == "kernel" and mine in parameters and (rows := _rows_turn(one, two, a, b)):
             theirs_name = parameters[mine][0]

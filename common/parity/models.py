@@ -193,6 +193,24 @@ def compare_hosts(
     )
 
 
+def explain(reference: Host, other: Host, asks: tuple[Ask, Ask]) -> tuple[Pair, tuple[Record, Record]]:
+    """Where and why one model differs from another, of which it is known that it does; and their records, by the
+    reference's names. Raises `ModelError`."""
+    with reference.at_work(asks[0].dtype), other.at_work(asks[1].dtype):
+        first, second = reference.record(asks[0]), other.record(asks[1])
+        found = match(first, second)
+        views = aligned(first, second, found)
+        localised = localise(first, other, second, found, views, asks[1])
+        pair = Pair(
+            reference=reference.name,
+            other=other.name,
+            matching=found,
+            localised=localised,
+            diagnosis=diagnose(first, second, found, localised),
+        )
+        return pair, views
+
+
 class _NoTwin(Exception):
     """A model that cannot be had in a dtype, or does not compute in it."""
 
@@ -223,7 +241,7 @@ def _level(
             except ModelError as error:
                 raise _NoTwin(error) from error
         reference, *others = records
-        matchings = [match(reference, other, (tables or [None] * len(others))[i]) for i, other in enumerate(others)]
+        matchings = [match(reference, other, tables[i] if tables else None) for i, other in enumerate(others)]
         views = [aligned(reference, other, found) for other, found in zip(others, matchings, strict=True)]
         seen = {name for _, view in views for name in view.arrays}
         own = reference.restricted(seen)
@@ -233,22 +251,14 @@ def _level(
             truth=_truth(own, truth, seen) if asks[0].dtype == "float32" else None,
         )
         pairs = []
-        for host, ask, other, (_, view), found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
-            localised, diagnosis = None, None
-            if not compared.passed and "layers" not in host.lacks:
+        for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
+            pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
+            between = compared.of(compared.backends[0], view[1].label)
+            if between.differs and "layers" not in host.lacks:
                 progress(host.name, "localise")
-                between = compared.between(str(view.label))
-                localised = localise(reference, host, other, found, between, ask)
-                diagnosis = diagnose(reference, other, found, localised)
-            pairs.append(
-                Pair(
-                    reference=hosts[0].name,
-                    other=host.name,
-                    matching=found,
-                    localised=localised,
-                    diagnosis=diagnosis,
-                )
-            )
+                localised = localise(reference, host, other, found, view, ask)
+                pair = replace(pair, localised=localised, diagnosis=diagnose(reference, other, found, localised))
+            pairs.append(pair)
         return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))
 
 

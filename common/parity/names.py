@@ -21,6 +21,7 @@ class Kind:
     backward: bool
     # The power of the gradients that it holds: a sum of them, or of their squares.
     power: int = 0
+    compared: bool = True
 
 
 KINDS = {
@@ -32,7 +33,9 @@ KINDS = {
     "loss": Kind(backward=False),
     "stat": Kind(backward=False),
     "grad": Kind(backward=True, power=1),
-    "cotangent": Kind(backward=True, power=1),  # what comes back to the output of a layer
+    # What comes back to the output of a layer. Where a ReLU gave zero, a tie of a max-pool sends it to any of several
+    # places, and none of that goes further: two of one function may differ.
+    "cotangent": Kind(backward=True, power=1, compared=False),
     "velocity": Kind(backward=True, power=1),
     "moment1": Kind(backward=True, power=1),
     "moment2": Kind(backward=True, power=2),

@@ -6,19 +6,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from common.backends.columns import COLUMNS, cores, resolve
+from common.backends.messages import Request
 from common.backends.process import BackendProcess
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, step_count, tasks
 from common.parity.compare import Comparison, compare
-from common.parity.levels import DRAWS, ORDERS
+from common.parity.hosts import Ask
+from common.parity.levels import DRAWS, EXPLAINED, ORDERS
 from common.parity.matching import in_one_view
-from common.parity.record import Record
+from common.parity.models import Pair, explain
+from common.parity.names import MODES
+from common.parity.native import Column, Network, images_of, network
+from common.parity.record import Record, distance, norm
+from common.parity.spec_fields import TryFields, finding, pairs, singles, wanted
 
 Progress = Callable[[str, str], None]
 
@@ -32,6 +38,7 @@ class CheckResult:
     facts: Mapping[str, Any]  # the same as data: size, batch, seed, the recipe of mode steps
     source: str  # what the images show
     comparisons: tuple[Comparison, ...]
+    pairs: tuple[Pair, ...] = ()  # where they differ: what each layer adds, and why
     failures: Mapping[str, ParityError] = field(default_factory=dict)
     versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -97,16 +104,77 @@ class Session:
             records = {column: found for column, found in outcomes.items() if not isinstance(found, ParityError)}
             with self._timed("compare"):
                 comparisons = compare_case(case, records, reference)
+            with self._timed("explain"):
+                explained = self.explain(inputs, comparisons, progress)
         return CheckResult(
             variant=case.variant,
             title=case.title(inputs.source),
             facts=case.facts,
             source=inputs.source,
             comparisons=tuple(comparisons),
+            pairs=tuple(explained),
             failures={column: found for column, found in outcomes.items() if isinstance(found, ParityError)},
             versions={column: _versions(next(iter(made.values()))) for column, made in records.items()},
             seconds=time.perf_counter() - started,
         )
+
+    def explain(
+        self,
+        inputs: Inputs,
+        comparisons: Sequence[Comparison],
+        progress: Progress = lambda backend, step: None,
+        wrap: Mapping[str, Callable[[Request[Any]], Request[Any]]] | None = None,
+    ) -> list[Pair]:
+        """Of backends that differ, where each layer alone does, and why. `wrap` is what a backend's requests are put
+        into."""
+        case = inputs.case
+        modes = tuple(mode for mode in case.modes if mode in MODES)
+        failed = sorted((c for c in comparisons if not c.passed), key=lambda c: c.level == "L0")
+        if not failed or not modes or not case.dtypes:
+            return []
+        failing = failed[0]
+        dtype = case.dtypes[0] if failing.level == "L0" else failing.dtype
+        odd = failing.odd_one_out
+        # Whoever is alone is held against the others, not they against it.
+        first = next((c for c in failing.backends if c != odd), failing.backends[0])
+        others = [odd] if odd else [c for c in failing.backends if c != first and failing.of(first, c).differs]
+        what = network(case.spec, inputs.path("weights", dtype))
+        ask = Ask(
+            inputs=[images_of(inputs.path("inputs", dtype), dtype)],
+            dtype=dtype,
+            modes=modes,
+            draws=DRAWS,
+            orders=ORDERS,
+        )
+        found = []
+        for other in others:
+            progress(other, "localise")
+            hosts = [
+                Column(c, what, self.process(c), inputs.folder, (wrap or {}).get(c, lambda request: request))
+                for c in (first, other)
+            ]
+            try:
+                found_pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
+                found.append(self._with_field(found_pair, views, case, what, ask, first))
+            except ParityError as error:
+                progress(other, f"not localised: {error}")
+        return found
+
+    def _with_field(
+        self, pair: Pair, views: tuple[Record, Record], case: Case, what: Network, ask: Ask, column: str
+    ) -> Pair:
+        """The pair, with the field of the specification that explains it, if one or two do."""
+        if pair.diagnosis is None or not pair.diagnosis.defects or not (goal := wanted(views)):
+            return pair
+        before = max(distance(views[0][name], array) / (norm(array) or 1.0) for name, array in goal.items())
+        for changes in (singles(case.spec), pairs(case.spec) if len(pair.diagnosis.defects) > 1 else []):
+            request = TryFields(network=what, values=None, candidates=tuple(changes), ask=ask, wanted=goal)
+            left = self.process(column).ask(request)
+            best = min(range(len(changes)), key=left.__getitem__, default=None)
+            if best is not None and left[best] <= EXPLAINED[ask.dtype]:
+                as_spec = finding(case.spec, changes[best], left[best], before)
+                return replace(pair, diagnosis=replace(pair.diagnosis, as_spec=as_spec))
+        return pair
 
     def _measured(
         self,

@@ -12,6 +12,7 @@ from common.backends.process import BackendProcess
 from common.parity.compare import Comparison, Difference
 from common.parity.levels import ORDER_LIMIT, PRECISION_FACTOR, RESPONSE_FACTOR
 from common.parity.session import CheckResult
+from common.report.explained import explained
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -31,6 +32,8 @@ def result(found: CheckResult) -> Group:
     if recipe is not None:
         parts.append(Text(f"  {recipe['steps']} steps of {_in_words(recipe)}", style="dim"))
     parts += [comparison(compared) for compared in found.comparisons]
+    for pair in found.pairs:
+        parts += explained(pair)
     parts += [Text(f"  {error}", style="bold red") for error in found.failures.values()]
     verdict = (
         Text("SAME FUNCTION", style="bold green") if found.passed else Text("NOT SHOWN TO BE THE SAME", "bold red")

@@ -13,7 +13,7 @@ from common.parity.compare import Comparison, Difference, rank
 from common.parity.gate import OrderDependence
 from common.parity.levels import RESPONSE_FACTOR
 from common.parity.localise import Added
-from common.parity.models import ModelsResult
+from common.parity.models import ModelsResult, Pair
 from common.parity.names import ArrayName
 from common.parity.session import CheckResult
 
@@ -36,6 +36,7 @@ def as_json(results: Sequence[CheckResult]) -> dict[str, Any]:
         "passed": bool(results) and all(result.passed for result in results),
         "limit": RESPONSE_FACTOR,
         "checks": [_entry(result, compared) for result in results for compared in result.comparisons],
+        "explained": [{"variant": result.variant, **_explained(pair)} for result in results for pair in result.pairs],
         "failures": [
             {"variant": result.variant, "backend": backend, "error": str(error)}
             for result in results
@@ -65,16 +66,22 @@ def models_as_json(result: ModelsResult) -> dict[str, Any]:
         ],
         "pairs": [
             {
-                "models": [pair.reference, pair.other],
+                **_explained(pair),
                 "layers": [list(names) for names in pair.matching.calls],
                 "parameters": {name: other for name, (other, _) in pair.matching.parameters.items()},
                 "unmatched": [list(names) for names in pair.matching.unmatched],
-                "added": [_added(one) for one in pair.localised.failing] if pair.localised else [],
-                "diagnosis": diagnosis_as_json(pair.diagnosis) if pair.diagnosis else [],
             }
             for pair in result.pairs
         ],
         "versions": {name: dict(versions) for name, versions in result.versions.items()},
+    }
+
+
+def _explained(pair: Pair) -> dict[str, Any]:
+    return {
+        "models": [pair.reference, pair.other],
+        "added": [_added(one) for one in pair.localised.failing] if pair.localised else [],
+        "diagnosis": diagnosis_as_json(pair.diagnosis) if pair.diagnosis else [],
     }
 
 

@@ -1,27 +1,11 @@
 """A comparison of a user's models, as a person reads it: the levels, where they part, and why."""
 
-from collections.abc import Iterator
-
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from common.diagnosis.causes import title
-from common.diagnosis.evidence import Diagnosis, Explained
-from common.parity.localise import Added, Localised
 from common.parity.models import ModelsResult, Pair
 from common.report.console import comparison
-
-_MOST = 8
-_WORDS = {
-    "input": "what comes into it",
-    "layer": "its output",
-    "result": "what the model returns",
-    "statistic": "a running statistic",
-    "gradient": "a gradient",
-    "cotangent": "what comes back to it",
-}
+from common.report.explained import explained
 
 
 def result(found: ModelsResult) -> Group:
@@ -32,10 +16,7 @@ def result(found: ModelsResult) -> Group:
     parts += [Text(f"  {name}: {' | '.join(each)}", "yellow") for name, each in _other_versions(found).items()]
     parts += [comparison(compared) for compared in found.comparisons]
     for pair in found.pairs:
-        if pair.localised is not None:
-            parts.append(localised(pair.localised))
-        if pair.diagnosis is not None:
-            parts.append(diagnosis(pair.diagnosis))
+        parts += explained(pair)
     verdict = Text("SAME FUNCTION", "bold green") if found.passed else Text("NOT SHOWN TO BE THE SAME", "bold red")
     parts.append(Text.assemble("  ", verdict, f"  {' | '.join(found.names)}, {found.seconds:.1f} s"))
     return Group(*parts)
@@ -55,6 +36,7 @@ def text(shown: RenderableType, colours: bool = False) -> str:
     return captured.get().rstrip()
 
 
+<<<<<<< HEAD
 def localised(found: Localised) -> Group:
     """Each place that adds an error of its own, and where that begins, forwards and backwards."""
     parts: list[RenderableType] = [Text("  L3 each layer alone, on the reference's own input", "bold")]
@@ -125,6 +107,8 @@ def _other_versions(found: ModelsResult) -> dict[str, tuple[str, ...]]:
     return {name: values for name, values in each.items() if len(set(values)) > 1}
 
 
+=======
+>>>>>>> main
 def _matched(pair: Pair) -> str:
     ours, theirs = pair.matching.unmatched
     return (

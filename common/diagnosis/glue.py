@@ -1,0 +1,462 @@
+"""Why plain code between layers differs: the reference's formula, and what in it yours has otherwise."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
+from math import inf, sqrt
+from typing import Any
+
+import numpy as np
+
+from common.diagnosis import arithmetic, words
+from common.diagnosis.coarse import precision_findings
+from common.diagnosis.evidence import Finding, GlueEvidence
+from common.diagnosis.expressions import (
+    COMMON,
+    PAIRED,
+    Applied,
+    Attention,
+    Computed,
+    Expression,
+    Move,
+    Part,
+    Scale,
+    Source,
+    Values,
+    found,
+    moves,
+    phrase,
+)
+from common.diagnosis.pointwise import dropout, response_edits, softmax_edits
+from common.diagnosis.pools import flatten_edits, global_edits, pool_edits
+from common.diagnosis.remedies import activation_words, of_activation
+from common.diagnosis.trials import Change, Changes, Goal, Trial, Work, findings, plain
+from common.foreign.operations import Activation, Flatten, GlobalPool, LocalResponseNorm, Merge, Pool, Softmax
+
+# Pairs of changes that are tried where no single one explains it.
+_MOST_PAIRS = 800
+# What stands for the reference's value where no formula of it is known.
+_VALUE = "what the reference has"
+Edit = tuple[Change, Expression]
+
+
+def explain_glue(evidence: GlueEvidence) -> list[Finding]:
+    """What makes of the reference's value that of yours: causes, best first, of which the first explains the
+    difference to rounding and the last may leave some. Empty where no hypothesis explains it."""
+    goal = Goal(evidence.reference, evidence.yours, evidence.limit)
+    if goal.before * goal.norm <= goal.limit:
+        return []
+    values = Values(evidence.sources)
+    known = found(goal.reference, values, is_it=goal.is_reference)
+    if known is None:
+        values.sources[_VALUE] = goal.reference
+        known = Source(name=_VALUE)
+    edits = _Edits(known, values, goal, evidence.backend)
+    place, backend = evidence.place, evidence.backend
+    rows = _tried(edits.of(known), values, goal)
+    if not any(goal.explained(left) for left, _ in rows):
+        rows += _pairs(edits, known, values, goal)
+    named = findings(rows, goal, place=place, backend=backend)
+    if named:
+        return named
+    coarse = precision_findings(_as_work(known, values), goal, place=place, backend=backend)
+    if coarse:
+        return coarse
+    other = found(goal.yours, values, is_it=lambda value: goal.explained(goal.left(value)))
+    if other is None or other == known:
+        return []
+    change = _formula(other, known)
+    left = goal.left(values.once(other))
+    return findings([(left, (change,)), *rows], goal, place=place, backend=backend)
+
+
+def _tried(edits: Iterator[Edit], values: Values, goal: Goal) -> list[tuple[float, Changes]]:
+    """What each leaves."""
+    rows = []
+    seen: set[tuple[str, str]] = set()
+    for change, expression in edits:
+        if (change.cause, change.yours) not in seen:
+            seen.add((change.cause, change.yours))
+            rows.append((_left(expression, values, goal), (change,)))
+    return [one for one in rows if one[0] < inf]
+
+
+def _left(expression: Expression, values: Values, goal: Goal) -> float:
+    try:
+        with np.errstate(all="ignore"):
+            return goal.left(values.once(expression))
+    except (ValueError, KeyError, IndexError):
+        return inf
+
+
+def _pairs(edits: "_Edits", known: Expression, values: Values, goal: Goal) -> list[tuple[float, Changes]]:
+    """Two changes of two things; only such as are common."""
+    rows: list[tuple[float, Changes]] = []
+    seen: set[frozenset[str]] = set()
+    for first, expression in edits.of(known, wide=False):
+        for second, both in edits.of(expression, wide=False):
+            key = frozenset((first.yours, second.yours))
+            if len(key) < 2 or key in seen or (first.slot or first.cause) == (second.slot or second.cause):
+                continue
+            seen.add(key)
+            left = _left(both, values, goal)
+            if left < inf:
+                rows.append((left, (first, replace(second, reference=_of_known(second, known)))))
+            if len(seen) >= _MOST_PAIRS:
+                return rows
+    return rows
+
+
+def _of_known(change: Change, known: Expression) -> str:
+    """A formula that the reference has, where it was said of one that was changed already."""
+    return f"computes {phrase(known)}" if change.reference.startswith("computes ") else change.reference
+
+
+def _as_work(known: Expression, values: Values) -> Work:
+    """The formula for what rounds its inputs: its sources are they."""
+    names = list(_sources(known))
+
+    def computed(work: Work) -> np.ndarray:
+        return Values(dict(zip(names, work.inputs, strict=True))).of(known)
+
+    inputs = tuple(values.sources[name] for name in names)
+    return Work(operation=Activation(name="identity"), inputs=inputs, arrays={}, function=computed)
+
+
+def _sources(expression: Expression) -> list[str]:
+    match expression:
+        case Source():
+            return [expression.name]
+        case Applied():
+            return list(dict.fromkeys(name for one in expression.of for name in _sources(one)))
+    return []
+
+
+def _formula(other: Expression, known: Expression) -> Change:
+    """Another formula, of which it can be told at least what it reads otherwise."""
+    mine, theirs = set(_sources(other)), set(_sources(known))
+    cause = "expression"
+    if mine < theirs:
+        cause = "branch_missing"
+    elif mine > theirs and _VALUE not in theirs:
+        cause = "branch_extra"
+    elif isinstance(other, Source) and isinstance(known, Source):
+        cause = "branch_other"
+    return _computes(cause, other, known, cost=2.0)
+
+
+def _computes(cause: str, other: Expression, known: Expression, cost: float = 1.0, slot: str = "") -> Change:
+    return Change(
+        cause=cause,
+        yours=f"computes {phrase(other)}",
+        reference=f"computes {phrase(known)}",
+        facts={"expression": phrase(known)},
+        cost=cost,
+        slot=slot,
+    )
+
+
+class _Edits:
+    """What may be otherwise in a formula."""
+
+    def __init__(self, known: Expression, values: Values, goal: Goal, backend: str):
+        self.known, self.values, self.goal, self.backend = known, values, goal, backend
+
+    def of(self, whole: Expression, *, wide: bool = True) -> Iterator[Edit]:
+        """All single changes; `wide`: what is seldom, too."""
+        yield from self._inside(whole, wide)
+        yield from self._behind(whole, wide)
+
+    def _inside(self, whole: Expression, wide: bool) -> Iterator[Edit]:
+        """At every place of the formula."""
+        for path, node in _nodes(whole):
+            for cause, other, cost, change in self._at(node, path, wide):
+                edited = _replaced(whole, path, other)
+                if change is None:
+                    change = _computes(cause, edited, self.known, cost, slot=f"{cause}{path}")
+                yield change, edited
+
+    def _at(
+        self, node: Expression, path: tuple[int, ...], wide: bool
+    ) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        """Cause, what stands there then, cost, and the change where it has words of its own."""
+        if isinstance(node, Source):
+            if wide and node.name != _VALUE:
+                shape = self.values.sources[node.name].shape
+                alike = (name for name in self.values.names if self.values.sources[name].shape == shape)
+                others = [name for name in alike if name != node.name][:PAIRED]
+                yield from (("branch_other", Source(name=name), 1.5, None) for name in others)
+            return
+        if not isinstance(node, Applied):
+            return
+        do, inner = node.do, node.of
+        match do:
+            case Activation():
+                yield from _of_activation(node, do, path, wide, gated=self._gates(path))
+                if isinstance(inner[0], Applied) and isinstance(inner[0].do, Merge):
+                    yield from _moved_in(do, inner[0])
+                if isinstance(inner[0], Applied) and isinstance(inner[0].do, Pool | GlobalPool):
+                    pooled = inner[0]
+                    swapped = Applied(do=pooled.do, of=(Applied(do=do, of=pooled.of),))
+                    yield "order", swapped, 1.2, None
+            case Merge():
+                yield from self._of_merge(node, do, wide)
+            case Scale():
+                yield "scale_factor", inner[0], 1.0, None
+            case Move():
+                yield from self._of_move(node, do)
+            case Attention():
+                yield from _of_attention(node, do)
+            case Pool() | GlobalPool() | Flatten() | Softmax() | LocalResponseNorm():
+                yield from self._of_operation(node, path)
+
+    def _gates(self, path: tuple[int, ...]) -> bool:
+        """Whether what stands there is multiplied with something."""
+        node: Expression = self.known
+        for at in path[:-1]:
+            if not isinstance(node, Applied) or at >= len(node.of):
+                return False
+            node = node.of[at]
+        return bool(path) and isinstance(node, Applied) and node.do == Merge(how="multiply")
+
+    def _of_merge(self, node: Applied, do: Merge, wide: bool) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        inner = node.of
+        for at in range(len(inner)):
+            rest = inner[:at] + inner[at + 1 :]
+            kept = rest[0] if len(rest) == 1 else Applied(do=do, of=rest)
+            missing = phrase(inner[at])
+            change = Change(
+                cause="gate" if do.how == "multiply" else "branch_missing",
+                yours=f"leaves out {missing}",
+                reference={"add": "adds it", "multiply": "multiplies by it"}.get(do.how, "has it"),
+                facts={"expression": phrase(self.known)},
+                cost=0.9,
+                slot=f"left out {missing}",
+            )
+            yield "branch_missing", kept, 1.0, change
+            if do.how == "add":
+                twice = Applied(do=do, of=(*inner, inner[at]))
+                yield "branch_extra", twice, 1.4, None
+            if (
+                isinstance(inner[at], Applied)
+                and isinstance(inner[at].do, Activation)
+                and do.how in {"add", "concatenate"}
+            ):  # type: ignore[union-attr]
+                bare = tuple(one.of[0] if place == at else one for place, one in enumerate(inner))  # type: ignore[union-attr]
+                after = Applied(do=inner[at].do, of=(Applied(do=do, of=bare),))  # type: ignore[union-attr]
+                yield "activation_before_addition", after, 1.0, None
+        for how in ("add", "multiply", "average", "maximum", "subtract"):
+            if how != do.how and do.how != "concatenate":
+                yield "merge", Applied(do=Merge(how=how), of=inner), 1.1, None
+                if how == "subtract":
+                    yield "merge", Applied(do=Merge(how=how), of=inner[::-1]), 1.1, None
+        if do.how in {"concatenate", "subtract"} and 1 < len(inner) <= 5:
+            for order in permutations(range(len(inner))):
+                if order != tuple(range(len(inner))):
+                    yield "order", Applied(do=do, of=tuple(inner[at] for at in order)), 1.0, None
+        if do.how == "concatenate" and len(inner) > 5:
+            yield "order", Applied(do=do, of=inner[::-1]), 1.0, None
+        for at, one in enumerate(inner):
+            for name in COMMON if wide else COMMON[:2]:
+                changed = Applied(do=Activation(name=name), of=(one,))
+                parts = tuple(changed if place == at else other for place, other in enumerate(inner))
+                yield "activation_extra", Applied(do=do, of=parts), 1.3, None
+        if do.how == "add" and wide:
+            shape = self.goal.reference.shape
+            alike = (name for name in self.values.names if self.values.sources[name].shape == shape)
+            more = [Source(name=name) for name in alike if Source(name=name) not in inner][:PAIRED]
+            yield from (("branch_extra", Applied(do=do, of=(*inner, one)), 1.3, None) for one in more)
+            yield from self._factors(node, do)
+
+    def _factors(self, node: Applied, do: Merge) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        """A factor of one of two that are added, solved for."""
+        if node != self.known or len(node.of) != 2 or not self.goal.same_shape:
+            return
+        for at, other in ((0, 1), (1, 0)):
+            x = np.broadcast_to(self.values.of(node.of[at]), self.goal.yours.shape)
+            left = self.goal.yours - self.values.of(node.of[other])
+            square = float(np.vdot(x, x))
+            for factor in plain(float(np.vdot(x, left)) / square if square else 0.0):
+                if factor not in (0.0, 1.0):
+                    scaled = Applied(do=Scale(factor=factor), of=(node.of[at],))
+                    parts = (scaled, node.of[other]) if at == 0 else (node.of[other], scaled)
+                    yield "scale_factor", Applied(do=do, of=parts), 1.5, None
+
+    def _of_move(self, node: Applied, do: Move) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        inner = self.values.of(node.of[0])
+        for other in moves(node.of[0], inner.shape, (len(inner), *do.shape)):
+            if isinstance(other, Applied) and isinstance(other.do, Move) and other != node:
+                change = Change(
+                    cause="axes_swapped",
+                    yours=f"has the axes {_axes(other.do)} of {phrase(node.of[0])}",
+                    reference=f"has {_axes(do)}",
+                )
+                yield "axes_swapped", other, 1.0, change
+        if do.shape == inner.shape[1:]:
+            yield "axes_swapped", node.of[0], 1.0, None
+
+    def _of_operation(
+        self, node: Applied, path: tuple[int, ...]
+    ) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        """What people get wrong in a layer of that kind, here as plain code."""
+        inputs = tuple(self.values.of(one) for one in node.of)
+        own = self.values.of(node)
+        goal = Goal(own, self.goal.yours, self.goal.limit) if not path else Goal(own, own, self.goal.limit)
+        work = Work(operation=node.do, inputs=inputs, arrays={})  # type: ignore[arg-type]
+        trials: Iterator[Trial]
+        match node.do:
+            case Pool():
+                trials = pool_edits(work, goal, self.backend)
+            case GlobalPool():
+                trials = global_edits(work, goal)
+            case Flatten():
+                trials = flatten_edits(work, goal)
+            case Softmax():
+                trials = softmax_edits(work, goal)
+            case _:
+                trials = response_edits(work, goal)
+        for trial in trials:
+            change = trial.changes[0]
+            yield change.cause, Computed(words=change.yours, value=trial.work.computed), change.cost, change
+        if isinstance(node.do, Pool) and set(node.do.strides) == {1}:
+            yield "block_missing", node.of[0], 1.5, None
+
+    def _behind(self, whole: Expression, wide: bool) -> Iterator[Edit]:
+        """Of the value as a whole."""
+        if not (isinstance(whole, Applied) and isinstance(whole.do, Activation)):
+            for name in arithmetic.ACTIVATIONS if wide else COMMON[:4]:
+                if name != "identity":
+                    do = Activation(name=name)
+                    change = Change(
+                        cause="activation_extra",
+                        yours=f"takes {activation_words(name)} of it",
+                        reference="takes none",
+                        cost=1.0 + list(arithmetic.ACTIVATIONS).index(name) / 50,
+                        slot="behind",
+                    )
+                    yield change, Applied(do=do, of=(whole,))
+        if not wide:
+            return
+        soft = Change(cause="softmax_extra", yours="takes the softmax of it", reference="takes none", cost=1.2)
+        yield soft, Applied(do=Softmax(), of=(whole,))
+        yield from self._solved(whole)
+        shape = self.goal.reference.shape
+        for other in moves(whole, shape, self.goal.yours.shape):
+            assert isinstance(other, Applied)
+            assert isinstance(other.do, Move)
+            change = Change(
+                cause="axes_swapped", yours=f"has its axes as {_axes(other.do)}", reference="as they are", cost=1.1
+            )
+            yield change, other
+
+    def _solved(self, whole: Expression) -> Iterator[Edit]:
+        """A constant, and dropout: of the reference's value itself."""
+        goal = self.goal
+        if not goal.same_shape or whole != self.known:
+            return
+        square = float(np.vdot(goal.reference, goal.reference))
+        for at, factor in enumerate(plain(float(np.vdot(goal.reference, goal.yours)) / square if square else 0.0)):
+            if factor not in (0.0, 1.0):
+                change = Change(
+                    cause="scale_factor",
+                    yours=f"computes {factor:.6g} times as much",
+                    reference="once",
+                    cost=1.5 + at / 10,
+                    facts={"factor": 1 / factor},
+                )
+                yield change, Applied(do=Scale(factor=factor), of=(whole,))
+        work = Work(operation=Activation(name="identity"), inputs=(goal.reference,), arrays={})
+        for trial in dropout(work, goal):
+            yield trial.changes[0], Computed(words="dropout", value=trial.work.computed)
+
+
+def _of_activation(
+    node: Applied, do: Activation, path: tuple[int, ...], wide: bool, *, gated: bool
+) -> Iterator[tuple[str, Expression, float, Change | None]]:
+    """Another activation, or none; in a gate that is the gate's."""
+    inner = node.of[0]
+    facts: dict[str, Any] = of_activation(do.name, do.slope)
+    slopes = {"leaky_relu": (0.01, 0.2, 0.3, 0.1)}
+    for at, name in enumerate(arithmetic.ACTIVATIONS):
+        for slope in slopes.get(name, (None,)):
+            other = Activation(name=name, slope=slope)
+            if other == do or (not wide and name not in COMMON[:5] and name != "identity"):
+                continue
+            missing = name == "identity"
+            cause = "gate" if gated else "activation_missing" if missing else "activation"
+            change = Change(
+                cause=cause,
+                yours=f"takes no activation of {phrase(inner)}" if missing else words.doing(other),
+                reference=words.doing(do),
+                facts={**facts, "expression": phrase(node)},
+                cost=1.0 + at / 50,
+                slot=f"activation{path}",
+            )
+            yield cause, inner if missing else Applied(do=other, of=(inner,)), 1.0, change
+
+
+def _moved_in(do: Activation, merged: Applied) -> Iterator[tuple[str, Expression, float, Change | None]]:
+    """An activation of a sum, as one of what is added."""
+    inner = merged.of
+    acted = tuple(Applied(do=do, of=(one,)) for one in inner)
+    for at in range(len(inner)):
+        parts = tuple(acted[place] if place == at else one for place, one in enumerate(inner))
+        yield "activation_before_addition", Applied(do=merged.do, of=parts), 1.0, None
+    yield "activation_before_addition", Applied(do=merged.do, of=acted), 1.0, None
+
+
+def _of_attention(node: Applied, do: Attention) -> Iterator[tuple[str, Expression, float, Change | None]]:
+    """Another scale, softmax over another axis, other heads, or keys for queries."""
+    first = node.of[0]
+    channels = first.do.count if isinstance(first, Applied) and isinstance(first.do, Part) else None
+
+    def of(cause: str, yours: str, reference: str, other: Attention, cost: float = 1.0) -> Any:
+        change = Change(cause=cause, yours=yours, reference=reference, cost=cost, facts={"axis": -1}, slot=cause)
+        return cause, Applied(do=other, of=node.of), cost, change
+
+    known = f"scales by {do.scale:.6g}"
+    scales = {
+        1.0: "does not scale q k^T",
+        do.scale**2: "scales q k^T twice",
+        1 / do.scale: "divides by the scale of q k^T",
+    }
+    if channels is not None:
+        scales[1 / sqrt(channels)] = "scales q k^T by all channels, not those of a head"
+    for scale, yours in scales.items():
+        if abs(scale - do.scale) > 1e-12:
+            yield of("scale_factor", yours, known, replace(do, scale=scale))
+    axis = "takes the softmax over the queries"
+    yield of("softmax_axis", axis, "takes it over the keys", replace(do, axis=-2))
+    turned = replace(do, in_turn=True)
+    yield of("groups_interleaved", "has the channels of its heads in turn", "has them head by head", turned)
+    for heads in (1, 2, 3, 4, 6, 8, 12, 16):
+        if heads != do.heads:
+            scale = do.scale * sqrt(heads / do.heads)
+            said = f"has {do.heads} heads"
+            yield of("groups", f"has {heads} heads", said, replace(do, heads=heads, scale=scale), 1.3)
+    for order in permutations(range(3)):
+        if order != (0, 1, 2):
+            yield "order", Applied(do=do, of=tuple(node.of[at] for at in order)), 1.1, None
+
+
+def _axes(do: Move) -> str:
+    """The order in which axes lie; those of a patch are split."""
+    return "x".join(str(do.split[axis]) for axis in do.axes) + f" (axes {', '.join(str(1 + axis) for axis in do.axes)})"
+
+
+def _nodes(expression: Expression, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Expression]]:
+    """Every part of a formula, with the way to it."""
+    yield path, expression
+    if isinstance(expression, Applied):
+        for at, one in enumerate(expression.of):
+            yield from _nodes(one, (*path, at))
+
+
+def _replaced(whole: Expression, path: tuple[int, ...], other: Expression) -> Expression:
+    """The formula with another part there."""
+    if not path:
+        return other
+    assert isinstance(whole, Applied)
+    inner = list(whole.of)
+    inner[path[0]] = _replaced(inner[path[0]], path[1:], other)
+    return Applied(do=whole.do, of=tuple(inner))
