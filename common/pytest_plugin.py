@@ -313,7 +313,8 @@ def _different(error: "DifferentModels") -> tuple[str, str, str]:
     shown = tables.result(found)
     best = next((defect.best for defect in found.diagnosis.defects if defect.best), None)
     first = next((compared.first for compared in found.comparisons if compared.first), None)
-    what = best.sentence if best else f"first difference at {first.tensor.where}" if first else "not shown to be the same"
+    what = f"first difference at {first.tensor.where}" if first else "not shown to be the same"
+    what = best.sentence if best else what
     return tables.text(shown), tables.text(shown, colours=True), f"{what} ({' | '.join(found.names)})"
 
 
