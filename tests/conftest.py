@@ -14,6 +14,8 @@ import pytest
 from common.parity.session import Session
 from tests import scripts
 
+pytest_plugins = ["pytester"]
+
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
