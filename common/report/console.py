@@ -12,7 +12,7 @@ from common.backends.process import BackendProcess
 from common.parity.compare import Comparison, Difference
 from common.parity.levels import ORDER_LIMIT, PRECISION_FACTOR, RESPONSE_FACTOR
 from common.parity.session import CheckResult
-from common.report.explained import explained
+from common.report.explained import Line, explained
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -46,11 +46,10 @@ def comparison(compared: Comparison) -> Group:
     """One level: the worst of every mode and pair, and on failure where it begins and whose it is."""
     parts: list[RenderableType] = [Text(f"  {_TITLES[compared.level]}", style="bold")]
     if compared.level == "L0":
-        parts.append(Padding(_exact(compared), (0, 0, 0, 4), expand=False))
+        parts.append(Line(_exact(compared)))
     else:
         parts.append(Padding(_table(compared), (0, 0, 0, 4), expand=False))
-    lines = list(_explain(compared))
-    parts += [Padding(line, (0, 0, 0, 4), expand=False) for line in lines]
+    parts += [Line(line) for line in _explain(compared)]
     return Group(*parts)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +21,17 @@ _WORDS = {
     "gradient": "a gradient",
     "cotangent": "what comes back to it",
 }
+
+
+class Line:
+    """A line of text, indented by four; whole where a log wraps by itself, and in a terminal each of its rows is."""
+
+    def __init__(self, content: Text) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # Padding cuts what it may not wrap.
+        yield Text("    ").append_text(self._content) if options.no_wrap else Padding(self._content, (0, 0, 0, 4))
 
 
 def explained(pair: Pair) -> list[RenderableType]:
@@ -79,17 +90,16 @@ def diagnosis(found: Diagnosis) -> Group:
     """Each defect in a sentence with its proof, and what comes next."""
     parts: list[RenderableType] = [Text("  diagnosis", "bold")]
     for number, defect in enumerate(found.defects, 1):
-        parts += [Padding(line, (0, 0, 0, 4)) for line in _defect(number, defect)]
+        parts += [Line(line) for line in _defect(number, defect)]
     if found.as_spec is not None:
         spec = found.as_spec
         parts.append(
-            Padding(
+            Line(
                 Text(
                     f"as a specification: yours {spec.yours}, and the reference {spec.reference}; "
                     f"so changed it agrees to {spec.after:.0e} ({spec.before:.2g} now)",
                     "bold red",
-                ),
-                (0, 0, 0, 4),
+                )
             )
         )
     if not found.defects:
