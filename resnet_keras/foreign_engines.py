@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import keras
 import numpy as np
+from keras.src import backend as keras_backend  # where Keras' own convolution is
 
 # What is called with what came back to an output.
 Heard = Callable[[Any], None]
@@ -151,12 +152,24 @@ class TensorFlow:
         if not held:
             yield
             return
-        before = self._tf.config.functions_run_eagerly()
-        self._tf.config.run_functions_eagerly(True)
+        run_eagerly, before = self._tf.config.run_functions_eagerly, self._tf.config.functions_run_eagerly()
+        convolve = keras_backend.nn.conv
+
+        def conv(*args: Any, **kwargs: Any) -> Any:
+            # Keras compiles convolutions of groups, since TensorFlow has no gradients of others on a CPU.
+            run_eagerly(before)
+            try:
+                return convolve(*args, **kwargs)
+            finally:
+                run_eagerly(True)
+
+        run_eagerly(True)
+        keras_backend.nn.conv = conv
         try:
             yield
         finally:
-            self._tf.config.run_functions_eagerly(before)
+            keras_backend.nn.conv = convolve
+            run_eagerly(before)
 
 
 class Jax:

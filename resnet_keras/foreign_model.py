@@ -161,7 +161,7 @@ class KerasRunner:
                 args, kwargs = self._arguments(given, named=isinstance(inputs, Mapping))
                 with watch.watching():
                     outputs = model(*args, training=training, **kwargs)
-                flat = results(outputs, engine.concrete, self._title)
+                flat = self._results(outputs)
                 scalar = None
                 if gradients:
                     watch.failed = "the loss"
@@ -218,12 +218,21 @@ class KerasRunner:
             recorded=recorded,
         )
 
-    def _default_loss(self, outputs: Any) -> Any:
+    def _results(self, outputs: Any) -> dict[str, Any]:
+        def is_array(value: Any) -> bool:
+            return isinstance(value, np.ndarray | keras.Variable) or self._engine.concrete(value)
 
+        flat = results(outputs, is_array, self._title)
+        return {
+            name: value if self._engine.concrete(value) else keras.ops.convert_to_tensor(value)
+            for name, value in flat.items()
+        }
+
+    def _default_loss(self, outputs: Any) -> Any:
         total: Any = 0
         floating = [
             value
-            for value in results(outputs, self._engine.concrete, self._title).values()
+            for value in self._results(outputs).values()
             if "float" in keras.backend.standardize_dtype(value.dtype)
         ]
         if not floating:
@@ -326,7 +335,6 @@ class KerasRunner:
 
 def _layout(model: Any) -> Layout:
     """Where most of a model's layers say that the channels stand; Keras' own word where none says anything."""
-
     said = [
         layer.data_format
         for layer in foreign_state.all_layers(model)
