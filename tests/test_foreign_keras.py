@@ -301,14 +301,14 @@ def test_a_traced_function_inside_runs_as_it_does_in_float32_and_eagerly_in_floa
     class Traced(keras.Model):
         def __init__(self) -> None:
             super().__init__()
-            self.dense = layers.Dense(3, name="dense")
+            self.dense, self.dropout = layers.Dense(3, name="dense"), layers.Dropout(0.5, name="dropout")
 
         @tf.function
-        def inner(self, x: Any) -> Any:
-            return self.dense(x)
+        def inner(self, x: Any, training: bool) -> Any:
+            return self.dropout(self.dense(x), training=training)
 
-        def call(self, x: Any) -> Any:
-            return ops.tanh(self.inner(x))
+        def call(self, x: Any, training: bool = False) -> Any:
+            return ops.tanh(self.inner(x, training))
 
     model = Traced()
     model.dense.build((None, 3))  # TensorFlow has no gradients of variables that were made in a trace
@@ -325,8 +325,12 @@ def test_a_traced_function_inside_runs_as_it_does_in_float32_and_eagerly_in_floa
             trace = runner.run([NOISE])
         expected = np.tanh(NOISE.astype("float64") @ values["dense/kernel"] + 1)
         np.testing.assert_allclose(trace.results[""], expected, rtol=1e-12)
-        assert [call.name for call in trace.calls] == ["dense"]
+        assert [call.name for call in trace.calls] == ["dense", "dropout"]
     assert same(array(model(NOISE)), plain)
+    # In training mode too, or the user's function would have no dropout from then on.
+    with adapt(model).at_work("float32") as runner:
+        np.testing.assert_allclose(runner.run([NOISE], training=True).results[""], plain, rtol=1e-6)
+    assert not same(array(model(NOISE, training=True)), array(model(NOISE, training=True)))
 
 
 def test_what_keras_compiles_stays_compiled_in_float64() -> None:
