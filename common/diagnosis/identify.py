@@ -44,7 +44,6 @@ def base_work(
     inputs: tuple[np.ndarray, ...],
     arrays: Mapping[str, np.ndarray],
     training: bool,
-    function: None = None,
 ) -> Work:
     """A layer as it computes in that mode: of a batch norm in training mode, with the statistics of its batch."""
     if isinstance(operation, BatchNorm) and (training or "mean" not in arrays or "var" not in arrays):
@@ -169,8 +168,8 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
         yield Dropout(rate=0.5)
     if x.ndim > 2 and output.ndim == x.ndim:
         axes = x.ndim - 2
-        yield from (GlobalPool(mode=mode, keep=True) for mode in ("average", "max"))  # type: ignore[arg-type]
-        for size, step, mode in product((2, 3, 1, 5, 7), (2, 1, 3, size_of(x)), ("max", "average")):
+        yield from (GlobalPool(mode=mode, keep=True) for mode in ("average", "max"))
+        for size, step, mode in product((2, 3, 1, 5, 7), (2, 1, 3, x.shape[1]), ("max", "average")):
             for pads in dict.fromkeys(((0, 0), (size // 2, size // 2), (0, 1), (1, 0))):
                 for ceil, counted in product((False, True), (False, True) if mode == "average" else (False,)):
                     yield Pool(
@@ -182,14 +181,10 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
                         counted=counted,
                     )
             for counted in (False, True) if mode == "average" else (False,):
-                yield Pool(mode=mode, window=(size,) * axes, strides=(step,) * axes, padding="same", counted=counted)  # type: ignore[arg-type]
+                one = Pool(mode="max", window=(size,) * axes, strides=(step,) * axes, padding="same", counted=counted)
+                yield one if mode == "max" else replace(one, mode="average")
     if x.ndim > 2 and output.ndim == 2:
-        yield from (GlobalPool(mode=mode) for mode in ("average", "max"))  # type: ignore[arg-type]
-        yield from (Flatten(channels=channels) for channels in ("last", "first"))  # type: ignore[arg-type]
+        yield from (GlobalPool(mode=mode) for mode in ("average", "max"))
+        yield from (Flatten(channels=channels) for channels in ("last", "first"))
     if output.shape == x.shape:
         yield from _RESPONSES
-
-
-def size_of(x: np.ndarray) -> int:
-    """The image's first axis; a pool may step over all of it."""
-    return int(x.shape[1])
