@@ -14,7 +14,7 @@ from common.parity.compare import Comparison, compare
 from common.parity.diagnose import diagnose
 from common.parity.hosts import Ask, Here, Host, cast, in_layout
 from common.parity.levels import DRAWS, ORDERS
-from common.parity.localise import Localised, localise
+from common.parity.localise import Localised, localise, localise_records
 from common.parity.matching import Matching, aligned, match
 from common.parity.names import Mode
 from common.parity.record import Record
@@ -249,9 +249,12 @@ def _level(
         for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
             between = compared.of(compared.backends[0], view[1].label)
-            if between.differs and "layers" not in host.lacks:
+            if between.differs and other.manifest.calls and reference.manifest.calls:
                 progress(host.name, "localise")
-                localised = localise(reference, host, other, found, view, ask)
+                if "layers" in host.lacks:
+                    localised = localise_records(reference, other, found, view)
+                else:
+                    localised = localise(reference, host, other, found, view, ask)
                 pair = replace(pair, localised=localised, diagnosis=diagnose(reference, other, found, localised))
             pairs.append(pair)
         return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))
