@@ -95,9 +95,7 @@ def compare_models(
     hosts: list[Host] = []
     for number, model in enumerate(models):
         layout = layouts[number] if layouts else None
-        if layout is not None and layout not in LAYOUTS:
-            raise InputError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}")
-        host = Here(model, layout=LAYOUTS[layout] if layout else None, name=names[number] if names else None)
+        host = Here(model, layout=layout_of(layout), name=names[number] if names else None)
         if "layout" in host.lacks and not layout and hosts:
             host.layout = hosts[0].layout
         hosts.append(host)
@@ -113,6 +111,13 @@ def compare_models(
         batches=tuple(as_inputs(batch) for batch in batches),
         progress=progress,
     )
+
+
+def layout_of(name: str | None) -> Layout | None:
+    """The layout that people call NCHW or NHWC; None for none. Raises `InputError`."""
+    if name is not None and name not in LAYOUTS:
+        raise InputError(f"layout {name!r} is unknown; expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name] if name else None
 
 
 def compare_hosts(
@@ -132,7 +137,7 @@ def compare_hosts(
     which other one of its family the other model is."""
     started = time.perf_counter()
     notes: list[str] = []
-    chosen = _modes(hosts, modes, bool(batches), notes)
+    chosen = chosen_modes(hosts, modes, bool(batches), notes)
     if "float32" in dtypes:
         # Both levels look at one network on one input.
         inputs, batches = cast(inputs, "float32"), tuple(cast(batch, "float32") for batch in batches)
@@ -283,8 +288,13 @@ def _rounds(host: Host) -> bool:
     return host.backend in ("keras:jax", "keras:torch")
 
 
-def _modes(hosts: Sequence[Host], wanted: tuple[Mode, ...] | None, steps: bool, notes: list[str]) -> tuple[Mode, ...]:
-    """Those that are asked for, or all that every model can. Raises `ModelError` for one that a model cannot."""
+def chosen_modes(
+    hosts: Sequence[Host], wanted: tuple[Mode, ...] | None, steps: bool, notes: list[str]
+) -> tuple[Mode, ...]:
+    """Those that are asked for, or all that every model can; what is left out is added to `notes`.
+
+    Raises `ModelError` for one that a model cannot.
+    """
     needs = {"train": "training", "grad": "gradients"}
     found: list[Mode] = []
     for mode in wanted or _MODES:
