@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.diagnosis.evidence import Diagnosis
+from common.diagnosis.evidence import Diagnosis, Finding
 from common.errors import InputError, ModelError
 from common.foreign.files import as_inputs
 from common.foreign.protocol import Inputs, Layout, Loss
@@ -14,12 +14,14 @@ from common.parity.compare import Comparison, compare
 from common.parity.diagnose import diagnose
 from common.parity.hosts import Ask, Here, Host, cast, in_layout
 from common.parity.levels import DRAWS, ORDERS
-from common.parity.localise import Localised, localise
+from common.parity.localise import Localised, localise, localise_records
 from common.parity.matching import Matching, aligned, match
 from common.parity.names import Mode
 from common.parity.record import Record
 from common.parity.subjects import passes
 
+# Of what was asked, the two records by the reference's names, and how many defects were found.
+AsSpec = Callable[[Ask, tuple[Record, Record], int], Finding | None]
 LAYOUTS: dict[str, Layout] = {"NCHW": "channels_first", "NHWC": "channels_last"}
 _MODES: tuple[Mode, ...] = ("eval", "train", "grad")
 
@@ -129,8 +131,10 @@ def compare_hosts(
     trains: Sequence[Callable[[Any], Callable[..., Any]] | None] | None = None,
     batches: tuple[Inputs, ...] = (),
     progress: Callable[[str, str], None] = lambda name, step: None,
+    as_spec: AsSpec | None = None,
 ) -> ModelsResult:
-    """As `compare_models`, of models wherever they run."""
+    """As `compare_models`, of models wherever they run. `as_spec` is asked, where the reference is a network of ours,
+    which other one of its family the other model is."""
     started = time.perf_counter()
     notes: list[str] = []
     chosen = chosen_modes(hosts, modes, bool(batches), notes)
@@ -166,6 +170,7 @@ def compare_hosts(
                 truth,
                 soft,
                 progress,
+                as_spec,
             )
         except _NoTwin as error:
             if dtype == "float32" or "float32" not in dtypes:
@@ -230,6 +235,7 @@ def _level(
     truth: Record | None,
     soft: Record | None,
     progress: Callable[[str, str], None],
+    as_spec: AsSpec | None,
 ) -> _Level:
     with ExitStack() as stack:
         records: list[Record] = []
@@ -254,10 +260,17 @@ def _level(
         for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
             between = compared.of(compared.backends[0], view[1].label)
-            if between.differs and "layers" not in host.lacks:
+            if between.differs and other.manifest.calls and reference.manifest.calls:
                 progress(host.name, "localise")
-                localised = localise(reference, host, other, found, view, ask)
-                pair = replace(pair, localised=localised, diagnosis=diagnose(reference, other, found, localised))
+                if "layers" in host.lacks:
+                    localised = localise_records(reference, other, found, view)
+                else:
+                    localised = localise(reference, host, other, found, view, ask)
+                diagnosis = diagnose(reference, other, found, localised)
+                if as_spec is not None:
+                    progress(host.name, "specifications")
+                    diagnosis = replace(diagnosis, as_spec=as_spec(ask, view, len(diagnosis.defects)))
+                pair = replace(pair, localised=localised, diagnosis=diagnosis)
             pairs.append(pair)
         return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))
 
