@@ -42,13 +42,14 @@ def result(found: CheckResult) -> Group:
     return Group(*parts)
 
 
-def comparison(compared: Comparison) -> Group:
-    """One level: the worst of every mode and pair, and on failure where it begins and whose it is."""
+def comparison(compared: Comparison, named: bool = True) -> Group:
+    """One level: the worst of every mode and pair, and on failure where it begins and whose it is. Where there is one
+    pair alone its models need not be `named` in every row."""
     parts: list[RenderableType] = [Text(f"  {_TITLES[compared.level]}", style="bold")]
     if compared.level == "L0":
         parts.append(Line(_exact(compared)))
     else:
-        parts.append(Padding(_table(compared), (0, 0, 0, 4), expand=False))
+        parts.append(Padding(_table(compared, named), (0, 0, 0, 4), expand=False))
     parts += [Line(line) for line in _explain(compared)]
     return Group(*parts)
 
@@ -65,24 +66,21 @@ def _exact(compared: Comparison) -> Text:
     )
 
 
-def _table(compared: Comparison) -> Table:
+def _table(compared: Comparison, named: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column, justify in (
-        ("mode", "left"),
-        ("pair", "left"),
-        ("rel. error", "right"),
-        ("/ response", "right"),
-        ("largest at", "left"),
-    ):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.columns[-1].overflow = "fold"
+    table.add_column("mode", no_wrap=True)
+    if named:
+        table.add_column("pair", overflow="fold")
+    table.add_column("rel. error", justify="right", no_wrap=True)
+    table.add_column("/ response", justify="right", no_wrap=True)
+    table.add_column("largest at", overflow="fold")
     for part, differences in _by_section(compared.worst()).items():
         for index, difference in enumerate(differences):
             style = _STYLES[difference.verdict]
             note = "" if difference.verdict in ("same", "different") else f"  ({difference.verdict})"
             table.add_row(
                 part if index == 0 else "",
-                " | ".join(difference.pair),
+                *([" | ".join(difference.pair)] if named else []),
                 Text(f"{difference.error:.1e}", style),
                 Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
                 Text(difference.tensor.where + note, style),
