@@ -96,7 +96,13 @@ class Sides:
         if isinstance(column, Column) and reference.spec is not None:
             trial = self._trial(column, reference.spec)
         return compare_hosts(
-            [reference.host, theirs.host], inputs, modes=modes, dtypes=dtypes, progress=self._progress, as_spec=trial
+            [reference.host, theirs.host],
+            inputs,
+            modes=modes,
+            dtypes=dtypes,
+            progress=self._progress,
+            as_spec=trial,
+            all_levels=False,
         )
 
     def _side(self, text: str) -> Side:
