@@ -171,6 +171,8 @@ def compare_hosts(
                 soft,
                 progress,
                 as_spec,
+                # What is known of one level is not found out again at the next.
+                explained={pair.other for pair in pairs if pair.localised is not None},
             )
         except _NoTwin as error:
             if dtype == "float32" or "float32" not in dtypes:
@@ -178,8 +180,7 @@ def compare_hosts(
             notes.append(f"no float64 twin, so that level L1 is left out: {error}")
             continue
         comparisons.append(found.compared)
-        if not pairs or any(pair.localised and not old.localised for pair, old in zip(found.pairs, pairs, strict=True)):
-            pairs = list(found.pairs)
+        pairs = [new if new.localised or i >= len(pairs) else pairs[i] for i, new in enumerate(found.pairs)]
         truth, soft = (found.reference, soft) if dtype == "float64" else (truth, found.reference)
         versions |= {
             host.name: dict(record.manifest.versions) | {"device": record.manifest.device}
@@ -236,6 +237,7 @@ def _level(
     soft: Record | None,
     progress: Callable[[str, str], None],
     as_spec: AsSpec | None,
+    explained: set[str],
 ) -> _Level:
     with ExitStack() as stack:
         records: list[Record] = []
@@ -260,7 +262,8 @@ def _level(
         for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
             between = compared.of(compared.backends[0], view[1].label)
-            if between.differs and other.manifest.calls and reference.manifest.calls:
+            known = host.name in explained or not (other.manifest.calls and reference.manifest.calls)
+            if between.differs and not known:
                 progress(host.name, "localise")
                 if "layers" in host.lacks:
                     localised = localise_records(reference, other, found, view)
