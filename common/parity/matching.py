@@ -314,7 +314,7 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
     titles = [m.record.manifest.variant for m in (a, b)]
     if len(ours) != len(theirs):
         raise ModelError(
-            f"{titles[0]} returns {len(ours)} outputs ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
+            f"{titles[0]} returns {_counted(ours)} ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
             "return the same from both, in one order or under the same names"
         )
     if {name.place for name in ours} == {name.place for name in theirs}:
@@ -330,6 +330,10 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
             )
         found[one.place] = two.place, turn
     return found
+
+
+def _counted(names: Sequence[ArrayName]) -> str:
+    return f"{len(names)} output{'s' if len(names) != 1 else ''}"
 
 
 def _by_user(a: _Model, b: _Model, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -70,12 +70,6 @@ class ModelPasses:
         for name, array in self._values.items():
             yield ArrayName(run, "weight", name), array
 
-    @property
-    def images(self) -> int:
-        """How many there are in the batch: 1 where that cannot be told, and the batch has no other order."""
-        counts = {array.shape[:1] for array in self.given.values()}
-        return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
-
     def not_restored(self) -> list[str]:
         return []
 
@@ -249,6 +243,12 @@ _EXACT_NAMES = {kind.__name__ for kind in _EXACT}
 def named(inputs: Inputs) -> dict[str, np.ndarray]:
     """The arrays that a model is called with, by name or position."""
     return dict(inputs) if isinstance(inputs, Mapping) else {str(i): array for i, array in enumerate(inputs)}
+
+
+def images_in(inputs: Inputs) -> int:
+    """How many images the batch has: 1 where that cannot be told, and it has no other order."""
+    counts = {array.shape[:1] for array in named(inputs).values()}
+    return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
 
 
 def short(name: ArrayName) -> str:
