@@ -17,7 +17,7 @@ from common.errors import BackendCrashed, ParityError, RecordError
 from common.parity import record, steps
 from common.parity.case import Case
 from common.parity.compare import Comparison, compare, rounded_to_float32
-from common.parity.levels import UNIT
+from common.parity.levels import ORDER_LIMIT, RESPONSE_FACTOR, UNIT
 from common.parity.names import ArrayName
 from common.parity.orders import orders
 from common.parity.record import Manifest, Record

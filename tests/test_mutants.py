@@ -78,6 +78,16 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
     assert failed[0].odd_one_out == ALIASES.get(mutant.backend, mutant.backend)
 
 
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if max(m.size) <= 200], ids=lambda mutant: mutant.name)
+def test_the_mistake_is_named(bench: Bench, mutant: Mutant) -> None:
+    dtypes = ("float64", "float32") if mutant.level == "L2" else ("float64",)
+    case = _case(mutant.spec, mutant.size, dtypes=dtypes)
+    compared = bench.check(case, mutant.backend, mutant.path)
+    pairs = bench.explain(case, mutant.backend, mutant.path, compared)
+    named = [defect.best for pair in pairs if pair.diagnosis for defect in pair.diagnosis.defects]
+    assert (mutant.name in NOT_NAMED) == (not named or named[0] is None), NOT_NAMED.get(mutant.name, "not named")
+
+
 @pytest.mark.parametrize("mutant", OF_ORDER, ids=lambda mutant: mutant.name)
 def test_what_depends_on_the_order_of_the_batch_is_a_finding_of_its_own(bench: Bench, mutant: OfOrder) -> None:
     case = replace(_case(BASE, SIZE, **ALL_OF_FLOAT64), batch=IMAGES_OF_ORDER)
