@@ -75,7 +75,7 @@ class _Case:
     """Two records, how they match, and what the other made of the reference's values."""
 
     def __init__(self, reference: Record, other: Record, matching: Matching, localised: Localised) -> None:
-        self.ours, self.theirs = Reference(reference), Reference(other)
+        self.ours, self.theirs = Reference(reference, matching.unmatched[0]), Reference(other)
         self.matching, self.localised = matching, localised
         self.layouts = reference.manifest.layout, other.manifest.layout
         self.backend = other.manifest.backend

@@ -7,18 +7,19 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from common.foreign.operations import Conv, Pad, Pool, from_data, to_data
 from common.foreign.protocol import Forced, Trace
 from common.parity.hosts import Ask, Host
 from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, rho
 from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
-from common.parity.record import LayerCall, Record, Source, distance, norm
+from common.parity.record import LayerCall, Record, Source, distance, finite, norm
 
 Part = Literal["input", "layer", "result", "statistic", "gradient", "cotangent"]
 
@@ -76,11 +77,22 @@ class Localised:
 
 
 class Reference:
-    """The arrays of a record by what calls take and give."""
+    """The arrays of a record by what calls take and give. A layer that pads and stands `alone`, without a counterpart,
+    is taken as part of the one that it pads for."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, alone: Collection[str] = ()) -> None:
         self.record = record
         self.calls: dict[tuple[Pass, str], LayerCall] = {(c.run, c.name): c for c in record.manifest.calls}
+        pads = {
+            (call.run, source.name): call
+            for call in record.manifest.calls
+            if call.name in alone and (call.operation or {}).get("operation") == "Pad"
+            for source in call.outputs
+        }
+        for key, call in self.calls.items():
+            pad = pads.get((call.run, call.inputs[0].name)) if len(call.inputs) == 1 else None
+            if pad is not None:
+                self.calls[key] = _padded(call, pad)
 
     def source(self, run: Pass, source: Source) -> np.ndarray | None:
         """What an input or output holds, in its own shape; None where the record has not got it."""
@@ -99,12 +111,21 @@ class Reference:
         return None
 
 
+def _padded(call: LayerCall, pad: LayerCall) -> LayerCall:
+    """A convolution or pool with what another layer pads for it."""
+    first, operation = from_data(pad.operation), from_data(call.operation)
+    if not isinstance(first, Pad) or not isinstance(operation, Conv | Pool) or operation.padding == "same":
+        return call
+    padding = tuple((a + c, b + d) for (a, b), (c, d) in zip(first.padding, operation.padding, strict=True))
+    return replace(call, inputs=pad.inputs, operation=to_data(replace(operation, padding=padding)))
+
+
 def localise(
     reference: Record, host: Host, other: Record, matching: Matching, views: tuple[Record, Record], ask: Ask
 ) -> Localised:
     """Run the model of `host`, whose record is `other`, on the reference's values. `views` are both records by the
     reference's names. Raises `ModelError`."""
-    ours, theirs = Reference(reference), Reference(other)
+    ours, theirs = Reference(reference, matching.unmatched[0]), Reference(other)
     limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
@@ -137,7 +158,7 @@ def localise(
 def localise_records(reference: Record, other: Record, matching: Matching, views: tuple[Record, Record]) -> Localised:
     """The same from records alone: in each pass up to the first place that differs, where what comes in is the same in
     both. What lies behind it has inherited the difference, and cannot be told from its own."""
-    ours, theirs = Reference(reference), Reference(other)
+    ours, theirs = Reference(reference, matching.unmatched[0]), Reference(other)
     limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
@@ -351,6 +372,8 @@ def _added(
     limits: _Limits,
     name: ArrayName,
 ) -> Added:
+    if mine.shape == expected.shape:
+        mine, expected = finite(mine, expected)
     scale = norm(expected) or 1.0
     apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
     limit = limits.of(name, expected)

@@ -20,7 +20,7 @@ from common.errors import ModelError, RecordError
 from common.foreign.protocol import Held
 from common.parity.levels import SAME_VALUES
 from common.parity.names import ArrayName, Pass
-from common.parity.record import Array, LayerCall, Record, Source, distance, norm
+from common.parity.record import Array, LayerCall, Record, Source, distance, finite, norm
 
 Shape = tuple[int, ...]
 
@@ -304,7 +304,10 @@ def _best_turn(a: np.ndarray, b: np.ndarray, a_layout: str, b_layout: str) -> Tu
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
+    if a.shape != b.shape:
+        return False
+    a, b = finite(a, b)
+    return distance(a, b) <= SAME_VALUES * norm(a)
 
 
 def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:

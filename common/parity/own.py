@@ -16,7 +16,7 @@ from common.foreign.operations import Activation, Dropout, Flatten, to_data
 from common.foreign.protocol import Inputs, Loss, Runner, Trace
 from common.parity.levels import RANDOM
 from common.parity.names import ArrayName, Mode, Pass
-from common.parity.record import Array, LayerCall, Source, distance, norm
+from common.parity.record import Array, LayerCall, Source, distance, finite, norm
 from common.parity.subjects import Keep, passes
 from common.weights import perturb_array
 
@@ -160,7 +160,12 @@ class ModelPasses:
                 if role == "bias" and held["name"] in self._values
             }
             owners = {held["name"]: call.layer for call in looked.calls for held in call.arrays.values()}
-            names = [name for name in looked.arrays if name.mode in self._modes]
+            names = [
+                name
+                for name, array in looked.arrays.items()
+                # A mask or padding of minus infinity inside is none of a comparison's, which refuses what is not finite.
+                if name.mode in self._modes and (name.kind not in ("tap", "into") or not np.isinf(array).any())
+            ]
             ordered = [n for n in names if n.kind not in late] + [n for n in names if n.kind in late]
             for name in ordered:
                 call = by_output.get(short(name))
@@ -365,7 +370,10 @@ def _moved(array: np.ndarray, draw: int, name: str) -> np.ndarray:
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
-    return distance(a, b) <= RANDOM[str(b.dtype)] * norm(b)
+    if a.shape != b.shape:
+        return False
+    first, second = finite(a, b)
+    return distance(first, second) <= RANDOM[str(b.dtype)] * norm(second)
 
 
 def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:

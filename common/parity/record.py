@@ -214,6 +214,13 @@ def norm(array: np.ndarray) -> float:
     return distance(array, None)
 
 
+def finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of one shape, with zeros where both hold the same infinity: a mask, or what a maximum is padded with."""
+    if a.dtype.kind != "f" or not (same := np.isinf(a) & (a == b)).any():
+        return a, b
+    return np.where(same, 0, a), np.where(same, 0, b)
+
+
 def distance(a: np.ndarray, b: np.ndarray | None) -> float:
     """Euclidean norm of a - b, both of one shape, in float64."""
     # In the order of memory, if both have the same: a gradient may be a transposed view, slow to read in its own order.
