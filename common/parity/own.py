@@ -160,12 +160,7 @@ class ModelPasses:
                 if role == "bias" and held["name"] in self._values
             }
             owners = {held["name"]: call.layer for call in looked.calls for held in call.arrays.values()}
-            names = [
-                name
-                for name, array in looked.arrays.items()
-                # A mask or padding of minus infinity inside is none of a comparison's, which refuses what is not finite.
-                if name.mode in self._modes and (name.kind not in ("tap", "into") or not np.isinf(array).any())
-            ]
+            names = [name for name in looked.arrays if name.mode in self._modes]
             ordered = [n for n in names if n.kind not in late] + [n for n in names if n.kind in late]
             for name in ordered:
                 call = by_output.get(short(name))
@@ -177,6 +172,8 @@ class ModelPasses:
                     terms=terms.get(name.place, 1) if name.kind == "grad" else 1,
                     rounds=name.kind == "tap" and not exact,
                     sparse=name.kind != "result",
+                    # A mask inside, or what a maximum is padded with.
+                    compared=name.kind not in ("tap", "into") or not np.isinf(looked.arrays[name]).any(),
                 )
 
 
