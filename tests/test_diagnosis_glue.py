@@ -326,7 +326,7 @@ def normalised(x):
         (normalised(PIXELS), normalised(normalised(PIXELS)), "input_normalised", "once more"),
         (normalised(PIXELS), 255 * PIXELS - 255 * MEAN, "input_normalised", "less ImageNet's mean"),
         (PIXELS, (PIXELS - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4], "input_normalised", "less (0.4, 0.5, 0.6)"),
-        (normalised(PIXELS), normalised(PIXELS[..., ::-1]), "input_bgr+input_normalised", "BGR"),
+        (normalised(PIXELS), normalised(PIXELS[..., ::-1]), "input_bgr", "as if they were"),
         (PIXELS, PIXELS.swapaxes(1, 2), "input_transposed", "height and width"),
         (PIXELS, PIXELS[:, :, ::-1], "input_transposed", "left to right"),
         (PIXELS, 255 * PIXELS[..., ::-1], "input_bgr+input_range", "0..255"),

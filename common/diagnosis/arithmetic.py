@@ -61,7 +61,8 @@ def compute(operation: Operation, inputs: Sequence[np.ndarray], arrays: Mapping[
             return pool(x, operation)
         case GlobalPool():
             axes = tuple(range(1, x.ndim - 1))
-            return (x.max if operation.mode == "max" else x.mean)(axis=axes, keepdims=operation.keep)
+            best = np.max if operation.mode == "max" else np.mean
+            return np.asarray(best(x, axis=axes, keepdims=operation.keep))
         case Activation():
             return activate(operation.name, x, operation.slope)
         case Softmax():
@@ -135,7 +136,7 @@ def conv(
     if operation.groups == 1 and x.shape[-1] >= _MANY_CHANNELS:
         return _plus(sum(seen(one) @ kernel[one] for one in positions), bias)
     spans = tuple((span - 1) * by + 1 for span, by in zip(window, operation.dilation, strict=True))
-    views = sliding_window_view(x, spans, axis=tuple(1 + axis for axis in axes))  # type: ignore[call-overload]
+    views = sliding_window_view(x, spans, axis=tuple(1 + axis for axis in axes))
     steps = [slice(None, None, step) for step in operation.strides]
     views = views[(slice(None), *steps, slice(None), *(slice(None, None, by) for by in operation.dilation))]
     return _plus(_product(np.moveaxis(views, x.ndim - 1, -1), kernel, operation.groups), bias)
@@ -148,9 +149,9 @@ def _gathered(x: np.ndarray, axis: int, at: np.ndarray, span: int, pad: tuple[in
     index = at[:, None] * operation.strides[axis] + np.arange(span) * operation.dilation[axis] - pad[0]
     if operation.padding_mode != "zeros":
         reached = np.pad(np.arange(size), pad, mode=_MODES[operation.padding_mode])  # type: ignore[call-overload]
-        return x.take(reached[index + pad[0]], axis=place)
+        return np.asarray(x.take(reached[index + pad[0]], axis=place))
     inside = (index >= 0) & (index < size)
-    taken = x.take(index, axis=place, mode="clip")
+    taken = np.asarray(x.take(index, axis=place, mode="clip"))
     if not inside.all():
         taken *= inside.reshape(*index.shape, *(1,) * (x.ndim - place - 1))
     return taken
@@ -162,10 +163,10 @@ def _product(windows: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray
     if groups == 1:
         return np.tensordot(windows, kernel, axes=(range(1 + axes, windows.ndim), range(axes + 1)))
     outer, positions = windows.shape[: 1 + axes], math.prod(kernel.shape[:axes])
-    parts = windows.reshape(math.prod(outer), positions, groups, kernel.shape[-2])
-    parts = parts.transpose(2, 0, 1, 3).reshape(groups, math.prod(outer), positions * kernel.shape[-2])
+    split = windows.reshape(math.prod(outer), positions, groups, kernel.shape[-2])
+    parts = split.transpose(2, 0, 1, 3).reshape(groups, math.prod(outer), positions * kernel.shape[-2])
     weights = kernel.reshape(positions * kernel.shape[-2], groups, -1).transpose(1, 0, 2)
-    return (parts @ weights).transpose(1, 0, 2).reshape(*outer, kernel.shape[-1])
+    return np.asarray((parts @ weights).transpose(1, 0, 2).reshape(*outer, kernel.shape[-1]))
 
 
 def _plus(x: np.ndarray | int, bias: np.ndarray | None) -> np.ndarray:
@@ -256,8 +257,7 @@ def neighbours(x: np.ndarray, size: int) -> np.ndarray:
 def local_response_norm(x: np.ndarray, operation: LocalResponseNorm) -> np.ndarray:
     """A local response norm."""
     alpha = operation.alpha / operation.size if operation.mean else operation.alpha
-    divisor: np.ndarray = (operation.k + alpha * neighbours(x, operation.size)) ** operation.beta
-    return x / divisor
+    return np.asarray(x / (operation.k + alpha * neighbours(x, operation.size)) ** operation.beta)
 
 
 def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -286,12 +286,17 @@ def merge(how: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
     return total / len(inputs) if how == "average" else total
 
 
-_error_function = np.frompyfunc(math.erf, 1, 1)
+_each_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def _error_function(x: np.ndarray) -> np.ndarray:
+    # NumPy has none; Python's is right to the last place.
+    return np.asarray(_each_erf(x)).astype(np.float64)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     powers = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1.0, powers) / (1.0 + powers)
+    return np.asarray(np.where(x >= 0, 1.0, powers) / (1.0 + powers))
 
 
 def _softplus(x: np.ndarray) -> np.ndarray:
@@ -318,7 +323,7 @@ ACTIVATIONS: Mapping[str, Callable[[np.ndarray, float | None], np.ndarray]] = {
     "relu6": lambda x, _: np.clip(x, 0.0, 6.0),
     "leaky_relu": lambda x, slope: np.where(x > 0, x, (LEAKY if slope is None else slope) * x),
     "silu": lambda x, _: x * _sigmoid(x),
-    "gelu": lambda x, _: x * 0.5 * (1.0 + _error_function(x / math.sqrt(2)).astype(np.float64)),
+    "gelu": lambda x, _: x * 0.5 * (1.0 + _error_function(x / math.sqrt(2))),
     "gelu_tanh": lambda x, _: x * 0.5 * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "sigmoid": lambda x, _: _sigmoid(x),
     "hard_sigmoid": lambda x, _: _hard_sigmoid(x),

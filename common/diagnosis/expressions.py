@@ -1,10 +1,11 @@
 """What plain code between layers computes, as an expression of what layers gave it; found out from the values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, permutations
-from math import isqrt, prod, sqrt
+from math import inf, isfinite, isqrt, prod, sqrt
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from common.foreign.operations import (
 # So many of the nearest sources are tried alone, in pairs, and in threes.
 ALONE, PAIRED, TRIPLED = 24, 10, 6
 # Values of a source that pairs are first held against.
-_SAMPLE = 512
+_SAMPLE, _ROWS, _CHANNELS = 512, 64, 8
+# What a candidate may leave of a part.
+_NEAR = 1e-6
 # Activations that plain code takes.
 COMMON = ("relu", "silu", "gelu", "gelu_tanh", "relu6", "sigmoid", "tanh", "hard_sigmoid", "hard_silu", "leaky_relu")
 _GATES = ("sigmoid", "hard_sigmoid", "relu", "tanh", "silu", "softplus")
@@ -146,9 +149,9 @@ def applied(do: Operation | Scale | Move | Token | Part | Attention, inputs: Seq
             moved = x.reshape(len(x), *do.split).transpose(0, *(1 + axis for axis in do.axes))
             return moved.reshape(len(x), *do.shape)
         case Token():
-            return x.take(do.index, axis=1)
+            return np.asarray(x.take(do.index, axis=1))
         case Part():
-            return x.take(range(do.start, do.start + do.count), axis=-1)
+            return np.asarray(x.take(range(do.start, do.start + do.count), axis=-1))
         case Attention():
             return attention(do, *inputs)
         case Merge() if do.how != "concatenate":
@@ -176,7 +179,7 @@ def attention(do: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.
     weights = arithmetic.softmax(do.scale * (heads(q) @ heads(k).swapaxes(-1, -2)), do.axis)
     mixed = weights @ heads(v)
     turned = mixed.transpose(0, 2, 3, 1) if do.in_turn else mixed.transpose(0, 2, 1, 3)
-    return turned.reshape(*q.shape[:2], -1)
+    return np.asarray(turned.reshape(*q.shape[:2], -1))
 
 
 # In a formula.
@@ -234,13 +237,107 @@ def _bracketed(expression: Expression, text: str) -> str:
     return f"({text})" if sums else text
 
 
-def found(value: np.ndarray, values: Values, *, is_it: Callable[[np.ndarray], bool]) -> Expression | None:
-    """The simplest expression whose value `is_it`; None where it is none of those that are known here."""
+class Screen:
+    """A small part of a value, and what expressions come to there, where that can be had without the rest."""
+
+    def __init__(self, values: Values, wanted: np.ndarray, other: np.ndarray | None = None):
+        """`wanted` is the value; where `other` differs from it most, the part has some of its places."""
+        self.values, self.wanted = values, wanted
+        self._parts: dict[str, tuple[Values, np.ndarray]] = {}
+        difference = np.abs(wanted - other) if other is not None and other.shape == wanted.shape else None
+        self._places = _places(wanted.size, _SAMPLE, None if difference is None else difference.ravel())
+        channels = wanted.shape[-1] if wanted.ndim else 1
+        rows = None if difference is None or not wanted.ndim else difference.reshape(-1, channels).max(axis=1)
+        self._rows = _places(wanted.size // max(channels, 1), _ROWS, rows)
+
+    def left(self, expression: Expression) -> float:
+        """What is left of that part, relative to it; infinite where the shape is another."""
+        try:
+            values, wanted = self.part(_reach(expression))
+            made = values.of(expression)
+        except (ValueError, KeyError, IndexError):
+            return inf
+        if made.shape != wanted.shape:
+            return inf
+        left = float(np.linalg.norm(made - wanted)) / (float(np.linalg.norm(wanted)) or 1.0)
+        return left if isfinite(left) else inf
+
+    def part(self, reach: str) -> tuple[Values, np.ndarray]:
+        """Sources and the value, cut to what an expression of that reach needs."""
+        if reach == "whole":
+            return self.values, self.wanted
+        if reach not in self._parts:
+            sources = {}
+            for name, x in self.values.sources.items():
+                with suppress(ValueError, IndexError):
+                    sources[name] = self._cut(x, reach)
+            self._parts[reach] = Values(sources), self._cut(self.wanted, reach)
+        return self._parts[reach]
+
+    def _cut(self, x: np.ndarray, reach: str) -> np.ndarray:
+        shape = self.wanted.shape
+        match reach:
+            case "value":
+                return np.asarray(np.broadcast_to(_broadcast([self.wanted, x])[1], shape).flat[self._places])
+            case "row":
+                return np.asarray(np.broadcast_to(x, (*shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])[self._rows])
+            case "channel":
+                if x.shape[-1] != shape[-1]:
+                    raise ValueError("other channels")
+                return x[:1, ..., :_CHANNELS]
+        return x[:1]
+
+
+def _places(count: int, most: int, difference: np.ndarray | None) -> np.ndarray:
+    """Some of so many places, evenly spread, and those of the greatest difference."""
+    spread = np.linspace(0, max(count - 1, 0), min(count, most)).astype(np.intp)
+    if difference is None or count <= most:
+        return spread
+    return np.union1d(spread, np.argpartition(difference, -most)[-most:])
+
+
+def _reach(expression: Expression) -> str:
+    """What of its sources a value of an expression is made of: the value there, the channels there, the whole of a
+    channel, of an image, or of all that was computed elsewhere."""
+    if isinstance(expression, Source):
+        return "value"
+    if isinstance(expression, Computed):
+        return "whole"
+    inner = {_reach(one) for one in expression.of} - {"value"}
+    match expression.do:
+        case Activation() | Scale():
+            own = "value"
+        case Merge() as do:
+            own = "row" if do.how == "concatenate" else "value"
+        case LocalResponseNorm() | Part():
+            own = "row"
+        case Softmax() as do:
+            own = "row" if do.axis == -1 else "image"
+        case Pool() | GlobalPool():
+            own = "channel"
+        case _:
+            own = "image"
+    both = inner | ({own} - {"value"})
+    if len(both) > 1:
+        return "whole" if "whole" in both else "image"
+    return both.pop() if both else "value"
+
+
+def found(
+    value: np.ndarray, values: Values, *, is_it: Callable[[np.ndarray], bool], relative: float
+) -> Expression | None:
+    """The simplest expression whose value `is_it`; None where it is none of those that are known here. `relative` is
+    what rounding may leave of a part."""
     seen: set[Expression] = set()
-    for one in _candidates(value, values):
+    screen = Screen(values, value)
+    limit = max(_NEAR, 10 * relative)
+    for one in _candidates(value, values, screen, limit):
         if one in seen:
             continue
         seen.add(one)
+        with np.errstate(all="ignore"):
+            if screen.left(one) > limit:
+                continue
         try:
             with np.errstate(all="ignore"):
                 if is_it(values.once(one)):
@@ -250,14 +347,14 @@ def found(value: np.ndarray, values: Values, *, is_it: Callable[[np.ndarray], bo
     return None
 
 
-def _candidates(value: np.ndarray, values: Values) -> Iterator[Expression]:
+def _candidates(value: np.ndarray, values: Values, screen: Screen, limit: float) -> Iterator[Expression]:
     names = values.names[:ALONE]
     alike = [name for name in names if values.sources[name].shape == value.shape]
     yield from (Source(name=name) for name in alike)
     for name in alike:
         yield from _alone(Source(name=name), values.sources[name], value)
-    yield from _sums(value, values, names)
-    yield from _joined(value, values, names)
+    yield from _sums(value, values, names, screen, limit)
+    yield from _joined(value, names, screen, limit)
     for name in names:
         if values.sources[name].shape != value.shape:
             yield from _reshaped(Source(name=name), values.sources[name], value)
@@ -268,6 +365,8 @@ def _candidates(value: np.ndarray, values: Values) -> Iterator[Expression]:
 def _alone(source: Source, x: np.ndarray, value: np.ndarray) -> Iterator[Expression]:
     """Of one source of the same shape."""
     for operation in without_arrays(x, value):
+        if isinstance(operation, Pool) and not _has_shape(x, operation, value.shape):
+            continue
         if not isinstance(operation, Dropout):
             yield Applied(do=operation, of=(source,))
     square = float(np.vdot(x, x))
@@ -354,22 +453,20 @@ def _has_shape(x: np.ndarray, operation: Pool, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def _sums(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator[Expression]:
+def _sums(
+    value: np.ndarray, values: Values, names: Sequence[str], screen: Screen, limit: float
+) -> Iterator[Expression]:
     """Sums, products and the like of two and three sources or activations of them, and activations of these."""
     terms = list(_terms(value, values, names))
     if not value.size or len(terms) < 2:
         return
-    some = np.linspace(0, value.size - 1, min(_SAMPLE, value.size)).astype(np.intp)
-    wanted = value.ravel()[some]
-    limit = 1e-6 * float(np.linalg.norm(wanted)) + 1e-300
-
-    def sampled(expression: Expression) -> np.ndarray:
-        return np.broadcast_to(_broadcast([value, values.of(expression)])[1], value.shape).ravel()[some]
+    sampled, wanted = screen.part("value")
+    most = limit * float(np.linalg.norm(wanted)) + 1e-300
 
     def near(part: np.ndarray) -> bool:
-        return float(np.linalg.norm(part - wanted)) <= limit
+        return float(np.linalg.norm(part - wanted)) <= most
 
-    parts = {term: sampled(term) for term in terms}
+    parts = {term: sampled.of(term) for term in terms}
     plain = [term for term in terms if isinstance(term, Source)]
     three = list(combinations(plain[:TRIPLED], 3))
     with np.errstate(all="ignore"):
@@ -380,7 +477,7 @@ def _sums(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator[E
                     merged = Applied(do=Merge(how=how), of=order)
                     if near(total):
                         yield merged
-                    if how == "add" or how == "multiply":
+                    if how in {"add", "multiply"} and all(isinstance(one, Source) for one in chosen):
                         for name in COMMON:
                             if near(arithmetic.activate(name, total)):
                                 yield Applied(do=Activation(name=name), of=(merged,))
@@ -404,43 +501,42 @@ def _terms(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator[
         shape = _broadcast([value, x])[1].shape
         if all(one in (1, size) for one, size in zip(shape, value.shape, strict=True)):
             fitting.append((Source(name=name), shape == value.shape))
-    for source, whole in fitting[:PAIRED]:
+    for at, (source, whole) in enumerate(fitting[:PAIRED]):
         yield source
-        for name in COMMON[:4] if whole else _GATES:
+        for name in (*COMMON[:4], "sigmoid") if whole and at < TRIPLED else () if whole else _GATES:
             yield Applied(do=Activation(name=name), of=(source,))
-        if whole:
-            yield Applied(do=Activation(name="sigmoid"), of=(source,))
 
 
-def _joined(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator[Expression]:
+def _joined(value: np.ndarray, names: Sequence[str], screen: Screen, limit: float) -> Iterator[Expression]:
     """Channels of several sources, or of activations of them, one after another."""
     parts: list[Expression] = []
     start = 0
+    if value.ndim < 2:
+        return
+    sampled, wanted = screen.part("row")
     while start < value.shape[-1]:
-        part = next(_matching(value, values, names, start), None)
+        part = next(_matching(wanted[:, start:], names, sampled, limit), None)
         if part is None:
             return
         parts.append(part)
-        start += values.of(part).shape[-1]
+        start += sampled.of(part).shape[-1]
     if len(parts) > 1:
         yield Applied(do=Merge(how="concatenate"), of=tuple(parts))
 
 
-def _matching(value: np.ndarray, values: Values, names: Sequence[str], start: int) -> Iterator[Expression]:
-    """Sources whose channels begin there, the widest first."""
-    order = sorted(names, key=lambda name: -values.sources[name].shape[-1] if values.sources[name].ndim else 0)
-    for name in order:
-        x = values.sources[name]
-        if x.ndim != value.ndim or x.shape[:-1] != value.shape[:-1] or x.shape[-1] > value.shape[-1] - start:
+def _matching(wanted: np.ndarray, names: Sequence[str], sampled: Values, limit: float) -> Iterator[Expression]:
+    """Sources whose channels these begin with, the widest first."""
+    known = [name for name in names if name in sampled.sources]
+    for name in sorted(known, key=lambda name: -sampled.sources[name].shape[-1]):
+        count = sampled.sources[name].shape[-1]
+        if count > wanted.shape[-1]:
             continue
-        there = value[..., start : start + x.shape[-1]]
+        there = wanted[:, :count]
         for activation in ("identity", *COMMON[:2]):
-            with np.errstate(all="ignore"):
-                made = arithmetic.activate(activation, x)
-            if np.linalg.norm(made - there) <= 1e-9 * (np.linalg.norm(there) + 1e-300):
-                source = Source(name=name)
-                same = activation == "identity"
-                yield source if same else Applied(do=Activation(name=activation), of=(source,))
+            source = Source(name=name)
+            one = source if activation == "identity" else Applied(do=Activation(name=activation), of=(source,))
+            if np.linalg.norm(sampled.of(one) - there) <= limit * (np.linalg.norm(there) + 1e-300):
+                yield one
 
 
 def _attentions(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator[Expression]:

@@ -21,6 +21,7 @@ from common.diagnosis.expressions import (
     Move,
     Part,
     Scale,
+    Screen,
     Source,
     Values,
     found,
@@ -30,14 +31,14 @@ from common.diagnosis.expressions import (
 from common.diagnosis.pointwise import dropout, response_edits, softmax_edits
 from common.diagnosis.pools import flatten_edits, global_edits, pool_edits
 from common.diagnosis.remedies import activation_words, of_activation
-from common.diagnosis.trials import Change, Changes, Goal, Trial, Work, findings, plain
+from common.diagnosis.trials import NEXT_BEST, Change, Changes, Goal, Trial, Work, cost_of, findings, plain
 from common.foreign.operations import Activation, Flatten, GlobalPool, LocalResponseNorm, Merge, Pool, Softmax
 
 # Pairs of changes that are tried where no single one explains it.
 _MOST_PAIRS = 800
 # What stands for the reference's value where no formula of it is known.
 _VALUE = "what the reference has"
-Edit = tuple[Change, Expression]
+Edit = tuple[Changes, Expression]
 
 
 def explain_glue(evidence: GlueEvidence) -> list[Finding]:
@@ -47,22 +48,23 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     if goal.before * goal.norm <= goal.limit:
         return []
     values = Values(evidence.sources)
-    known = found(goal.reference, values, is_it=goal.is_reference)
+    known = found(goal.reference, values, is_it=goal.is_reference, relative=goal.relative)
     if known is None:
         values.sources[_VALUE] = goal.reference
         known = Source(name=_VALUE)
     edits = _Edits(known, values, goal, evidence.backend)
     place, backend = evidence.place, evidence.backend
-    rows = _tried(edits.of(known), values, goal)
+    screen = Screen(values, goal.yours, goal.reference)
+    rows = _tried(edits.of(known), screen, goal)
     if not any(goal.explained(left) for left, _ in rows):
-        rows += _pairs(edits, known, values, goal)
+        rows += _tried(_pairs(edits, known), screen, goal)
     named = findings(rows, goal, place=place, backend=backend)
     if named:
         return named
     coarse = precision_findings(_as_work(known, values), goal, place=place, backend=backend)
     if coarse:
         return coarse
-    other = found(goal.yours, values, is_it=lambda value: goal.explained(goal.left(value)))
+    other = found(goal.yours, values, is_it=lambda value: goal.explained(goal.left(value)), relative=goal.relative)
     if other is None or other == known:
         return []
     change = _formula(other, known)
@@ -70,15 +72,21 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     return findings([(left, (change,)), *rows], goal, place=place, backend=backend)
 
 
-def _tried(edits: Iterator[Edit], values: Values, goal: Goal) -> list[tuple[float, Changes]]:
-    """What each leaves."""
-    rows = []
-    seen: set[tuple[str, str]] = set()
-    for change, expression in edits:
-        if (change.cause, change.yours) not in seen:
-            seen.add((change.cause, change.yours))
-            rows.append((_left(expression, values, goal), (change,)))
-    return [one for one in rows if one[0] < inf]
+def _tried(edits: Iterator[tuple[Changes, Expression]], screen: Screen, goal: Goal) -> list[tuple[float, Changes]]:
+    """What those leave of the whole that leave nothing of a part, and the next best."""
+    tried: list[tuple[float, Changes, Expression]] = []
+    seen: set[frozenset[tuple[str, str]]] = set()
+    with np.errstate(all="ignore"):
+        for changes, expression in edits:
+            key = frozenset((one.cause, one.yours) for one in changes)
+            if key not in seen:
+                seen.add(key)
+                tried.append((screen.left(expression), changes, expression))
+    tried.sort(key=lambda one: (one[0], cost_of(one[1])))
+    limit = max(1e-2 * min(goal.before, 1.0), 10 * goal.relative)
+    passing = [one for one in tried if one[0] <= limit]
+    others = [one for one in tried if limit < one[0] < inf][:NEXT_BEST]
+    return [(_left(expression, screen.values, goal), changes) for _, changes, expression in (*passing, *others)]
 
 
 def _left(expression: Expression, values: Values, goal: Goal) -> float:
@@ -89,22 +97,16 @@ def _left(expression: Expression, values: Values, goal: Goal) -> float:
         return inf
 
 
-def _pairs(edits: "_Edits", known: Expression, values: Values, goal: Goal) -> list[tuple[float, Changes]]:
+def _pairs(edits: "_Edits", known: Expression) -> Iterator[tuple[Changes, Expression]]:
     """Two changes of two things; only such as are common."""
-    rows: list[tuple[float, Changes]] = []
-    seen: set[frozenset[str]] = set()
-    for first, expression in edits.of(known, wide=False):
-        for second, both in edits.of(expression, wide=False):
-            key = frozenset((first.yours, second.yours))
-            if len(key) < 2 or key in seen or (first.slot or first.cause) == (second.slot or second.cause):
-                continue
-            seen.add(key)
-            left = _left(both, values, goal)
-            if left < inf:
-                rows.append((left, (first, replace(second, reference=_of_known(second, known)))))
-            if len(seen) >= _MOST_PAIRS:
-                return rows
-    return rows
+    count = 0
+    for (first,), expression in edits.of(known, wide=False):
+        for (second,), both in edits.of(expression, wide=False):
+            if first.yours != second.yours and (first.slot or first.cause) != (second.slot or second.cause):
+                yield (first, replace(second, reference=_of_known(second, known))), both
+                count += 1
+                if count >= _MOST_PAIRS:
+                    return
 
 
 def _of_known(change: Change, known: Expression) -> str:
@@ -174,7 +176,7 @@ class _Edits:
                 edited = _replaced(whole, path, other)
                 if change is None:
                     change = _computes(cause, edited, self.known, cost, slot=f"{cause}{path}")
-                yield change, edited
+                yield (change,), edited
 
     def _at(
         self, node: Expression, path: tuple[int, ...], wide: bool
@@ -237,13 +239,10 @@ class _Edits:
             if do.how == "add":
                 twice = Applied(do=do, of=(*inner, inner[at]))
                 yield "branch_extra", twice, 1.4, None
-            if (
-                isinstance(inner[at], Applied)
-                and isinstance(inner[at].do, Activation)
-                and do.how in {"add", "concatenate"}
-            ):  # type: ignore[union-attr]
-                bare = tuple(one.of[0] if place == at else one for place, one in enumerate(inner))  # type: ignore[union-attr]
-                after = Applied(do=inner[at].do, of=(Applied(do=do, of=bare),))  # type: ignore[union-attr]
+            here = inner[at]
+            if isinstance(here, Applied) and isinstance(here.do, Activation) and do.how in {"add", "concatenate"}:
+                bare = tuple(here.of[0] if place == at else one for place, one in enumerate(inner))
+                after = Applied(do=here.do, of=(Applied(do=do, of=bare),))
                 yield "activation_before_addition", after, 1.0, None
         for how in ("add", "multiply", "average", "maximum", "subtract"):
             if how != do.how and do.how != "concatenate":
@@ -317,7 +316,10 @@ class _Edits:
                 trials = response_edits(work, goal)
         for trial in trials:
             change = trial.changes[0]
-            yield change.cause, Computed(words=change.yours, value=trial.work.computed), change.cost, change
+            one: Expression = Computed(words=change.yours, value=trial.work.computed)
+            if trial.work.function is None and not trial.work.after and trial.work.inputs is inputs:
+                one = Applied(do=trial.work.operation, of=node.of)
+            yield change.cause, one, change.cost, change
         if isinstance(node.do, Pool) and set(node.do.strides) == {1}:
             yield "block_missing", node.of[0], 1.5, None
 
@@ -334,11 +336,11 @@ class _Edits:
                         cost=1.0 + list(arithmetic.ACTIVATIONS).index(name) / 50,
                         slot="behind",
                     )
-                    yield change, Applied(do=do, of=(whole,))
+                    yield (change,), Applied(do=do, of=(whole,))
         if not wide:
             return
         soft = Change(cause="softmax_extra", yours="takes the softmax of it", reference="takes none", cost=1.2)
-        yield soft, Applied(do=Softmax(), of=(whole,))
+        yield (soft,), Applied(do=Softmax(), of=(whole,))
         yield from self._solved(whole)
         shape = self.goal.reference.shape
         for other in moves(whole, shape, self.goal.yours.shape):
@@ -347,7 +349,7 @@ class _Edits:
             change = Change(
                 cause="axes_swapped", yours=f"has its axes as {_axes(other.do)}", reference="as they are", cost=1.1
             )
-            yield change, other
+            yield (change,), other
 
     def _solved(self, whole: Expression) -> Iterator[Edit]:
         """A constant, and dropout: of the reference's value itself."""
@@ -364,10 +366,10 @@ class _Edits:
                     cost=1.5 + at / 10,
                     facts={"factor": 1 / factor},
                 )
-                yield change, Applied(do=Scale(factor=factor), of=(whole,))
+                yield (change,), Applied(do=Scale(factor=factor), of=(whole,))
         work = Work(operation=Activation(name="identity"), inputs=(goal.reference,), arrays={})
         for trial in dropout(work, goal):
-            yield trial.changes[0], Computed(words="dropout", value=trial.work.computed)
+            yield trial.changes, Computed(words="dropout", value=trial.work.computed)
 
 
 def _of_activation(

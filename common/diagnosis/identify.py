@@ -169,7 +169,7 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
         yield Dropout(rate=0.5)
     if x.ndim > 2 and output.ndim == x.ndim:
         axes = x.ndim - 2
-        yield from (GlobalPool(mode=mode, keep=True) for mode in ("average", "max"))  # type: ignore[arg-type]
+        yield from (GlobalPool(mode=mode, keep=True) for mode in ("average", "max"))
         for size, step, mode in product((2, 3, 1, 5, 7), (2, 1, 3, size_of(x)), ("max", "average")):
             for pads in dict.fromkeys(((0, 0), (size // 2, size // 2), (0, 1), (1, 0))):
                 for ceil, counted in product((False, True), (False, True) if mode == "average" else (False,)):
@@ -182,10 +182,11 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
                         counted=counted,
                     )
             for counted in (False, True) if mode == "average" else (False,):
-                yield Pool(mode=mode, window=(size,) * axes, strides=(step,) * axes, padding="same", counted=counted)  # type: ignore[arg-type]
+                one = Pool(mode="max", window=(size,) * axes, strides=(step,) * axes, padding="same", counted=counted)
+                yield one if mode == "max" else replace(one, mode="average")
     if x.ndim > 2 and output.ndim == 2:
-        yield from (GlobalPool(mode=mode) for mode in ("average", "max"))  # type: ignore[arg-type]
-        yield from (Flatten(channels=channels) for channels in ("last", "first"))  # type: ignore[arg-type]
+        yield from (GlobalPool(mode=mode) for mode in ("average", "max"))
+        yield from (Flatten(channels=channels) for channels in ("last", "first"))
     if output.shape == x.shape:
         yield from _RESPONSES
 

@@ -170,8 +170,10 @@ def _known(
         if normalised != bool({first, second} & _NORMALISED):
             continue
         # Channels in another order, each by its own numbers.
-        a, b, c, d = (_of(one, order) for one in (a, b, c, d))
-        if _apart(factor, addend, c / a, d - c / a * b):
+        a, b = _of(a, order), _of(b, order)
+        # Those of yours may be what they would be in the reference's order.
+        others = [(_of(c, order), _of(d, order)), (c, d)]
+        if all(_apart(factor, addend, c / a, d - c / a * b) for c, d in others):
             continue
         # The reference's values as pixels of 0..1: how far they lie outside.
         pixels = (np.stack([low, high]) - b) / a

@@ -181,14 +181,12 @@ class Sample:
     def of(self, output: np.ndarray) -> np.ndarray:
         """That part of an output."""
         if self.kind is Conv:
-            part: np.ndarray = output[self.image]
+            output = output[self.image]
             for axis, at in enumerate(self.at):
-                part = part.take(at, axis=axis)
-            part = part[..., self.channels]
-            return part
+                output = output.take(at, axis=axis)
+            return np.asarray(output[..., self.channels])
         if self.kind is Pool:
-            some: np.ndarray = output[self.image][..., self.channels]
-            return some
+            return np.asarray(output[self.image][..., self.channels])
         return output.reshape(-1, output.shape[-1])[self.rows] if self.kind else output
 
     def _some(self, kernel: np.ndarray) -> np.ndarray:
@@ -208,14 +206,14 @@ class Sample:
             if operation.groups == 1 and not work.after:
                 kernel, bias = self._some(kernel), bias if bias is None else bias[self.channels]
             x = work.inputs[0][self.image : self.image + 1]
-            part: np.ndarray = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
-            return part if part.shape[-1] == len(self.channels) else self._narrow(part)
+            output = work.finished(arithmetic.conv(x, kernel, operation, bias=bias, at=self.at))[0]
+            return np.asarray(output if output.shape[-1] == len(self.channels) else output[..., self.channels])
         if work.function is None and self.kind is Pool and isinstance(operation, Pool | GlobalPool):
             x = work.inputs[0][self.image : self.image + 1][..., self.channels]
             output = work.finished(arithmetic.compute(operation, (x,), {}))
             if output.shape[1:-1] != whole[1:-1]:
                 raise ValueError("another shape")
-            return output[0]
+            return np.asarray(output[0])
         if work.function is None and self.kind not in {None, Conv, Pool} and _by_rows(work):
             part = tuple(one.reshape(-1, one.shape[-1])[self.rows] for one in work.inputs)
             return work.finished(arithmetic.compute(operation, part, work.arrays))
