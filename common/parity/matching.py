@@ -232,6 +232,14 @@ class _Model:
         kind, _, place = source.partition("/")
         return self.record[ArrayName(self.run, kind, place)]
 
+    def value(self, source: Source) -> np.ndarray:
+        """What an input or output holds, in its own shape."""
+        array = self.array(source.name)
+        if source.moved:
+            ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == source.shape else (1, -1)
+            array = np.moveaxis(array, *ends)
+        return array.reshape(source.shape)
+
     def has(self, source: str) -> bool:
         kind, _, place = source.partition("/")
         return ArrayName(self.run, kind, place) in self.record
@@ -433,8 +441,10 @@ def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: dict[str, tu
     for ours in a.layers.values():
         held = [parameters[h["name"]][0] for h in ours[0].arrays.values() if h["name"] in parameters]
         theirs = Counter(owner[name] for name in held if name in owner)
-        if theirs:
-            pairs += zip(ours, b.layers[theirs.most_common(1)[0][0]], strict=False)
+        for layer, count in theirs.most_common(1):
+            # A model that is one layer holds what all layers of the reference do.
+            if 2 * count >= len(b.layers[layer][0].arrays):
+                pairs += zip(ours, b.layers[layer], strict=False)
     straight = set(_increasing([(a.position[one.name], b.position[two.name]) for one, two in pairs]))
     for one, two in pairs:
         if (a.position[one.name], b.position[two.name]) in straight or _give_the_same(a, one, b, two):
@@ -579,7 +589,7 @@ def _score(a: _Model, one: LayerCall, b: _Model, two: LayerCall) -> float:
     words = set(_words(one.name)), set(_words(two.name))
     score += len(words[0] & words[1]) / max(1, len(words[0] | words[1]))
     if a.has(ours.name) and b.has(theirs.name):
-        first, second = a.array(ours.name), found[0](b.array(theirs.name))
+        first, second = a.value(ours), found[0](b.value(theirs))
         sizes = norm(first) * norm(second)
         if sizes and np.isfinite(sizes):
             score += 2.0 * abs(float(np.vdot(first.reshape(-1), second.reshape(-1)))) / sizes
