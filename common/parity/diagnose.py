@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from common.diagnosis.layers import explain_layer
 from common.foreign.operations import Conv, from_data
 from common.foreign.protocol import Trace
 from common.parity.levels import EXPLAINED, SAME_VALUES
-from common.parity.localise import Added, Localised, Reference
+from common.parity.localise import Added, Localised, Reference, behind
 from common.parity.matching import Matching, held_of, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
 
 _MOST = 40  # failing places that are looked into
+_NEXT = 2  # arrays behind a layer that an activation may have made of its output
 _NEAREST = 40  # arrays before a place that plain code there may have been made of
 
 
@@ -91,8 +93,13 @@ class _Case:
             evidence = self._layer_evidence(one)
             if evidence is None:
                 return None
-            found = [*self._of_other_arrays(one, evidence), *explain_layer(evidence)]
-            return _answer(self._place(one), found)
+            others = list(self._of_other_arrays(one, evidence))
+            answer = _answer(self._place(one), [*others, *explain_layer(evidence)])
+            if others or not _may_be_fused(answer):
+                return answer
+            # One model may have an activation in the layer that the other has behind it.
+            again = [_answer(self._place(one), explain_layer(other)) for other in self._behind(one, evidence)]
+            return min((answer, *again), key=_rank)
         return self._explain_parameter(one)
 
     def layer_of(self, one: Added) -> str:
@@ -132,6 +139,20 @@ class _Case:
             yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made)),
             limit=one.limit * norm(expected),
         )
+
+    def _behind(self, one: Added, evidence: LayerEvidence) -> Iterator[LayerEvidence]:
+        """The same with what the reference, or yours, makes of the layer's output next."""
+        ours, theirs = self.ours.calls[one.run, one.place], self.theirs.calls[one.run, one.yours]
+        if len(ours.outputs) != 1 or len(theirs.outputs) != 1 or one.run not in self.localised.free:
+            return
+        for array in islice(self.ours.behind(one.run, one.place, ours.outputs[0]), _NEXT):
+            expected = _last(array, self.layouts[0], ours)
+            if expected.shape == evidence.reference.outputs[0].shape:
+                yield replace(evidence, reference=replace(evidence.reference, outputs=(expected,)))
+        for array in islice(behind(self.localised.free[one.run], one.yours), _NEXT):
+            made = self._turned(array, evidence.reference.outputs[0], ours, theirs)
+            if made.shape == evidence.yours.outputs[0].shape:
+                yield replace(evidence, yours=replace(evidence.yours, outputs=(made,)))
 
     def _turned(self, made: np.ndarray, expected: np.ndarray, ours: LayerCall, theirs: LayerCall) -> np.ndarray:
         """An array of the other, channels last; where it fits, in the reference's shape."""
@@ -387,6 +408,18 @@ _DETACHED = {
     "keras": "Look for keras.ops.stop_gradient, or a way through NumPy, behind it.",
     "flax": "Look for jax.lax.stop_gradient behind it.",
 }
+
+
+def _may_be_fused(answer: Explained) -> bool:
+    """Whether what was found has to do with an activation, or nothing was."""
+    return answer.best is None or "activation" in answer.best.cause
+
+
+def _rank(answer: Explained) -> float:
+    """Of answers to one question, the plainest first; an activation that is another is less than one in addition."""
+    if answer.best is None:
+        return np.inf
+    return answer.best.cost + (0.5 if answer.best.cause in ("activation_extra", "activation_missing") else 0.0)
 
 
 def _answer(place: str, findings: Sequence[Finding]) -> Explained:

@@ -7,18 +7,24 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 import numpy as np
 
 from common.foreign.protocol import Forced, Trace
 from common.parity.hosts import Ask, Host
-from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, rho
+from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, SAME_VALUES, UNIT, rho
 from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, Source, distance, norm
+
+# So many arrays behind a layer are looked at for what an activation makes of its output.
+_BEHIND = 6
+# So many layers that differ are tried alone, whether what follows makes up for it.
+_LOOSE = 8
 
 Part = Literal["input", "layer", "result", "statistic", "gradient", "cotangent"]
 
@@ -53,6 +59,8 @@ class Localised:
     pair: tuple[str, str]
     added: tuple[Added, ...]
     traces: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+    # The same, where layers that differ gave what they give by themselves.
+    free: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
 
     @property
     def failing(self) -> tuple[Added, ...]:
@@ -81,6 +89,19 @@ class Reference:
         self.record = record
         self.calls: dict[tuple[Pass, str], LayerCall] = {(c.run, c.name): c for c in record.manifest.calls}
 
+    def behind(self, run: Pass, name: str, source: Source) -> Iterator[np.ndarray]:
+        """What came about next after a call, and is as large as that output."""
+        calls = [call for (of, _), call in self.calls.items() if of == run]
+        at = next(i for i, call in enumerate(calls) if call.name == name)
+        known = {source.name}
+        for call in calls[at + 1 :]:
+            for other in (*call.inputs, *call.outputs):
+                if other.name not in known and prod(other.shape) == prod(source.shape) and len(known) <= _BEHIND:
+                    known.add(other.name)
+                    array = self.source(run, other)
+                    if array is not None and array.dtype.kind == "f":
+                        yield array
+
     def source(self, run: Pass, source: Source) -> np.ndarray | None:
         """What an input or output holds, in its own shape; None where the record has not got it."""
         kind, _, place = source.name.partition("/")
@@ -107,6 +128,7 @@ def localise(
     limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
+    free: dict[Pass, Trace] = {}
     runs: list[Pass] = ["eval", "train"]
     for run in runs:
         if not any(name.run == run for name in reference.arrays):
@@ -121,16 +143,107 @@ def localise(
             for one, two in pairs
             if two.leaf
         }
-        trace = host.forced(ask, run == "train", forced)
+        forced, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free)
+        everything, pairs = pairs, [pair for pair in pairs if pair[1].name not in fused]
         traces[run] = trace
-        found += _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+        forward = _forward(run, everything, forced, trace, ours, theirs, matching, limits)
+        found += [one for one in forward if one.part != "layer" or one.yours not in fused]
         if "grad" in ask.modes:
             found += _backward(run, pairs, trace, ours, matching, limits)
     return Localised(
         pair=(str(reference.path), str(other.path)),
         added=tuple(found),
         traces=traces,
+        free=free,
     )
+
+
+def _passed(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    forced: dict[str, Forced],
+    host: Host,
+    ask: Ask,
+    known: "tuple[Reference, Reference, Matching, _Limits]",
+    free: dict[Pass, Trace],
+) -> tuple[dict[str, Forced], Trace, set[str]]:
+    """The pass, with what is forced in it; and the layers that give other values in the two models by design, since
+    one has an activation in the layer that the other has behind it."""
+    ours, theirs, matching, limits = known
+
+    def passed(forced: dict[str, Forced]) -> tuple[Trace, set[str], set[tuple[str, str, int]]]:
+        trace = host.forced(ask, run == "train", forced)
+        rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+        layers = {one.yours for one in rows if one.part == "layer" and one.fails}
+        between = {(one.part, one.yours, one.number) for one in rows if one.part in ("input", "result") and one.fails}
+        return trace, layers, between
+
+    trace, failing, between = passed(forced)
+    fused: set[str] = set()
+    if not failing:
+        return forced, trace, fused
+    # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
+    loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
+    free[run], _, _ = passed(forced | loose)
+    for name, output in _fused(run, pairs, failing, free[run], ours, theirs).items():
+        forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
+        fused.add(name)
+    if fused:
+        trace, failing, between = passed(forced)
+    # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
+    for name in [two.name for _, two in pairs if two.name in failing - fused][:_LOOSE]:
+        other, _, left = passed(forced | {name: loose[name]} if name in loose else forced)
+        if not left or left < between:
+            forced = forced | {name: loose[name]}
+            fused.add(name)
+            trace, between = other, left
+    return forced, trace, fused
+
+
+def _fused(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    failing: set[str],
+    trace: Trace,
+    ours: Reference,
+    theirs: Reference,
+) -> dict[str, np.ndarray | None]:
+    """Of layers whose output differs, those where one model has an activation in the layer that the other has behind
+    it: what the other's is to give, None for what it gives by itself."""
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    found: dict[str, np.ndarray | None] = {}
+    for one, two in pairs:
+        made = trace.outputs.get(two.name, ())
+        if two.name not in failing or len(made) != 1 or len(one.outputs) != 1:
+            continue
+        expected = ours.source(run, one.outputs[0])
+        for array in ours.behind(run, one.name, one.outputs[0]):
+            for turn in turns(array.shape, layouts[0], made[0].shape, layouts[1]):
+                if _agree(array, turn(made[0])):
+                    found.setdefault(two.name, np.ascontiguousarray(turn.back(array)))
+        for array in behind(trace, two.name) if two.name not in found and expected is not None else ():
+            for turn in turns(expected.shape, layouts[0], array.shape, layouts[1]):
+                if _agree(expected, turn(array)):
+                    found.setdefault(two.name, None)
+    return found
+
+
+def behind(trace: Trace, name: str) -> Iterator[np.ndarray]:
+    """What a pass made of a call's output next: arrays as large that are others, in order."""
+    at = next(i for i, call in enumerate(trace.calls) if call.name == name)
+    own = trace.outputs[name][0]
+    kept = [own]
+    for call in trace.calls[at + 1 :]:
+        for array in (*trace.inputs.get(call.name, ()), *trace.outputs.get(call.name, ())):
+            if array.size == own.size and array.dtype == own.dtype and len(kept) <= _BEHIND:
+                flat = array.reshape(-1)
+                if not any(np.array_equal(flat, other.reshape(-1)) for other in kept):
+                    kept.append(array)
+                    yield array
+
+
+def _agree(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
 
 
 class _Limits:
@@ -230,6 +343,8 @@ def _forward(
             if expected is None or expected.dtype.kind != "f":
                 continue
             name = _array_name(run, one.outputs[number].name)
+            if turn is None:
+                turn = next(turns(expected.shape, layouts[0], got.shape, layouts[1]), None)
             if turn is None or turn.shape != got.shape:
                 if any(array is None for array in given.inputs):
                     continue  # it had inputs of its own, of another shape

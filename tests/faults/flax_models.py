@@ -147,7 +147,10 @@ def loaded(layer: Any, w: Weights, name: str) -> Any:
 
 class NnxUnit(nnx.Module):
     def __init__(self, w: Weights, name: str, plan: Plan, stride: int = 1) -> None:
-        self.first, self.first_norm = nnx_conv(w, f"{name}.conv1", plan, stride=stride), nnx_norm(w, f"{name}.norm1", plan)
+        self.first, self.first_norm = (
+            nnx_conv(w, f"{name}.conv1", plan, stride=stride),
+            nnx_norm(w, f"{name}.norm1", plan),
+        )
         self.second, self.second_norm = nnx_conv(w, f"{name}.conv2", plan), nnx_norm(w, f"{name}.norm2", plan)
         self.shortcut = nnx.List([])
         if stride > 1:
@@ -210,7 +213,9 @@ class Mobile(nn.Module):
         w, plan = self.w, self.plan
         settings = {"stem": {"stride": 2}, "expand": {}, "depth": {"stride": 2, "groups": 16}, "project": {}}
         self.convs = {name: nn.Conv(**conv(w, name, plan, **more)) for name, more in settings.items()}
-        self.norms = {name: nn.BatchNorm(epsilon=plan(f"{name}_norm.eps", 1e-5), use_fast_variance=False) for name in settings}
+        self.norms = {
+            name: nn.BatchNorm(epsilon=plan(f"{name}_norm.eps", 1e-5), use_fast_variance=False) for name in settings
+        }
         self.gate = Gate(w, plan)
         self.grouped = nn.Conv(**conv(w, "grouped", plan, groups=GROUPS))
         self.head = nn.Dense(6, use_bias=plan("head.bias", True))
@@ -380,5 +385,3 @@ class Responses(nn.Module):
 def responses(w: Weights, plan: Plan) -> tuple[nn.Module, Mapping[str, Any]]:
     names = {"conv1": "conv1", "conv2": "conv2", "fc1": "dense1", "fc2": "dense2"}
     return Responses(w, plan), {"params": {own: params(w, name) for own, name in names.items()}}
-
-

@@ -15,12 +15,19 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu6": ops.relu6,
     "leaky": ops.leaky_relu,
     "silu": ops.silu,
-    "gelu": lambda x: ops.gelu(x, approximate=False),
+    # TensorFlow's own has the root of 2 in float32.
+    "gelu": lambda x: 0.5 * x * (1.0 + ops.erf(x / number(np.sqrt(2.0), x))),
+    "own_gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_tanh": lambda x: ops.gelu(x, approximate=True),
     "sigmoid": ops.sigmoid,
     "hard_sigmoid": ops.hard_sigmoid,
     "none": lambda x: x,
 }
+
+
+def number(value: float, like: Any) -> np.ndarray:
+    """As an array of that dtype: TensorFlow makes float32 of a plain one first."""
+    return np.array(value, keras.backend.standardize_dtype(like.dtype))
 
 
 def load(layer: Any, w: Weights, name: str) -> None:
@@ -190,22 +197,44 @@ def mobile(w: Weights, plan: Plan) -> Any:
     return model
 
 
-# A vision transformer, subclassed, with Keras' own attention.
+# A vision transformer, subclassed.
+
+
+class Attention(layers.Layer):
+    """Keras' own rounds its scale to float32."""
+
+    def __init__(self, block: str, plan: Plan, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.query, self.key, self.value = (layers.Dense(24, name=name) for name in ("q", "k", "v"))
+        self.out = layers.Dense(24, name="o")
+        self.heads, self.axis = plan(f"{block}.heads", HEADS), plan(f"{block}.axis", -1)
+
+    def call(self, x: Any) -> Any:
+        depth = 24 // self.heads
+        q, k, v = (ops.reshape(one(x), (-1, 13, self.heads, depth)) for one in (self.query, self.key, self.value))
+        weights = ops.softmax(ops.einsum("nthd,nshd->nhts", q, k) / number(np.sqrt(depth), q), self.axis)
+        return self.out(ops.reshape(ops.einsum("nhts,nshd->nthd", weights, v), (-1, 13, 24)))
 
 
 class Encoder(layers.Layer):
     def __init__(self, block: str, plan: Plan, **settings: Any) -> None:
         super().__init__(**settings)
         self.ln1 = layers.LayerNormalization(epsilon=plan(f"{block}.norm1.eps", 1e-6), name="ln1")
-        self.attend = layers.MultiHeadAttention(plan(f"{block}.heads", HEADS), 24 // HEADS, name="attend")
+        self.keras_own = plan(f"{block}.attention", "own") == "keras"
+        self.attend = layers.MultiHeadAttention(HEADS, 24 // HEADS, name="attend")
+        if not self.keras_own:
+            self.attend = Attention(block, plan, name="attend")
         self.ln2 = layers.LayerNormalization(epsilon=plan(f"{block}.norm2.eps", 1e-6), name="ln2")
         self.fc1, self.fc2 = layers.Dense(40, name="fc1"), layers.Dense(24, name="fc2")
         self.act = ACTIVATIONS[plan(f"{block}.act", "gelu")]
         self.skips = plan(f"{block}.skips", True)
 
+    def build(self, shape: Any) -> None:
+        super().build(shape)
+
     def call(self, x: Any) -> Any:
         y = self.ln1(x)
-        y = self.attend(y, y)
+        y = self.attend(y, y) if self.keras_own else self.attend(y)
         x = x + y if self.skips else y
         return x + self.fc2(self.act(self.fc1(self.ln2(x))))
 
@@ -243,12 +272,12 @@ def transformer(w: Weights, plan: Plan) -> Any:
         for own, name in held.items():
             load(getattr(encoder, own), w, f"{block}.{name}")
         kernels, biases = np.split(w[f"{block}.qkv.kernel"], 3, 1), np.split(w[f"{block}.qkv.bias"], 3)
-        attend = encoder.attend
-        for dense, kernel, bias in zip(
-            (attend.query_dense, attend.key_dense, attend.value_dense), kernels, biases, strict=True
-        ):
-            dense.kernel.assign(kernel.reshape(24, HEADS, 8))
-            dense.bias.assign(bias.reshape(HEADS, 8))
-        attend.output_dense.kernel.assign(w[f"{block}.out.kernel"].reshape(HEADS, 8, 24))
-        attend.output_dense.bias.assign(w[f"{block}.out.bias"])
+        own = encoder.attend
+        parts = (own.query, own.key, own.value, own.out)
+        if encoder.keras_own:
+            parts = (own.query_dense, own.key_dense, own.value_dense, own.output_dense)
+        kernels, biases = [*kernels, w[f"{block}.out.kernel"]], [*biases, w[f"{block}.out.bias"]]
+        for dense, kernel, bias in zip(parts, kernels, biases, strict=True):
+            dense.kernel.assign(kernel.reshape(tuple(dense.kernel.shape)))
+            dense.bias.assign(bias.reshape(tuple(dense.bias.shape)))
     return model
