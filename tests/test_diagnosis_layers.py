@@ -1035,3 +1035,47 @@ def test_float32_arrays_are_explained_within_their_rounding():
 
 def test_every_cause_of_the_table_of_faults_has_words():
     assert {one for fault in FAULTS for one in fault.cause.split(AND)} <= set(CAUSES)
+
+
+def test_a_convolution_in_other_groups_is_named_by_what_yours_says():
+    own = {"kernel": drawn(3, 3, 4, 16, seed=6), "bias": ARRAYS["bias"]}
+    made = evidence(
+        plain_conv(), X, conv(X, ARRAYS, padding=1), conv(X, own, padding=1, groups=2), ARRAYS, own,
+        said=plain_conv(groups=2),
+    )  # fmt: skip
+    best = explain_layer(made)[0]
+    assert best.cause == "groups"
+    assert best.yours == "convolves in 2 groups"
+    assert best.remedy == "In PyTorch give groups=1."
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_that_differ_by_something_of_their_own_are_not_accused(seed):
+    """Small ones too, where little can be told from the values."""
+    generator = np.random.default_rng(seed)
+    for size, channels in ((1, 2), (3, 3), (6, 4)):
+        x = generator.standard_normal((2, size, size, channels))
+        arrays = {"kernel": generator.standard_normal((1, 1, channels, channels))}
+        wrong = {"kernel": generator.standard_normal((1, 1, channels, channels))}
+        made = evidence(plain_conv(pad=0), x, conv(x, arrays), conv(x, wrong), arrays)
+        assert explain_layer(made) == []
+        norms = {**norm_arrays(channels), "scale": generator.standard_normal(channels)}
+        other_norms = {role: one + 0.3 * generator.standard_normal(channels) ** 2 for role, one in norms.items()}
+        known = BatchNorm(eps=1e-5, momentum=0.9)
+        assert explain_layer(evidence(known, x, norm(x, norms), norm(x, other_norms), norms)) == []
+        silu = F.silu(tensor(x)).numpy()
+        assert explain_layer(evidence(Activation(name="silu"), x, silu, silu + 0.1 * np.sin(3 * x))) == []
+
+
+def test_an_eps_is_solved_for_where_a_channel_has_few_values():
+    x, arrays = drawn(2, 2, 2, 2048), norm_arrays(2048)
+    known = BatchNorm(eps=1e-5, momentum=0.9)
+    found = explain_layer(evidence(known, x, norm(x, arrays), norm(x, arrays, eps=1e-3), arrays))
+    assert found[0].yours == "has an eps of 0.001"
+
+
+def test_values_that_are_not_finite_are_not_explained():
+    yours = conv(X, ARRAYS, padding=1)
+    assert explain_layer(evidence(plain_conv(), X, yours, yours * np.nan, ARRAYS, limit=1e-12)) == []
+    assert explain_layer(evidence(plain_conv(), X, yours * np.inf, yours, ARRAYS, limit=1e-12)) == []
+    assert explain_layer(evidence(None, (), yours, yours + 1, limit=1e-12)) == []

@@ -31,7 +31,7 @@ from common.diagnosis.expressions import (
 from common.diagnosis.pointwise import dropout, response_edits, softmax_edits
 from common.diagnosis.pools import flatten_edits, global_edits, pool_edits
 from common.diagnosis.remedies import activation_words, of_activation
-from common.diagnosis.trials import NEXT_BEST, Change, Changes, Goal, Trial, Work, cost_of, findings, plain
+from common.diagnosis.trials import FEWEST, NEXT_BEST, Change, Changes, Goal, Trial, Work, cost_of, findings, plain
 from common.foreign.operations import Activation, Flatten, GlobalPool, LocalResponseNorm, Merge, Pool, Softmax
 
 # Pairs of changes that are tried where no single one explains it.
@@ -41,6 +41,7 @@ _VALUE = "what the reference has"
 Edit = tuple[Changes, Expression]
 
 
+@np.errstate(all="ignore")
 def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     """What makes of the reference's value that of yours: causes, best first, of which the first explains the
     difference to rounding and the last may leave some. Empty where no hypothesis explains it."""
@@ -102,6 +103,10 @@ def _pairs(edits: "_Edits", known: Expression) -> Iterator[tuple[Changes, Expres
     count = 0
     for (first,), expression in edits.of(known, wide=False):
         for (second,), both in edits.of(expression, wide=False):
+            # An activation that the first put there is not the reference's to be another.
+            put = "activation_extra" in {first.cause, second.cause}
+            if put and first.cause.startswith("activation") and second.cause.startswith("activation"):
+                continue
             if first.yours != second.yours and (first.slot or first.cause) != (second.slot or second.cause):
                 yield (first, replace(second, reference=_of_known(second, known))), both
                 count += 1
@@ -354,7 +359,7 @@ class _Edits:
     def _solved(self, whole: Expression) -> Iterator[Edit]:
         """A constant, and dropout: of the reference's value itself."""
         goal = self.goal
-        if not goal.same_shape or whole != self.known:
+        if not goal.same_shape or whole != self.known or goal.yours.size < FEWEST:
             return
         square = float(np.vdot(goal.reference, goal.reference))
         for at, factor in enumerate(plain(float(np.vdot(goal.reference, goal.yours)) / square if square else 0.0)):

@@ -45,7 +45,6 @@ def base_work(
     inputs: tuple[np.ndarray, ...],
     arrays: Mapping[str, np.ndarray],
     training: bool,
-    function: None = None,
 ) -> Work:
     """A layer as it computes in that mode: of a batch norm in training mode, with the statistics of its batch."""
     if isinstance(operation, BatchNorm) and (training or "mean" not in arrays or "var" not in arrays):
@@ -171,7 +170,7 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
     if x.ndim > 2 and output.ndim == x.ndim:
         axes = x.ndim - 2
         yield from (GlobalPool(mode=mode, keep=True) for mode in ("average", "max"))
-        for size, step, mode in product((2, 3, 1, 5, 7), (2, 1, 3, size_of(x)), ("max", "average")):
+        for size, step, mode in product((2, 3, 1, 5, 7), (2, 1, 3, x.shape[1]), ("max", "average")):
             for pads in dict.fromkeys(((0, 0), (size // 2, size // 2), (0, 1), (1, 0))):
                 for ceil, counted in product((False, True), (False, True) if mode == "average" else (False,)):
                     yield Pool(
@@ -190,8 +189,3 @@ def without_arrays(x: np.ndarray, output: np.ndarray) -> Iterator[Operation]:
         yield from (Flatten(channels=channels) for channels in ("last", "first"))
     if output.shape == x.shape:
         yield from _RESPONSES
-
-
-def size_of(x: np.ndarray) -> int:
-    """The image's first axis; a pool may step over all of it."""
-    return int(x.shape[1])

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.diagnosis.coarse import precision_findings
 from common.diagnosis.evidence import Finding
-from common.diagnosis.trials import Change, Changes, Goal, findings
+from common.diagnosis.trials import FEWEST, Change, Changes, Goal, findings
 
 # What people make of a pixel of 0..1, as a factor and an addend for every channel.
 _MEAN, _STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -36,6 +36,7 @@ _NORMALISED = frozenset(name for name, (factor, _) in _FORMS.items() if factor.s
 _NEAR = 1e-6
 
 
+@np.errstate(all="ignore")
 def explain_input(
     reference: np.ndarray, yours: np.ndarray, *, backend: str = "", place: str = "the input", limit: float = 0.0
 ) -> list[Finding]:
@@ -84,6 +85,8 @@ def _tried(
         changes.append(Change(cause="input_bgr", yours=f"has its channels in {names}", reference=said, cost=cost))
     if changes:
         yield tuple(changes), image
+    if image.size < FEWEST * image.shape[-1]:
+        return
     factor, addend = _fitted(image, goal.yours)
     predicted = image * factor + addend
     if changes and _normalised_as_before(factor, addend, order):

@@ -40,6 +40,7 @@ from common.foreign.operations import (
 _SAID = 0.5
 
 
+@np.errstate(all="ignore")
 def explain_layer(evidence: LayerEvidence) -> list[Finding]:
     """What makes the reference's layer compute what yours computes: causes, best first, of which the first explains the
     difference to rounding and the last may leave some. Empty where no hypothesis explains it.
@@ -48,6 +49,8 @@ def explain_layer(evidence: LayerEvidence) -> list[Finding]:
     back. A finding of outputs and statistics both names two causes.
     """
     place = place_of(evidence)
+    if not evidence.reference.outputs or not evidence.yours.outputs:
+        return []
     goal = Goal(evidence.reference.outputs[0], evidence.yours.outputs[0], evidence.limit)
     statistics = explain_statistics(evidence, place)
     if goal.before * goal.norm <= goal.limit:
@@ -55,6 +58,8 @@ def explain_layer(evidence: LayerEvidence) -> list[Finding]:
     inputs = tuple(one if one.dtype.kind in "iu" else one.astype(np.float64) for one in evidence.inputs)
     arrays = {role: array.astype(np.float64) for role, array in evidence.reference.arrays.items()}
     reference = evidence.reference
+    if not inputs:
+        return precision_findings(None, goal, place=place, backend=evidence.yours.backend)
     work = identified(
         reference.operation, inputs, arrays, reference.outputs[0], training=evidence.training, limit=evidence.limit
     )
@@ -172,7 +177,9 @@ def _changes_of_arrays(work: Work, base: Work) -> list[Change]:
     others = [
         role
         for role, array in base.arrays.items()
-        if role not in work.arrays or not np.array_equal(array, work.arrays[role])
+        # A kernel of another shape is what another setting comes with.
+        if role not in work.arrays
+        or (array.shape == work.arrays[role].shape and not np.array_equal(array, work.arrays[role]))
     ]
     causes = {"bias": "bias_missing", "scale": "scale_missing"}
     changes = [

@@ -9,7 +9,7 @@ import numpy as np
 from common.diagnosis import words
 from common.diagnosis.arithmetic import moments, normalise
 from common.diagnosis.linear import bias_edits
-from common.diagnosis.trials import Change, Goal, Trial, Work, changed, plain, with_arrays
+from common.diagnosis.trials import FEWEST, Change, Goal, Trial, Work, changed, plain, with_arrays
 from common.foreign.operations import BatchNorm, GroupNorm, LayerNorm
 
 # Values that an eps is solved from: those it moves most, by the least variance.
@@ -112,8 +112,9 @@ def solved_eps(work: Work, goal: Goal) -> float:
     # The variance is a channel's or an image's: values of the least one are next to each other.
     chosen = np.argpartition(var, _VALUES)[:_VALUES] if var.size > _VALUES else np.arange(var.size)
     if isinstance(work.operation, BatchNorm) and var.size > _VALUES:
-        channel = int(np.argmin(_statistics(work)[1]))
-        chosen = np.arange(channel, x.size, x.shape[-1])[:_VALUES]
+        rows = x.size // x.shape[-1]
+        channels = np.argsort(_statistics(work)[1])[: -(-_VALUES // rows)]
+        chosen = (np.arange(rows)[:, None] * x.shape[-1] + channels).ravel()[:_VALUES]
     scale = np.broadcast_to(work.arrays.get("scale", np.ones(())), x.shape).ravel()[chosen]
     bias = np.broadcast_to(work.arrays.get("bias", np.zeros(())), x.shape).ravel()[chosen]
     centred = x.ravel()[chosen] - np.broadcast_to(mean, x.shape).ravel()[chosen]
@@ -125,7 +126,7 @@ def solved_eps(work: Work, goal: Goal) -> float:
         kept &= output > 0
     scaled = output - bias
     kept &= np.abs(scaled) > 1e-3 * (np.abs(output) + np.abs(bias))
-    if not kept.any():
+    if kept.sum() < FEWEST:
         return float("nan")
     with np.errstate(all="ignore"):
         values = (centred[kept] * scale[kept] / scaled[kept]) ** 2 - var[chosen][kept]

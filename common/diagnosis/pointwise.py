@@ -9,7 +9,7 @@ import numpy as np
 
 from common.diagnosis import arithmetic, words
 from common.diagnosis.remedies import of_activation
-from common.diagnosis.trials import Change, Goal, Trial, Work, changed, plain
+from common.diagnosis.trials import FEWEST, Change, Goal, Trial, Work, changed, plain
 from common.foreign.operations import Activation, LocalResponseNorm, Softmax
 
 # Default slopes of leaky ReLU in the frameworks.
@@ -68,7 +68,7 @@ def _slope(x: np.ndarray, goal: Goal, name: str) -> Activation | None:
     if x.shape != goal.yours.shape or name not in {"relu", "leaky_relu", "elu", "identity"}:
         return None
     below = x < 0
-    if not below.any():
+    if below.sum() < FEWEST:
         return None
     over, given = goal.yours[below], x[below]
     if name == "elu":
@@ -102,7 +102,7 @@ def _factor(work: Work, goal: Goal) -> Iterator[Trial]:
     """A constant times what the reference computes."""
     output = goal.reference
     square = float(np.vdot(output, output))
-    if not square:
+    if not square or output.size < FEWEST:
         return
     factor = float(np.vdot(output, goal.yours)) / square
     for at, one in enumerate(plain(factor)):
@@ -222,7 +222,7 @@ def response_edits(work: Work, goal: Goal) -> Iterator[Trial]:
     sums = arithmetic.neighbours(rows, operation.size).ravel()
     given, over = rows.ravel(), yours.ravel()
     kept = (given != 0) & (over != 0) & (given * over > 0)
-    if not kept.any():
+    if kept.sum() < FEWEST:
         return
     # Where the squares weigh most.
     strong = np.flatnonzero(kept)[np.argsort(sums[kept])[-1024:]]

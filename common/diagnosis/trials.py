@@ -29,6 +29,8 @@ from common.parity.levels import EXPLAINED, EXPLAINED_SHARE
 MOST_PAIRS = 6000
 # Findings that a search comes to, and those among them that leave something.
 MOST, NEXT_BEST = 4, 2
+# A number is not solved for from fewer values than these: one of fewer proves nothing.
+FEWEST = 8
 # A sample has so many rows or channels of the greatest difference, and as many evenly spread.
 _ROWS, _CHANNELS = 128, 4
 _ORDER = list(CAUSES)
