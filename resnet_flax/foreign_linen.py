@@ -113,10 +113,11 @@ class LinenNetwork:
         module = self._module.clone(**values) if fields else self._module
         return module, [one for one in self._signature if one.name not in fields]
 
-    def _widen(self, module: nn.Module) -> None:
+    def _widen(self, module: Any) -> None:
         """In a module that is made in a pass, the dtype of its parameters: it is float32 where nobody said anything."""
-        if (before := getattr(module, "param_dtype", None)) is not None:
-            object.__setattr__(module, "param_dtype", in_dtype("param_dtype", before, self.dtype))
+        if any(one.name == "param_dtype" for one in dataclasses.fields(module)):
+            changed = in_dtype("param_dtype", module.param_dtype, self.dtype)
+            object.__setattr__(module, "param_dtype", changed)
 
     def _variables(self, values: Mapping[str, Any]) -> Any:
         leaves = [values.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
@@ -232,7 +233,7 @@ def _lifted(called: Callable[..., Any]) -> Iterator[Callable[[nn.Module], None]]
             yield found
         finally:
             over = True
-            for one, name, value in before:
+            for one, name, value in reversed(before):
                 setattr(one, name, value)
 
 

@@ -62,6 +62,7 @@ def results(outputs: Any, arrays: Callable[[Any], bool], title: str) -> dict[str
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception that says something, without colours."""
-    lines = (re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines())
+    """The first line of an exception that says something, without colours and TensorFlow's names of its functions."""
+    aside = re.compile(r"\x1b\[[0-9;]*m|\{\{.*?\}\}|\[Op:\w+\]( name:.*)?")
+    lines = (aside.sub("", line).strip() for line in str(error).splitlines())
     return next((line for line in lines if line and not line.endswith(".call().")), "no message").rstrip(".")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import keras
 import numpy as np
+from keras.src import backend as keras_backend  # where Keras' own convolution is
 
 # What is called with what came back to an output.
 Heard = Callable[[Any], None]
@@ -38,8 +39,8 @@ class Engine(Protocol):
         """
         ...
 
-    def mean_square(self, value: Any) -> Any:
-        """Of all elements, in the dtype of the array: Keras' own mean is of float32 on two of its backends."""
+    def mean_loss(self, value: Any) -> Any:
+        """The mean of y² / 2 + sin y, in the dtype of the array: Keras' own is of float32 on two of its backends."""
         ...
 
     def differentiated(
@@ -65,8 +66,9 @@ class Engine(Protocol):
         """A context after which the framework's own generator draws as before; Keras' are others."""
         ...
 
-    def settings(self, dtype: str, held: bool) -> AbstractContextManager[Any]:
-        """A context in which the framework computes in a dtype; `held` where variables were put into holders."""
+    def settings(self, dtype: str, *, untraced: bool) -> AbstractContextManager[Any]:
+        """A context in which the framework computes in a dtype; `untraced` where functions of the user's that can be
+        traced are not to be."""
         ...
 
 
@@ -105,8 +107,8 @@ class TensorFlow:
 
         return identity(value)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._tf.reduce_mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._tf.reduce_mean(value * value / 2 + self._tf.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]
@@ -146,17 +148,29 @@ class TensorFlow:
                 generator.setstate(before)
 
     @contextmanager
-    def settings(self, dtype: str, held: bool) -> Iterator[None]:
-        """Functions run eagerly where there are holders: one that was traced keeps the variables that it found."""
-        if not held:
+    def settings(self, dtype: str, *, untraced: bool) -> Iterator[None]:
+        """A function that was traced keeps the variables that it found, and the dropout."""
+        if not untraced:
             yield
             return
-        before = self._tf.config.functions_run_eagerly()
-        self._tf.config.run_functions_eagerly(True)
+        run_eagerly, before = self._tf.config.run_functions_eagerly, self._tf.config.functions_run_eagerly()
+        convolve = keras_backend.nn.conv
+
+        def conv(*args: Any, **kwargs: Any) -> Any:
+            # Keras compiles convolutions of groups, since TensorFlow has no gradients of others on a CPU.
+            run_eagerly(before)
+            try:
+                return convolve(*args, **kwargs)
+            finally:
+                run_eagerly(True)
+
+        run_eagerly(True)
+        keras_backend.nn.conv = conv
         try:
             yield
         finally:
-            self._tf.config.run_functions_eagerly(before)
+            keras_backend.nn.conv = convolve
+            run_eagerly(before)
 
 
 class Jax:
@@ -201,8 +215,8 @@ class Jax:
         passing.defvjp(forwards, backwards)
         return passing(value)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._jax.numpy.mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._jax.numpy.mean(value * value / 2 + self._jax.numpy.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]
@@ -244,7 +258,7 @@ class Jax:
     def generators_kept(self) -> AbstractContextManager[Any]:
         return ExitStack()  # there is none
 
-    def settings(self, dtype: str, held: bool) -> AbstractContextManager[Any]:
+    def settings(self, dtype: str, *, untraced: bool) -> AbstractContextManager[Any]:
         if dtype != "float64":
             return ExitStack()
         enable_x64: Any = getattr(self._jax, "enable_x64", None)  # it is of jax.experimental before jax 0.8
@@ -292,8 +306,8 @@ class Torch:
     def passed(self, value: Any, by: Any, heard: Heard | None, cotangent: Any) -> Any:
         return self._passed.apply(value, by, heard, cotangent)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._torch.mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._torch.mean(value * value / 2 + self._torch.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]
@@ -345,7 +359,7 @@ class Torch:
         finally:
             self._torch.set_rng_state(before)
 
-    def settings(self, dtype: str, held: bool) -> AbstractContextManager[Any]:
+    def settings(self, dtype: str, *, untraced: bool) -> AbstractContextManager[Any]:
         return ExitStack()
 
 

@@ -74,7 +74,7 @@ class KerasRunner:
         ]
         self._loaded: dict[str, np.ndarray] = {}
         self._holders: dict[int, tuple[Any, Any]] = {}
-        with engine.settings(dtype, False):
+        with engine.settings(dtype, untraced=False):
             for variable in self._all_variables():
                 if foreign_state.differs(variable.dtype, dtype):
                     array = engine.array(variable).astype(dtype)
@@ -90,7 +90,7 @@ class KerasRunner:
     def values(self) -> dict[str, np.ndarray]:
         """All arrays by name, copied; those in floating point in the runner's dtype."""
         values = {}
-        with self._engine.settings(self._dtype, False):
+        with self._engine.settings(self._dtype, untraced=False):
             for name, variable in self._variables.items():
                 if id(variable) in self._holders:
                     values[name] = self._engine.array(self._holders[id(variable)][1])
@@ -102,7 +102,7 @@ class KerasRunner:
 
     def load(self, values: Mapping[str, np.ndarray]) -> None:
         """Set arrays by name. Raises `ModelError` for one that the model has not, or not in that shape."""
-        with self._engine.settings(self._dtype, False):
+        with self._engine.settings(self._dtype, untraced=False):
             for name, array in values.items():
                 if name not in self._variables:
                     raise ModelError(f"{self._title} has no array {name}; it has {', '.join(self._variables)}")
@@ -126,7 +126,9 @@ class KerasRunner:
             keras.config.disable_traceback_filtering()
             stack.callback(keras.config.enable_traceback_filtering if filtered else lambda: None)
             stack.enter_context(foreign_state.marks_kept(self._model))
-            stack.enter_context(foreign_state.in_dtype(self._model, self._dtype, self._engine, self._holders))
+            stack.enter_context(
+                foreign_state.in_dtype(self._model, self._dtype, self._engine, self._holders, untraced=changing)
+            )
             known = {id(one) for one in kept}
             every = [*kept, *(one for one in loaded if id(one) not in known)]
             stack.enter_context(foreign_state.values_kept(every, self._engine))
@@ -161,7 +163,7 @@ class KerasRunner:
                 args, kwargs = self._arguments(given, named=isinstance(inputs, Mapping))
                 with watch.watching():
                     outputs = model(*args, training=training, **kwargs)
-                flat = results(outputs, engine.concrete, self._title)
+                flat = self._results(outputs)
                 scalar = None
                 if gradients:
                     watch.failed = "the loss"
@@ -218,18 +220,27 @@ class KerasRunner:
             recorded=recorded,
         )
 
-    def _default_loss(self, outputs: Any) -> Any:
+    def _results(self, outputs: Any) -> dict[str, Any]:
+        def is_array(value: Any) -> bool:
+            return isinstance(value, np.ndarray | keras.Variable) or self._engine.concrete(value)
 
+        flat = results(outputs, is_array, self._title)
+        return {
+            name: value if self._engine.concrete(value) else keras.ops.convert_to_tensor(value)
+            for name, value in flat.items()
+        }
+
+    def _default_loss(self, outputs: Any) -> Any:
         total: Any = 0
         floating = [
             value
-            for value in results(outputs, self._engine.concrete, self._title).values()
+            for value in self._results(outputs).values()
             if "float" in keras.backend.standardize_dtype(value.dtype)
         ]
         if not floating:
             raise ModelError(f"{self._title} returns nothing in floating point, which has no gradients; give a loss")
         for number, value in enumerate(floating):
-            total = total + LATER_OUTPUT**number * self._engine.mean_square(value) / 2
+            total = total + LATER_OUTPUT**number * self._engine.mean_loss(value)
         return total
 
     def _tensors(self, inputs: Inputs) -> dict[str, Any]:
@@ -326,7 +337,6 @@ class KerasRunner:
 
 def _layout(model: Any) -> Layout:
     """Where most of a model's layers say that the channels stand; Keras' own word where none says anything."""
-
     said = [
         layer.data_format
         for layer in foreign_state.all_layers(model)

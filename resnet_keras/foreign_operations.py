@@ -99,7 +99,7 @@ def described(layer: Any, name: str, path: str, leaf: bool, given: Given, names:
         return Call(name=name, layer=path, kind=kind, leaf=leaf, operation=_of_graph(layer, given))
     known = next((cls for cls in type(layer).__mro__ if cls in _LAYERS), None)
     operation = _LAYERS[known](layer, given) if known and _as_it_is(layer, known) else None
-    fused = getattr(layer, "activation", None) if known in _FUSED else None
+    fused = layer.activation if isinstance(layer, _FUSED) else None
     if fused is not None and fused is not keras.activations.linear:
         kind = f"{kind}+{getattr(fused, '__name__', type(fused).__name__)}"
         operation = None
@@ -290,10 +290,12 @@ _LAYERS: dict[type, Callable[[Any, Given], Operation | None]] = {
     layers.Concatenate: _concatenate,
     **dict.fromkeys((layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D), _pad),
 }
-# Those of them that apply an activation to what they computed.
-_FUSED = {
+# Those that apply an activation to what they computed.
+_FUSED = (
     *(layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.DepthwiseConv1D, layers.DepthwiseConv2D, layers.Dense),
-}
+    *(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose, layers.EinsumDense),
+    *(layers.SeparableConv1D, layers.SeparableConv2D),
+)
 
 
 def _of_graph(operation: Any, given: Given) -> Operation | None:

@@ -42,11 +42,14 @@ def check(model: Any, title: str, dtype: str) -> None:
 
 
 @contextmanager
-def in_dtype(model: Any, dtype: str, engine: Engine, holders: Mapping[int, tuple[Any, Any]]) -> Iterator[None]:
-    """A model at work in a dtype. `holders` are, by identity, variables and where they hold their values meanwhile."""
+def in_dtype(
+    model: Any, dtype: str, engine: Engine, holders: Mapping[int, tuple[Any, Any]], *, untraced: bool
+) -> Iterator[None]:
+    """A model at work in a dtype. `holders` are, by identity, variables and where they hold their values meanwhile;
+    `untraced` where no function of the user's may be traced, since what it does is not what it will do."""
     with ExitStack() as undo:
         undo.enter_context(_global_dtype(dtype))
-        undo.enter_context(engine.settings(dtype, bool(holders)))
+        undo.enter_context(engine.settings(dtype, untraced=untraced or bool(holders)))
         for variable, holder in holders.values():
             engine.put(undo, variable, holder)
             _set(undo, variable, "_dtype", dtype)

@@ -184,4 +184,4 @@ def _served(loaded: Any, title: str) -> Any:
 def _signature(function: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a concrete function takes by place and by name; nothing where it is not one alone."""
     places, keywords = getattr(function, "structured_input_signature", None) or ((), {})
-    return tuple(places), dict(keywords)
+    return tuple(places), dict(sorted(keywords.items()))

@@ -196,7 +196,9 @@ class _TorchRunner:
 
     def _loss(self, loss: Loss | None, returned: Any, results: Mapping[str, Tensor]) -> Tensor:
         if loss is None:
-            parts = [tensor.abs().square().mean() / 2 for tensor in results.values() if floats(tensor)]
+            parts = [
+                (tensor.abs().square() / 2 + tensor.real.sin()).mean() for tensor in results.values() if floats(tensor)
+            ]
             if not parts:
                 raise ModelError(f"{self._title} returned nothing of floating point, of which a loss could be made")
             return torch.stack([LATER_OUTPUT**i * part for i, part in enumerate(parts)]).sum()

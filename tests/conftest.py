@@ -14,6 +14,8 @@ import pytest
 from common.parity.session import Session
 from tests import scripts
 
+pytest_plugins = ["pytester"]
+
 # The suite checks many networks that share their shapes: JAX compiles their operations once for all of them.
 os.environ.setdefault("RESNET_PARITY_JIT", "0")
 
@@ -39,7 +41,13 @@ LONGEST = (
     *("test_cli.py", "test_parity.py", "test_checkpoints_keras.py", "test_checkpoints_fuzz.py"),
     *("test_training_keras.py", "test_resnet_keras.py", "test_columns.py", "test_resnet_torch.py"),
     *("test_inception_v3.py", "test_steps.py", "test_vgg.py", "test_densenet.py", "test_googlenet.py"),
-    *("test_cli_checkpoints.py", "test_training_flax.py", "test_layers.py", "test_resnet_v2.py"),
+    *(
+        "test_pytest_plugin.py",
+        "test_cli_checkpoints.py",
+        "test_training_flax.py",
+        "test_layers.py",
+        "test_resnet_v2.py",
+    ),
     *("test_backend_process.py", "test_alexnet.py", "test_checkpoints_torch.py", "test_compare.py", "test_lenet.py"),
     *("test_instruction_sets.py", "test_training_dropout.py", "test_datasets.py", "test_experiment.py"),
     *("test_downloads.py", "test_checkpoints_flax.py", "test_docs.py", "test_pipeline.py"),

@@ -141,19 +141,26 @@ def traces(model: Any) -> list[Any]:
         *(variables, attributes, [len(layer._losses) for layer in all_layers(model)]),
         *(keras.config.floatx(), keras.config.dtype_policy().name, keras.config.is_traceback_filtering_enabled()),
         *(id(vars(keras.layers.Layer)["__call__"]), id(vars(keras.Operation)["__call__"])),
-        *(id(keras.src.backend.random.dropout), getattr(model, "compiled", None), model.trainable),
+        *(id(keras.src.backend.random.dropout), id(keras.src.backend.nn.conv), eager_functions()),
+        *(getattr(model, "compiled", None), model.trainable),
         *(random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]),
         generator and array(generator.state).tolist(),
     ]
 
 
+def eager_functions() -> bool | None:
+    if keras.config.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    return bool(tf.config.functions_run_eagerly())
+
+
 def array(value: Any) -> np.ndarray:
     value = ops.convert_to_tensor(value)
-    return (
-        np.array(value)
-        if keras.config.backend() == "jax"
-        else np.array(value.detach().numpy() if hasattr(value, "detach") else value.numpy())
-    )
+    if keras.config.backend() == "torch":
+        value = value.detach()
+    return np.array(value if keras.config.backend() == "jax" else value.numpy())
 
 
 def call(model: Any, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -284,7 +291,26 @@ def differences(runner: Any, inputs: Inputs, trace: Trace) -> bool:
     return all(close)
 
 
+class Doubles(layers.Layer):
+    """Writes to what it is given, as only PyTorch's arrays can be written to."""
+
+    def call(self, x: Any) -> Any:
+        return x.mul_(2)
+
+
+def in_place() -> bool:
+    """Whether it is said that a model wrote to its input, and the input is as it was."""
+    model, given = Doubles(), NOISE.copy()
+    model.built = True
+    with adapt(model).at_work("float32") as runner:
+        trace = runner.run([given])
+    return trace.changed_inputs == ("0",) and same(trace.results[""], 2 * NOISE) and same(given, NOISE)
+
+
 if __name__ == "__main__":
     import sys
 
-    print(json.dumps({name: at_work(MODELS[name][0](), MODELS[name][1]) for name in sys.argv[1:]}))
+    found = {name: at_work(MODELS[name][0](), MODELS[name][1]) for name in sys.argv[1:]}
+    if keras.config.backend() == "torch":
+        next(iter(found.values()))["changed inputs are named"] = in_place()
+    print(json.dumps(found))

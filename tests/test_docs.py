@@ -5,6 +5,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.main import get_command
 
 from common import architectures
 from common.commands.main import app
+from common.pytest_plugin import OPTIONS, Parity
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,8 +107,11 @@ def test_commands_that_are_shown_parse(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_are_named_exist(page: Path) -> None:
     options = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    of_pytest = {"--full-trace", *OPTIONS}
     named = [span.split()[0] for span in spans(page) if span.startswith("--")]
-    assert set(named) <= options
+    assert set(named) <= options | of_pytest
+    shown = [word for block in blocks(page, "yaml") for word in block.split() if word.startswith("--parity")]
+    assert set(shown) <= of_pytest
 
 
 def test_the_examples_in_the_help_parse() -> None:
@@ -142,8 +147,14 @@ def test_names_and_keywords_of_the_python_examples_exist(page: Path) -> None:
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute)) if name in known:
                 function = getattr(known[name], attribute)
-                inspect.signature(function).bind(*node.args, **{word.arg: word for word in node.keywords if word.arg})
-                called += 1
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="parity"), attr=attribute)):
+                function = partial(getattr(Parity, attribute), None)
+            case ast.Call(func=ast.Name(id=name)) if name in known:
+                function = known[name]
+            case _:
+                continue
+        inspect.signature(function).bind(*node.args, **{word.arg: word for word in node.keywords if word.arg})
+        called += 1
     assert called
 
 

@@ -42,7 +42,11 @@ def test_a_model_at_work_is_the_model_that_is_called_and_leaves_no_trace(name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "names"), [("torch", list(MODELS)), ("jax", ["functional"])], ids=["torch", "jax"])
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [("torch", ["functional", "subclassed", "transformer"]), ("jax", ["functional"])],
+    ids=["torch", "jax"],
+)
 def test_so_it_is_on_keras_other_backends(engine: str, names: list[str]) -> None:
     # Eagerly, JAX compiles every operation for every shape: optimising these takes longer than it saves.
     environment = {"KERAS_BACKEND": engine, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
@@ -75,7 +79,14 @@ def test_calls_are_named_by_the_layers_paths_in_the_order_in_which_they_end() ->
     assert len(trace.inputs[add]) == 2
     assert list(runner.trained) == [
         *("stem/kernel", "norm/gamma", "norm/beta", "norm/moving_mean", "norm/moving_variance"),
-        *("shared/kernel", "shared/bias", "inner/conv/kernel", "inner/conv/bias", "head/kernel", "head/bias"),
+        *(
+            "shared/kernel",
+            "shared/bias",
+            "inner/conv/kernel",
+            "inner/conv/bias",
+            "head/kernel",
+            "head/bias",
+        ),
     ]
     assert [name for name, trained in runner.trained.items() if not trained] == [
         "norm/moving_mean",
@@ -205,10 +216,12 @@ def test_other_randomness_goes_on_from_pass_to_pass_and_begins_again_behind() ->
             assert same(runner.run([NOISE]).results[""], drawn[0])
 
 
-def test_the_default_loss_is_half_the_mean_square_and_a_users_own_is_of_what_the_model_returned() -> None:
+def test_the_default_loss_is_of_every_output_and_a_users_own_is_of_what_the_model_returned() -> None:
     with adapt(foreign_keras.subclassed()).at_work("float64") as runner:
         trace = runner.run([NOISE], gradients=True)
-        expected = sum(0.3**place * np.mean(value**2) / 2 for place, value in enumerate(trace.results.values()))
+        expected = sum(
+            0.3**place * np.mean(value**2 / 2 + np.sin(value)) for place, value in enumerate(trace.results.values())
+        )
         assert trace.loss == pytest.approx(expected, rel=1e-14)
         own = runner.run([NOISE], gradients=True, loss=lambda outputs: ops.sum(outputs["means"][0]))
         assert own.loss == pytest.approx(trace.results["means.0"].sum(), rel=1e-13)
@@ -290,14 +303,14 @@ def test_a_traced_function_inside_runs_as_it_does_in_float32_and_eagerly_in_floa
     class Traced(keras.Model):
         def __init__(self) -> None:
             super().__init__()
-            self.dense = layers.Dense(3, name="dense")
+            self.dense, self.dropout = layers.Dense(3, name="dense"), layers.Dropout(0.5, name="dropout")
 
         @tf.function
-        def inner(self, x: Any) -> Any:
-            return self.dense(x)
+        def inner(self, x: Any, training: bool) -> Any:
+            return self.dropout(self.dense(x), training=training)
 
-        def call(self, x: Any) -> Any:
-            return ops.tanh(self.inner(x))
+        def call(self, x: Any, training: bool = False) -> Any:
+            return ops.tanh(self.inner(x, training))
 
     model = Traced()
     model.dense.build((None, 3))  # TensorFlow has no gradients of variables that were made in a trace
@@ -314,8 +327,47 @@ def test_a_traced_function_inside_runs_as_it_does_in_float32_and_eagerly_in_floa
             trace = runner.run([NOISE])
         expected = np.tanh(NOISE.astype("float64") @ values["dense/kernel"] + 1)
         np.testing.assert_allclose(trace.results[""], expected, rtol=1e-12)
-        assert [call.name for call in trace.calls] == ["dense"]
+        assert [call.name for call in trace.calls] == ["dense", "dropout"]
     assert same(array(model(NOISE)), plain)
+    # In training mode too, or the user's function would have no dropout from then on.
+    with adapt(model).at_work("float32") as runner:
+        np.testing.assert_allclose(runner.run([NOISE], training=True).results[""], plain, rtol=1e-6)
+    assert not same(array(model(NOISE, training=True)), array(model(NOISE, training=True)))
+
+
+def test_what_keras_compiles_stays_compiled_in_float64() -> None:
+    layer = layers.Conv2D(4, 3, groups=2, name="grouped")  # TensorFlow has no gradients of it otherwise
+    image = NOISE[..., :2]
+    layer(image)
+    before = traces(layer)
+    with adapt(layer).at_work("float32") as single, adapt(layer).at_work("float64") as double:
+        near, exact = (runner.run([image], gradients=True).gradients["kernel"] for runner in (single, double))
+    assert traces(layer) == before
+    np.testing.assert_allclose(near, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_tensorflows_own_constants_are_float64_where_a_layer_keeps_them(kept: bool) -> None:
+    class Scaled(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = tf.constant(0.1)
+
+        def call(self, x: Any) -> Any:
+            return x * (self.factor if kept else tf.constant(0.1))
+
+    layer = Scaled()
+    layer(NOISE)
+    with adapt(layer).at_work("float64") as runner:
+        if kept:
+            assert same(runner.run([NOISE]).results[""], NOISE.astype("float64") * np.float64(np.float32(0.1)))
+            return
+        with pytest.raises(
+            ModelError,
+            match=r"^Scaled: layer scaled\w* \(Scaled\) raised InvalidArgumentError: cannot compute Mul as input #1.* "
+            r"float tensor; if it runs in float32, compare in float32$",
+        ):
+            runner.run([NOISE])
 
 
 def two_arrays(left: Any, right: Any) -> Any:
@@ -546,6 +598,7 @@ NONE = ((0, 0), (0, 0))
         (Overriding(2, 3), "Overriding", None, {"kernel", "bias"}),
         (layers.Conv2D(2, 3, activation="gelu"), "Conv2D+gelu", None, {"kernel", "bias"}),
         (layers.SeparableConv2D(4, 3), "SeparableConv2D", None, {"depthwise_kernel", "pointwise_kernel", "bias"}),
+        (layers.Conv2DTranspose(2, 3, activation="relu"), "Conv2DTranspose+relu", None, {"kernel", "bias"}),
         (layers.Dense(3), "Dense", said.Dense(), {"kernel", "bias"}),
         (layers.EinsumDense("bhwc,cd->bhwd", (8, 8, 2)), "EinsumDense", None, {"kernel"}),
         (

@@ -22,6 +22,7 @@ from common.parity.hosts import Ask, Host, cast, in_layout
 from common.parity.levels import DRAWS, ORDERS
 from common.parity.models import LAYOUTS, compare_hosts
 from common.parity.names import MODES, Mode
+from common.parity.sides import Sides
 from common.report import json as json_report
 from common.report import models as tables
 
@@ -75,6 +76,42 @@ def compare_models(
             modes=modes_of(mode),
             dtypes=dtypes,
             progress=progress,
+        )
+    out().print(tables.result(found))
+    if json:
+        json_report.write_models(json, found)
+    if not found.passed:
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=examples(
+        "resnet-parity diagnose port.py:model --against original.py:model",
+        "resnet-parity diagnose port.py:model --against resnet50",
+        "resnet-parity diagnose after.safetensors --against before.safetensors --json why.json",
+    ),
+)
+def diagnose(
+    yours: Annotated[
+        str, typer.Argument(metavar="RECORD|CHECKPOINT|FILE.py:FUNCTION", help="What differs, or is to be looked at.")
+    ],
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="VARIANT|RECORD|FILE.py:FUNCTION",
+            help="What it should be. A variant gets the weights of yours.",
+        ),
+    ],
+    inputs: InputsFile = None,
+    mode: ModelModes = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+) -> None:
+    """Say where and why a model differs from another: the layer, the mistake, and what to write instead."""
+    check_writable(json)
+    with progress_bar("diagnosing", None) as progress, Sides(progress) as sides:
+        found = sides.diagnose(
+            yours, against, inputs=_read(inputs) if inputs is not None else None, modes=modes_of(mode)
         )
     out().print(tables.result(found))
     if json:

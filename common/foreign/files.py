@@ -92,7 +92,8 @@ def as_inputs(given: Any) -> Inputs:
 def _array(value: Any) -> np.ndarray:
     detached = value.detach().cpu() if hasattr(value, "detach") else value
     try:
-        array = np.array(detached)
+        # asarray first: asked for a copy, PyTorch's and TensorFlow's tensors warn under NumPy 2.
+        array = np.array(np.asarray(detached))
     except Exception as error:
         raise ModelError(f"an input of type {type(value).__name__} is no array: {reason(error)}") from None
     if array.dtype.kind not in "fiub" or array.size == 0:

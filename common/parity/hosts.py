@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.errors import ModelError
+from common.errors import ModelError, RecordError
 from common.foreign.adapters import adapter
 from common.foreign.protocol import Forced, Inputs, Layout, Loss, Runner, Trace
 from common.parity.names import Mode
@@ -134,6 +134,45 @@ class Here:
         return self.runner.run(
             ask.inputs, training=training, gradients="grad" in ask.modes, loss=ask.loss, forced=forced
         )
+
+
+class Recorded:
+    """A model that is there as a record of it alone: see `Host`. It cannot be run on anything else."""
+
+    def __init__(self, found: Record, name: str) -> None:
+        """Raises `RecordError` for a record of a network of ours, which holds no calls of layers."""
+        manifest = found.manifest
+        if not manifest.layout:
+            raise RecordError(
+                f"{found.path} is a record of a network of ours, by `record BACKEND VARIANT`; this takes one of a "
+                "user's model, by `record FILE.py:FUNCTION`"
+            )
+        self.name, self.title, self.backend = name, manifest.variant, manifest.backend
+        self.layout: Layout = manifest.layout
+        self.modes = manifest.modes
+        self.found = found
+        needs = (("train", "training"), ("grad", "gradients"))
+        self.lacks = frozenset({"layers", *(what for mode, what in needs if mode not in manifest.modes)})
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the model was called with."""
+        given = {name.place: self.found[name] for name in self.found if name.kind == "given"}
+        return list(given.values()) if all(name.isdecimal() for name in given) else given
+
+    @contextmanager
+    def at_work(self, dtype: str) -> Iterator[None]:
+        if dtype != self.found.manifest.dtype:
+            raise ModelError(f"{self.name} is a record in {self.found.manifest.dtype}, not in {dtype}")
+        yield
+
+    def record(self, ask: Ask) -> Record:
+        return Record(
+            Path(self.name), self.found.manifest, {name: partial(self.found.__getitem__, name) for name in self.found}
+        )
+
+    def forced(self, ask: Ask, training: bool, forced: Mapping[str, Forced]) -> Trace:
+        raise ModelError(f"{self.name} is a record, and cannot be run")
 
 
 def _double(array: np.ndarray) -> np.ndarray:

@@ -61,6 +61,7 @@ class Localised:
     traces: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
     # The same, where layers that differ gave what they give by themselves.
     free: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+    measured: bool = True  # by running the layers; else told from records
 
     @property
     def failing(self) -> tuple[Added, ...]:
@@ -244,6 +245,53 @@ def behind(trace: Trace, name: str) -> Iterator[np.ndarray]:
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
+
+
+def localise_records(reference: Record, other: Record, matching: Matching, views: tuple[Record, Record]) -> Localised:
+    """The same from records alone: in each pass up to the first place that differs, where what comes in is the same in
+    both. What lies behind it has inherited the difference, and cannot be told from its own."""
+    ours, theirs = Reference(reference), Reference(other)
+    limits = _Limits(views)
+    found: list[Added] = []
+    traces: dict[Pass, Trace] = {}
+    runs: list[Pass] = ["eval", "train"]
+    for run in runs:
+        if not any(name.run == run for name in other.arrays):
+            continue
+        pairs = [
+            (ours.calls[run, one], theirs.calls[run, two])
+            for one, two in matching.calls
+            if (run, one) in ours.calls and (run, two) in theirs.calls
+        ]
+        traces[run] = _as_trace(run, theirs)
+        # What it would have been given; it was given its own.
+        given = {two.name: _forced(run, one, two, ours, theirs, matching, False) for one, two in pairs if two.leaf}
+        places = _forward(run, pairs, given, traces[run], ours, theirs, matching, limits)
+        first = next((i for i, one in enumerate(places) if one.fails), None)
+        found += places if first is None else places[: first + 1]
+        if first is None and any(name.mode == "grad" for name in other.arrays):
+            back = _backward(run, pairs, traces[run], ours, matching, limits)
+            first = next((i for i, one in enumerate(back) if one.fails), None)
+            found += back if first is None else back[: first + 1]
+    return Localised(pair=(str(reference.path), str(other.path)), added=tuple(found), traces=traces, measured=False)
+
+
+def _as_trace(run: Pass, record: Reference) -> Trace:
+    """A pass as its record has it."""
+    trace = Trace()
+    for (of, name), call in record.calls.items():
+        if of == run:
+            for sources, table in ((call.inputs, trace.inputs), (call.outputs, trace.outputs)):
+                arrays = [record.source(run, source) for source in sources]
+                table[name] = tuple(array for array in arrays if array is not None)
+            places = (f"{name}[{i}]" if i else name for i in range(len(call.outputs)))
+            trace.cotangents[name] = tuple(record.record.get(ArrayName(run, "cotangent", place)) for place in places)
+    kept = {"result": trace.results, "stat": trace.statistics, "grad": trace.gradients}
+    for array in record.record:
+        if array.run == run and array.kind in kept:
+            place = "" if (array.kind, array.place) == ("result", "output") else array.place
+            kept[array.kind][place] = record.record[array]
+    return trace
 
 
 class _Limits:

@@ -243,14 +243,6 @@ class _Model:
         kind, _, place = source.partition("/")
         return self.record[ArrayName(self.run, kind, place)]
 
-    def value(self, source: Source) -> np.ndarray:
-        """What an input or output holds, in its own shape."""
-        array = self.array(source.name)
-        if source.moved:
-            ends = (-1, 1) if np.moveaxis(array, -1, 1).shape == source.shape else (1, -1)
-            array = np.moveaxis(array, *ends)
-        return array.reshape(source.shape)
-
     def has(self, source: str) -> bool:
         kind, _, place = source.partition("/")
         return ArrayName(self.run, kind, place) in self.record
@@ -609,10 +601,12 @@ def _score(a: _Model, one: LayerCall, b: _Model, two: LayerCall) -> float:
     words = set(_words(one.name)), set(_words(two.name))
     score += len(words[0] & words[1]) / max(1, len(words[0] | words[1]))
     if a.has(ours.name) and b.has(theirs.name):
-        first, second = a.value(ours), found[0](b.value(theirs))
+        # An array that another has again may be there in that one's shape.
+        first, second = a.array(ours.name), b.array(theirs.name)
+        turn = next(turns(first.shape, a.layout, second.shape, b.layout), None)
         sizes = norm(first) * norm(second)
-        if sizes and np.isfinite(sizes):
-            score += 2.0 * abs(float(np.vdot(first.reshape(-1), second.reshape(-1)))) / sizes
+        if turn is not None and sizes and np.isfinite(sizes):
+            score += 2.0 * abs(float(np.vdot(first.reshape(-1), turn(second).reshape(-1)))) / sizes
     return score
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.diagnosis.evidence import Diagnosis
+from common.diagnosis.evidence import Diagnosis, Finding
 from common.errors import InputError, ModelError
 from common.foreign.files import as_inputs
 from common.foreign.protocol import Inputs, Layout, Loss
@@ -14,12 +14,14 @@ from common.parity.compare import Comparison, compare
 from common.parity.diagnose import diagnose
 from common.parity.hosts import Ask, Here, Host, cast, in_layout
 from common.parity.levels import DRAWS, ORDERS
-from common.parity.localise import Localised, localise
+from common.parity.localise import Localised, localise, localise_records
 from common.parity.matching import Matching, aligned, match
 from common.parity.names import Mode
 from common.parity.record import Record
 from common.parity.subjects import passes
 
+# Of what was asked, the two records by the reference's names, and how many defects were found.
+AsSpec = Callable[[Ask, tuple[Record, Record], int], Finding | None]
 LAYOUTS: dict[str, Layout] = {"NCHW": "channels_first", "NHWC": "channels_last"}
 _MODES: tuple[Mode, ...] = ("eval", "train", "grad")
 
@@ -93,9 +95,7 @@ def compare_models(
     hosts: list[Host] = []
     for number, model in enumerate(models):
         layout = layouts[number] if layouts else None
-        if layout is not None and layout not in LAYOUTS:
-            raise InputError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}")
-        host = Here(model, layout=LAYOUTS[layout] if layout else None, name=names[number] if names else None)
+        host = Here(model, layout=layout_of(layout), name=names[number] if names else None)
         if "layout" in host.lacks and not layout and hosts:
             host.layout = hosts[0].layout
         hosts.append(host)
@@ -113,6 +113,13 @@ def compare_models(
     )
 
 
+def layout_of(name: str | None) -> Layout | None:
+    """The layout that people call NCHW or NHWC; None for none. Raises `InputError`."""
+    if name is not None and name not in LAYOUTS:
+        raise InputError(f"layout {name!r} is unknown; expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name] if name else None
+
+
 def compare_hosts(
     hosts: Sequence[Host],
     inputs: Inputs,
@@ -124,11 +131,13 @@ def compare_hosts(
     trains: Sequence[Callable[[Any], Callable[..., Any]] | None] | None = None,
     batches: tuple[Inputs, ...] = (),
     progress: Callable[[str, str], None] = lambda name, step: None,
+    as_spec: AsSpec | None = None,
 ) -> ModelsResult:
-    """As `compare_models`, of models wherever they run."""
+    """As `compare_models`, of models wherever they run. `as_spec` is asked, where the reference is a network of ours,
+    which other one of its family the other model is."""
     started = time.perf_counter()
     notes: list[str] = []
-    chosen = _modes(hosts, modes, bool(batches), notes)
+    chosen = chosen_modes(hosts, modes, bool(batches), notes)
     if "float32" in dtypes:
         # Both levels look at one network on one input.
         inputs, batches = cast(inputs, "float32"), tuple(cast(batch, "float32") for batch in batches)
@@ -161,6 +170,9 @@ def compare_hosts(
                 truth,
                 soft,
                 progress,
+                as_spec,
+                # What is known of one level is not found out again at the next.
+                explained={pair.other for pair in pairs if pair.localised is not None},
             )
         except _NoTwin as error:
             if dtype == "float32" or "float32" not in dtypes:
@@ -168,8 +180,7 @@ def compare_hosts(
             notes.append(f"no float64 twin, so that level L1 is left out: {error}")
             continue
         comparisons.append(found.compared)
-        if not pairs or any(pair.localised and not old.localised for pair, old in zip(found.pairs, pairs, strict=True)):
-            pairs = list(found.pairs)
+        pairs = [new if new.localised or i >= len(pairs) else pairs[i] for i, new in enumerate(found.pairs)]
         truth, soft = (found.reference, soft) if dtype == "float64" else (truth, found.reference)
         versions |= {
             host.name: dict(record.manifest.versions) | {"device": record.manifest.device}
@@ -225,6 +236,8 @@ def _level(
     truth: Record | None,
     soft: Record | None,
     progress: Callable[[str, str], None],
+    as_spec: AsSpec | None,
+    explained: set[str],
 ) -> _Level:
     with ExitStack() as stack:
         records: list[Record] = []
@@ -249,10 +262,18 @@ def _level(
         for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
             between = compared.of(compared.backends[0], view[1].label)
-            if between.differs and "layers" not in host.lacks:
+            known = host.name in explained or not (other.manifest.calls and reference.manifest.calls)
+            if between.differs and not known:
                 progress(host.name, "localise")
-                localised = localise(reference, host, other, found, view, ask)
-                pair = replace(pair, localised=localised, diagnosis=diagnose(reference, other, found, localised))
+                if "layers" in host.lacks:
+                    localised = localise_records(reference, other, found, view)
+                else:
+                    localised = localise(reference, host, other, found, view, ask)
+                diagnosis = diagnose(reference, other, found, localised)
+                if as_spec is not None:
+                    progress(host.name, "specifications")
+                    diagnosis = replace(diagnosis, as_spec=as_spec(ask, view, len(diagnosis.defects)))
+                pair = replace(pair, localised=localised, diagnosis=diagnosis)
             pairs.append(pair)
         return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))
 
@@ -270,8 +291,13 @@ def _rounds(host: Host) -> bool:
     return host.backend in ("keras:jax", "keras:torch")
 
 
-def _modes(hosts: Sequence[Host], wanted: tuple[Mode, ...] | None, steps: bool, notes: list[str]) -> tuple[Mode, ...]:
-    """Those that are asked for, or all that every model can. Raises `ModelError` for one that a model cannot."""
+def chosen_modes(
+    hosts: Sequence[Host], wanted: tuple[Mode, ...] | None, steps: bool, notes: list[str]
+) -> tuple[Mode, ...]:
+    """Those that are asked for, or all that every model can; what is left out is added to `notes`.
+
+    Raises `ModelError` for one that a model cannot.
+    """
     needs = {"train": "training", "grad": "gradients"}
     found: list[Mode] = []
     for mode in wanted or _MODES:

@@ -26,12 +26,18 @@ class Network:
 
     spec: Mapping[str, Any]
     weights: Path
+    values: Mapping[str, np.ndarray] | None = None  # by the backend's own names, in the place of the weights
 
-    def host(self, backend: Any, dtype: str) -> Here:
-        """Built and loaded in this process."""
+    @contextmanager
+    def at_work(self, backend: Any, dtype: str) -> Iterator[Here]:
+        """Built and loaded in this process, and at work in the dtype."""
         model = backend.build(architectures.from_dict(dict(self.spec)), dtype)
         backend.load(model, canonical.mapped(self.weights))
-        return Here(backend.native(model))
+        host = Here(backend.native(model))
+        with host.at_work(dtype):
+            if self.values is not None:
+                host.runner.load(self.values)
+            yield host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +50,7 @@ class RecordNative:
 
     def perform(self, backend: Any, clock: Clock) -> None:
         with clock.step("localise"):
-            host = self.network.host(backend, self.ask.dtype)
-            with host.at_work(self.ask.dtype):
+            with self.network.at_work(backend, self.ask.dtype) as host:
                 found = host.record(_turned(self.ask, host.layout))
             record.write(self.output, found, found.manifest)
 
@@ -60,10 +65,8 @@ class ForceNative:
     forced: Mapping[str, Forced]
 
     def perform(self, backend: Any, clock: Clock) -> Trace:
-        with clock.step("localise"):
-            host = self.network.host(backend, self.ask.dtype)
-            with host.at_work(self.ask.dtype):
-                return host.forced(_turned(self.ask, host.layout), self.training, self.forced)
+        with clock.step("localise"), self.network.at_work(backend, self.ask.dtype) as host:
+            return host.forced(_turned(self.ask, host.layout), self.training, self.forced)
 
 
 def _turned(ask: Ask, layout: Layout) -> Ask:
@@ -85,7 +88,8 @@ class Column:
         self.name = self.title = self.backend = name
         self.layout: Layout = "channels_last"
         self.lacks: frozenset[str] = frozenset()
-        self._network, self._process, self._folder, self._wrap = network, process, folder, wrap
+        self.network = network
+        self._process, self._folder, self._wrap = process, folder, wrap
 
     @contextmanager
     def at_work(self, dtype: str) -> Iterator[None]:
@@ -93,11 +97,11 @@ class Column:
 
     def record(self, ask: Ask) -> Record:
         output = self._folder / f"{self.name}-native-{ask.dtype}.safetensors"
-        self._process.ask(self._wrap(RecordNative(network=self._network, ask=ask, output=output)))
+        self._process.ask(self._wrap(RecordNative(network=self.network, ask=ask, output=output)))
         return Record.read(output, self.name)
 
     def forced(self, ask: Ask, training: bool, forced: Mapping[str, Forced]) -> Trace:
-        request = ForceNative(network=self._network, ask=ask, training=training, forced=forced)
+        request = ForceNative(network=self.network, ask=ask, training=training, forced=forced)
         found: Trace = self._process.ask(self._wrap(request))
         return found
 

@@ -189,6 +189,15 @@ class Record(Mapping[ArrayName, np.ndarray]):
         return len(self._getters)
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file says that it is a record, of whatever version."""
+    try:
+        metadata = opened(path, RecordError).metadata() or {}
+    except RecordError:
+        return False
+    return str(metadata.get("format", "")).startswith(_FORMAT.rpartition(" ")[0])
+
+
 def _by_name(responses: Mapping[str, float]) -> dict[ArrayName, float]:
     return {ArrayName.parse(name): change for name, change in responses.items()}
 

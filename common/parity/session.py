@@ -14,17 +14,18 @@ from typing import Any, Self
 from common.backends.columns import COLUMNS, cores, resolve
 from common.backends.messages import Request
 from common.backends.process import BackendProcess
+from common.diagnosis.evidence import Diagnosis
 from common.errors import BackendCrashed, InputError, ParityError, RecordError
 from common.parity.case import Case, Inputs, Task, step_count, tasks
 from common.parity.compare import Comparison, compare
 from common.parity.hosts import Ask
-from common.parity.levels import DRAWS, EXPLAINED, ORDERS
+from common.parity.levels import DRAWS, ORDERS
 from common.parity.matching import in_one_view
 from common.parity.models import Pair, explain
 from common.parity.names import MODES
-from common.parity.native import Column, Network, images_of, network
-from common.parity.record import Record, distance, norm
-from common.parity.spec_fields import TryFields, finding, pairs, singles, wanted
+from common.parity.native import Column, images_of, network
+from common.parity.record import Record
+from common.parity.spec_fields import as_spec
 
 Progress = Callable[[str, str], None]
 
@@ -154,27 +155,13 @@ class Session:
                 for c in (first, other)
             ]
             try:
-                found_pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
-                found.append(self._with_field(found_pair, views, case, what, ask, first))
+                pair, views = explain(hosts[0], hosts[1], (ask, replace(ask, draws=0)))
+                diagnosis = pair.diagnosis or Diagnosis()
+                other_spec = as_spec(case.spec, what, self.process(first), ask, views, len(diagnosis.defects))
+                found.append(replace(pair, diagnosis=replace(diagnosis, as_spec=other_spec)))
             except ParityError as error:
                 progress(other, f"not localised: {error}")
         return found
-
-    def _with_field(
-        self, pair: Pair, views: tuple[Record, Record], case: Case, what: Network, ask: Ask, column: str
-    ) -> Pair:
-        """The pair, with the field of the specification that explains it, if one or two do."""
-        if pair.diagnosis is None or not pair.diagnosis.defects or not (goal := wanted(views)):
-            return pair
-        before = max(distance(views[0][name], array) / (norm(array) or 1.0) for name, array in goal.items())
-        for changes in (singles(case.spec), pairs(case.spec) if len(pair.diagnosis.defects) > 1 else []):
-            request = TryFields(network=what, values=None, candidates=tuple(changes), ask=ask, wanted=goal)
-            left = self.process(column).ask(request)
-            best = min(range(len(changes)), key=left.__getitem__, default=None)
-            if best is not None and left[best] <= EXPLAINED[ask.dtype]:
-                as_spec = finding(case.spec, changes[best], left[best], before)
-                return replace(pair, diagnosis=replace(pair.diagnosis, as_spec=as_spec))
-        return pair
 
     def _measured(
         self,

@@ -1,7 +1,7 @@
 """The fields of a specification as hypotheses: which other network of the family computes what yours does."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, islice
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -10,6 +10,7 @@ import numpy as np
 from common import architectures
 from common.architectures import Spec
 from common.backends.messages import Clock
+from common.backends.process import BackendProcess
 from common.diagnosis.evidence import Finding
 from common.errors import ParityError, SpecError
 from common.parity.hosts import Ask, in_layout
@@ -33,7 +34,6 @@ class TryFields:
     """
 
     network: Network
-    values: Mapping[str, np.ndarray] | None  # by the backend's own names, in the place of the network's weights
     candidates: tuple[Mapping[str, Any], ...]
     ask: Ask
     wanted: Mapping[ArrayName, np.ndarray]
@@ -43,17 +43,13 @@ class TryFields:
             return [self._left(backend, candidate) for candidate in self.candidates]
 
     def _left(self, backend: Any, candidate: Mapping[str, Any]) -> float:
-        spec = {**self.network.spec, **candidate}
+        network = replace(self.network, spec={**self.network.spec, **candidate})
+        found: dict[ArrayName, np.ndarray] = {}
         try:
-            host = Network(spec=spec, weights=self.network.weights).host(backend, self.ask.dtype)
-            inputs = in_layout(self.ask.inputs, "channels_last", host.layout)
-            with host.at_work(self.ask.dtype):
-                runner = host.runner
-                if self.values is not None:
-                    runner.load(self.values)
-                found: dict[ArrayName, np.ndarray] = {}
+            with network.at_work(backend, self.ask.dtype) as host:
+                inputs = in_layout(self.ask.inputs, "channels_last", host.layout)
                 for run in dict.fromkeys(name.run for name in self.wanted):
-                    trace = runner.run(inputs, training=run == "train")
+                    trace = host.runner.run(inputs, training=run == "train")
                     found |= look(run, trace, named(inputs)).arrays  # type: ignore[arg-type]
         except (ParityError, ValueError, RuntimeError):  # a network that cannot be, or takes no such images
             return float("inf")
@@ -140,3 +136,21 @@ def finding(spec: Spec, change: Mapping[str, Any], left: float, before: float) -
         after=left,
         cost=float(len(change)),
     )
+
+
+def as_spec(
+    spec: Spec, network: Network, process: BackendProcess, ask: Ask, views: tuple[Record, Record], defects: int
+) -> Finding | None:
+    """The one field, or where there are several defects the two, by which the network becomes the other model; None
+    where there are none. `process` is that of the reference's backend, `views` as `common.parity.models.explain` has
+    them."""
+    goal = wanted(views)
+    if not goal or not defects:
+        return None
+    before = max(_left(views[0][name], array) for name, array in goal.items())
+    for changes in (singles(spec), pairs(spec) if defects > 1 else []):
+        left = process.ask(TryFields(network=network, candidates=tuple(changes), ask=ask, wanted=goal))
+        best = min(range(len(changes)), key=left.__getitem__, default=None)
+        if best is not None and left[best] <= EXPLAINED[ask.dtype]:
+            return finding(spec, changes[best], left[best], before)
+    return None

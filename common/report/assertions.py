@@ -21,6 +21,7 @@ def assert_same(*models: Any, inputs: Any, **options: Any) -> ModelsResult:
     Raises `DifferentModels`, an `AssertionError`, where they are not shown to be one function; `ModelError` and
     `InputError` as there.
     """
+    __tracebackhide__ = True
     found = compare_models(*models, inputs=inputs, **options)
     if not found.passed:
         raise DifferentModels(found)

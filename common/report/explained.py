@@ -35,7 +35,12 @@ def explained(pair: Pair) -> list[RenderableType]:
 
 def localised(found: Localised) -> Group:
     """Each place that adds an error of its own, and where that begins, forwards and backwards."""
-    parts: list[RenderableType] = [Text("  L3 each layer alone, on the reference's own input", "bold")]
+    how = (
+        "each layer alone, on the reference's own input"
+        if found.measured
+        else "from records: the first place that differs"
+    )
+    parts: list[RenderableType] = [Text(f"  L3 {how}", "bold")]
     failing = found.failing
     if not failing:
         parts.append(

@@ -82,6 +82,7 @@ def _explained(pair: Pair) -> dict[str, Any]:
         "models": [pair.reference, pair.other],
         "added": [_added(one) for one in pair.localised.failing] if pair.localised else [],
         "diagnosis": diagnosis_as_json(pair.diagnosis) if pair.diagnosis else [],
+        "as_spec": _finding(pair.diagnosis.as_spec) if pair.diagnosis and pair.diagnosis.as_spec else None,
     }
 
 

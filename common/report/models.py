@@ -13,6 +13,7 @@ def result(found: ModelsResult) -> Group:
     parts: list[RenderableType] = [Text(""), Text(" | ".join(found.names), "bold")]
     parts += [Text(f"  {_matched(pair)}", "dim") for pair in found.pairs]
     parts += [Text(f"  {note}", "yellow") for note in found.notes]
+    parts += [Text(f"  {name}: {' | '.join(each)}", "yellow") for name, each in _other_versions(found).items()]
     parts += [comparison(compared) for compared in found.comparisons]
     for pair in found.pairs:
         parts += explained(pair)
@@ -21,12 +22,26 @@ def result(found: ModelsResult) -> Group:
     return Group(*parts)
 
 
-def text(shown: RenderableType) -> str:
-    """Without colours, for a log or an exception."""
-    console = Console(width=132, no_color=True, highlight=False)
+def text(shown: RenderableType, colours: bool = False) -> str:
+    """Without colours, for a log or an exception; or with a terminal's codes for them."""
+    console = Console(
+        width=132,
+        force_terminal=colours,
+        color_system="standard" if colours else None,
+        highlight=False,
+        legacy_windows=False,
+    )
     with console.capture() as captured:
         console.print(shown)
     return captured.get().rstrip()
+
+
+def _other_versions(found: ModelsResult) -> dict[str, tuple[str, ...]]:
+    """What all of them have in a version each, and not the same."""
+    versions = [found.versions[name] for name in found.names if name in found.versions]
+    shared = [name for name in versions[0] if all(name in one for one in versions)] if versions else []
+    each = {name: tuple(one[name] for one in versions) for name in shared}
+    return {name: values for name, values in each.items() if len(set(values)) > 1}
 
 
 def _matched(pair: Pair) -> str:
