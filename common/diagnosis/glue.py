@@ -1,6 +1,6 @@
 """Why plain code between layers differs: the reference's formula, and what in it yours has otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations
 from math import inf, sqrt
@@ -32,7 +32,16 @@ from common.diagnosis.pointwise import dropout, response_edits, softmax_edits
 from common.diagnosis.pools import flatten_edits, global_edits, pool_edits
 from common.diagnosis.remedies import activation_words, of_activation
 from common.diagnosis.trials import FEWEST, NEXT_BEST, Change, Changes, Goal, Trial, Work, cost_of, findings, plain
-from common.foreign.operations import Activation, Flatten, GlobalPool, LocalResponseNorm, Merge, Pool, Softmax
+from common.foreign.operations import (
+    Activation,
+    Flatten,
+    GlobalPool,
+    LocalResponseNorm,
+    Merge,
+    Operation,
+    Pool,
+    Softmax,
+)
 
 # Pairs of changes that are tried where no single one explains it.
 _MOST_PAIRS = 800
@@ -49,7 +58,7 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     if goal.before * goal.norm <= goal.limit:
         return []
     values = Values(evidence.sources)
-    known = found(goal.reference, values, is_it=goal.is_reference, relative=goal.relative)
+    known = _known(evidence, values, goal)
     if known is None:
         values.sources[_VALUE] = goal.reference
         known = Source(name=_VALUE)
@@ -71,6 +80,47 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     change = _formula(other, known)
     left = goal.left(values.once(other))
     return findings([(left, (change,)), *rows], goal, place=place, backend=backend)
+
+
+def rebased(evidence: GlueEvidence) -> GlueEvidence:
+    """With what the reference's formula makes of what yours has inherited: that is to be explained no more. The
+    evidence itself where the formula is not known, or reads nothing of it."""
+    values = Values(evidence.sources)
+    known = _known(evidence, values, Goal(evidence.reference, evidence.reference, evidence.limit))
+    if known is None or not evidence.inherited.keys() & set(_sources(known)):
+        return evidence
+    sources = {**evidence.sources, **evidence.inherited}
+    try:
+        with np.errstate(all="ignore"):
+            reference = Values(sources).of(known)
+    except (ValueError, IndexError):
+        return evidence
+    # Its own sources last: what another formula would read of them is still there.
+    return replace(evidence, sources=sources, reference=reference, inherited={})
+
+
+def _known(evidence: GlueEvidence, values: Values, goal: Goal) -> Expression | None:
+    """The reference's formula, with that of layers in it which only the reference has."""
+    known = found(goal.reference, values, is_it=goal.is_reference, relative=goal.relative)
+    if known is None:
+        return None
+    whole = _written_out(known, evidence.made)
+    try:
+        with np.errstate(all="ignore"):
+            return whole if goal.is_reference(values.of(whole)) else known
+    except (ValueError, KeyError, IndexError):
+        return known
+
+
+def _written_out(expression: Expression, made: Mapping[str, tuple[Operation, tuple[str, ...]]]) -> Expression:
+    match expression:
+        case Source() if expression.name in made:
+            operation, inputs = made[expression.name]
+            rest = {name: one for name, one in made.items() if name != expression.name}
+            return Applied(do=operation, of=tuple(_written_out(Source(name=name), rest) for name in inputs))
+        case Applied():
+            return Applied(do=expression.do, of=tuple(_written_out(one, made) for one in expression.of))
+    return expression
 
 
 def _tried(edits: Iterator[tuple[Changes, Expression]], screen: Screen, goal: Goal) -> list[tuple[float, Changes]]:
@@ -204,6 +254,10 @@ class _Edits:
                     yield from _moved_in(do, inner[0])
                 if isinstance(inner[0], Applied) and isinstance(inner[0].do, Pool | GlobalPool):
                     pooled = inner[0]
+                    # A maximum and an activation that grows may be told in either order.
+                    before = Applied(do=do, of=pooled.of)
+                    for cause, other, cost, change in _of_activation(before, do, path, wide, gated=self._gates(path)):
+                        yield cause, Applied(do=pooled.do, of=(other,)), cost, change
                     swapped = Applied(do=pooled.do, of=(Applied(do=do, of=pooled.of),))
                     yield "order", swapped, 1.2, None
             case Merge():

@@ -1,6 +1,6 @@
 """From where two models differ to why: gathers the evidence of each failing place, and asks for its causes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -16,16 +16,16 @@ from common.diagnosis.evidence import (
     Side,
     Statistics,
 )
-from common.diagnosis.glue import explain_glue
+from common.diagnosis.glue import explain_glue, rebased
 from common.diagnosis.images import explain_input
 from common.diagnosis.layers import explain_layer
-from common.foreign.operations import Conv, from_data
+from common.foreign.operations import Conv, Operation, from_data
 from common.foreign.protocol import Trace
 from common.parity.levels import EXPLAINED, SAME_VALUES
 from common.parity.localise import Added, Localised, Reference, behind
 from common.parity.matching import Matching, held_of, turns
 from common.parity.names import ArrayName, Pass
-from common.parity.record import LayerCall, Record, Source, distance, norm
+from common.parity.record import LayerCall, Record, distance, norm
 
 _MOST = 40  # failing places that are looked into
 _NEXT = 2  # arrays behind a layer that an activation may have made of its output
@@ -43,10 +43,29 @@ def diagnose(reference: Record, other: Record, matching: Matching, localised: Lo
         if one.part == "statistic" and case.layer_of(one) in {defect.place for defect in found}:
             continue  # of a layer whose output is off already
         if (explained := case.explain(one)) is not None:
+            if explained.best is None and case.inherited and one.part in ("input", "result"):
+                continue  # it may be what was found before, behind plain code that is not known
             found.append(explained)
             if explained.best is not None and explained.best.cause == "detached":
                 break  # what lies before it gets nothing either
-    return Diagnosis(defects=tuple(_merged(found)))
+    return Diagnosis(defects=tuple(_merged(list(_both_ways(found, case.swapped)))))
+
+
+def _both_ways(found: Sequence[Explained], swapped: Mapping[str, tuple[str, str]]) -> Iterator[Explained]:
+    """Two layers that hold each other's arrays as one defect."""
+    done: set[str] = set()
+    for explained in found:
+        best, place = explained.best, explained.place
+        if best is None or best.cause != "arrays_swapped" or place not in swapped:
+            yield explained
+            continue
+        if place in done:
+            continue
+        other = next((one for one, pair in swapped.items() if pair == swapped[place][::-1]), None)
+        if other is not None:
+            done.add(other)
+            best = replace(best, yours=f"{best.yours}, and `{other}` those of this one")
+        yield replace(explained, best=best)
 
 
 def _merged(found: Sequence[Explained]) -> Iterator[Explained]:
@@ -83,6 +102,10 @@ class _Case:
         self.layouts = reference.manifest.layout, other.manifest.layout
         self.backend = other.manifest.backend
         self.pair = dict(matching.calls)
+        # What yours has where plain code was off already, by the words for it.
+        self.inherited: dict[str, np.ndarray] = {}
+        # By place, a layer of the reference and the one whose arrays it holds in yours.
+        self.swapped: dict[str, tuple[str, str]] = {}
         self.weights = [{name.place: name for name in record if name.kind == "weight"} for record in (reference, other)]
 
     def explain(self, one: Added) -> Explained | None:
@@ -135,8 +158,10 @@ class _Case:
         return LayerEvidence(
             training=one.run == "train",
             inputs=tuple(_last(array, self.layouts[0], ours) for array in inputs if array is not None),
-            reference=self._side(0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None)),
-            yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made)),
+            reference=self._side(
+                0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None), theirs
+            ),
+            yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made), ours),
             limit=one.limit * norm(expected),
         )
 
@@ -149,7 +174,8 @@ class _Case:
             expected = _last(array, self.layouts[0], ours)
             if expected.shape == evidence.reference.outputs[0].shape:
                 yield replace(evidence, reference=replace(evidence.reference, outputs=(expected,)))
-        for array in islice(behind(self.localised.free[one.run], one.yours), _NEXT):
+        matched = {two for mine, two in self.pair.items() if self.ours.calls[one.run, mine].leaf}
+        for array in islice(behind(self.localised.free[one.run], one.yours, matched), _NEXT):
             made = self._turned(array, evidence.reference.outputs[0], ours, theirs)
             if made.shape == evidence.yours.outputs[0].shape:
                 yield replace(evidence, yours=replace(evidence.yours, outputs=(made,)))
@@ -161,13 +187,29 @@ class _Case:
             return _last(found(made), self.layouts[0], ours)
         return _last(made, self.layouts[1], theirs)
 
-    def _side(self, which: int, call: LayerCall, outputs: tuple[np.ndarray, ...]) -> Side:
+    def _side(
+        self, which: int, call: LayerCall, outputs: tuple[np.ndarray, ...], other: LayerCall | None = None
+    ) -> Side:
+        """What is known of a layer; of one that nobody knows, in the words of the `other` model's, where its arrays
+        are that one's."""
         record = (self.ours, self.theirs)[which].record
+        operation = from_data(call.operation)
+        if other is not None and operation is None and other.operation is not None:
+            arrays = self._in_words_of(which, call, other)
+            if arrays is not None:
+                return Side(
+                    backend=record.manifest.backend,
+                    layer=call.name,
+                    kind=call.kind,
+                    operation=from_data(other.operation),
+                    arrays=arrays,
+                    outputs=outputs,
+                )
         return Side(
             backend=record.manifest.backend,
             layer=call.name,
             kind=call.kind,
-            operation=from_data(call.operation),
+            operation=operation,
             arrays={
                 role: held_of(held).canonical(record[self.weights[which][held["name"]]])
                 for role, held in call.arrays.items()
@@ -176,11 +218,26 @@ class _Case:
             outputs=outputs,
         )
 
+    def _in_words_of(self, which: int, call: LayerCall, other: LayerCall) -> dict[str, np.ndarray] | None:
+        """A layer's arrays by the roles and in the layouts of the other model's layer; None where one has none."""
+        record = (self.ours, self.theirs)[which].record
+        own = {held["name"] for held in call.arrays.values()}
+        roles = {held["name"]: (role, held_of(held)) for role, held in other.arrays.items()}
+        found: dict[str, np.ndarray] = {}
+        for mine, (yours, turn) in self.matching.parameters.items():
+            name, there = (mine, yours) if which == 0 else (yours, mine)
+            if name in own and there in roles and name in self.weights[which]:
+                array = record[self.weights[which][name]]
+                role, held = roles[there]
+                found[role] = held.canonical(turn.back(array) if which == 0 else turn(array))
+        return found if len(found) == len(own) else None
+
     def _of_other_arrays(self, one: Added, evidence: LayerEvidence) -> Iterator[Finding]:
         """Whether the layer holds what another layer of the reference holds: a shared layer, or arrays in another
         order."""
         theirs = self.theirs.calls[one.run, one.yours]
         again = sum(call.layer == theirs.layer for (run, _), call in self.theirs.calls.items() if run == one.run) > 1
+        owners: dict[str, list[str]] = {}
         for role, mine in evidence.yours.arrays.items():
             own = evidence.reference.arrays.get(role)
             if own is None or own.shape != mine.shape or not mine.any() or _same(own, mine):
@@ -191,29 +248,36 @@ class _Case:
                     continue
                 array = held_of(held).canonical(self.ours.record[self.weights[0][held["name"]]])
                 if array.ndim and array.shape == mine.shape and np.ptp(array) and _same(array, mine):
-                    yield Finding(
-                        cause="shared_layer" if again else "arrays_swapped",
-                        place=self._place(one),
-                        yours=f"is `{theirs.layer}` once more" if again else f"holds the {role} of `{call.layer}`",
-                        reference=f"has a layer of its own there, `{one.place}`"
-                        if again
-                        else f"has its own there ({held['name'].rpartition('.')[0] or one.place})",
-                        remedy="Make a layer for each call."
-                        if again
-                        else "Load each layer's own arrays: an order of definition is no name.",
-                        before=one.added,
-                        after=distance(array, mine) / norm(array),
-                        cost=0.5,
-                    )
-                    return
+                    owners.setdefault(call.layer, []).append(role)
+                    break
+        for layer, roles in owners.items():
+            self.swapped[self._place(one)] = self.ours.calls[one.run, one.place].layer, layer
+            words = ", ".join(roles[:-1]) + " and " * (len(roles) > 1) + roles[-1]
+            yield Finding(
+                cause="shared_layer" if again else "arrays_swapped",
+                place=self._place(one),
+                yours=f"is `{theirs.layer}` once more" if again else f"holds the {words} of `{layer}`",
+                reference=f"has {'a layer of its' if again else 'its'} own there, `{one.place}`",
+                remedy="Make a layer for each call."
+                if again
+                else "Load each layer's own arrays: an order of definition is no name.",
+                before=one.added,
+                after=0.0,
+                cost=0.5,
+            )
+            return
 
     def _explain_glue(self, one: Added) -> Explained | None:
         evidence = self._glue_evidence(one)
         if evidence is None:
             return None
+        was, evidence = evidence, rebased(evidence)
+        if one.part == "input":
+            self.inherited[f"the input of {_numbered(one.place, one.number)}"] = was.yours
+        if evidence is not was and _same(evidence.reference, evidence.yours):
+            return None
         findings = list(self._of_blocks(one, evidence))
-        given = [array for name, array in evidence.sources.items() if name.startswith("the model's input")]
-        if given and evidence.reference.ndim == 4 and any(_same(evidence.reference, array) for array in given):
+        if evidence.reference.ndim == 4 and all(name.startswith("the model's input") for name in evidence.sources):
             findings += [
                 replace(found, place=evidence.place) for found in explain_input(evidence.reference, evidence.yours)
             ]
@@ -241,11 +305,14 @@ class _Case:
             place = f"the input of {self._place(one)}"
             before = order[: next(i for i, other in enumerate(order) if other.name == one.place)]
         assert expected is not None
+        sources = dict(self._sources(one.run, before, own, expected))
         return GlueEvidence(
             training=one.run == "train",
             place=place,
             backend=self.backend,
-            sources=dict(self._sources(one.run, before, own, expected)),
+            sources=sources,
+            made=dict(self._made(before, sources)),
+            inherited={name: array for name, array in self.inherited.items() if name in sources},
             reference=_last(expected, self.layouts[0], None),
             yours=_last(seen, self.layouts[0], None),
             limit=one.limit * norm(expected),
@@ -260,20 +327,31 @@ class _Case:
             for source in (*reversed(call.outputs), *call.inputs):
                 near = len(seen) < _NEAREST
                 # What the reference has a layer for, and yours plain code, is to be explained by what comes before it.
-                if source.name in seen or (source.name == own and own.partition("/")[2] not in self.pair):
+                unknown = call.operation is None and own.partition("/")[2] not in self.pair
+                if source.name in seen or (source.name == own and (own.startswith("into") or unknown)):
                     continue
-                array = self.ours.source(run, Source(name=source.name, shape=source.shape, moved=source.moved))
+                array = self.ours.whole(run, source.name)
                 if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):
                     continue
                 seen.add(source.name)
-                kind, _, place = source.name.partition("/")
-                words = {"tap": place, "into": f"the input of {place}", "given": f"the model's input {place}"}
-                yield words[kind], _last(array, self.layouts[0], None)
+                yield _words(source.name), _last(array, self.layouts[0], None)
         for name in self.ours.record:
             if name.kind == "given" and f"given/{name.place}" not in seen:
                 array = self.ours.record[name]
                 if array.dtype.kind == "f":
                     yield f"the model's input {name.place}", _last(array, self.layouts[0], None)
+
+    def _made(
+        self, before: Sequence[LayerCall], sources: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, tuple[Operation, tuple[str, ...]]]]:
+        """Sources that layers without arrays gave, which yours has not got as layers."""
+        for call in before:
+            operation = from_data(call.operation)
+            if operation is None or call.arrays or call.name in self.pair or len(call.outputs) != 1:
+                continue
+            inputs = tuple(_words(source.name) for source in call.inputs)
+            if all(name in sources for name in (_words(call.outputs[0].name), *inputs)):
+                yield _words(call.outputs[0].name), (operation, inputs)
 
     def _of_blocks(self, one: Added, evidence: GlueEvidence) -> Iterator[Finding]:
         """Whether layers without a counterpart stand before the place: what is left without them."""
@@ -306,7 +384,8 @@ class _Case:
                     remedy="",
                     before=one.added,
                     after=min(left),
-                    cost=0.8,
+                    # What is one layer of a kind that needs no arrays has a name of its own.
+                    cost=0.8 if any(call.arrays for call in alone) else 2.5,
                 )
 
     def _explain_parameter(self, one: Added) -> Explained | None:
@@ -427,11 +506,17 @@ def _answer(place: str, findings: Sequence[Finding]) -> Explained:
     ranked = sorted(findings, key=lambda found: (not _explains(found), found.cost if _explains(found) else found.after))
     best = ranked[0] if ranked and _explains(ranked[0]) else None
     others = [found for found in ranked if best is None or found.cause != best.cause]
-    return Explained(place=place, best=best, runner_up=others[0] if others else None)
+    return Explained(place=place, best=best, runner_up=others[0] if others else None, others=tuple(others[1:]))
 
 
 def _explains(found: Finding) -> bool:
     return found.after <= 1e-3 * found.before
+
+
+def _words(source: str) -> str:
+    """What a finding calls an array."""
+    kind, _, place = source.partition("/")
+    return {"tap": place, "into": f"the input of {place}", "given": f"the model's input {place}"}[kind]
 
 
 def _numbered(name: str, number: int) -> str:

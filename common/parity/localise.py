@@ -7,7 +7,7 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
@@ -103,6 +103,14 @@ class Reference:
                     if array is not None and array.dtype.kind == "f":
                         yield array
 
+    def whole(self, run: Pass, name: str) -> np.ndarray | None:
+        """What a source holds, in the shape in which it came about."""
+        kind, _, place = name.partition("/")
+        found = ArrayName(run, kind, place)
+        if found not in self.record and kind == "given":
+            found = next((one for one in self.record if (one.kind, one.place) == (kind, place)), found)
+        return self.record.get(found)
+
     def source(self, run: Pass, source: Source) -> np.ndarray | None:
         """What an input or output holds, in its own shape; None where the record has not got it."""
         kind, _, place = source.name.partition("/")
@@ -172,32 +180,48 @@ def _passed(
     one has an activation in the layer that the other has behind it."""
     ours, theirs, matching, limits = known
 
-    def passed(forced: dict[str, Forced]) -> tuple[Trace, set[str], set[tuple[str, str, int]]]:
+    def passed(forced: dict[str, Forced]) -> tuple[Trace, set[tuple[str, str, int]]]:
         trace = host.forced(ask, run == "train", forced)
         rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
-        layers = {one.yours for one in rows if one.part == "layer" and one.fails}
-        between = {(one.part, one.yours, one.number) for one in rows if one.part in ("input", "result") and one.fails}
-        return trace, layers, between
+        return trace, {(one.part, one.yours, one.number) for one in rows if one.part != "statistic" and one.fails}
 
-    trace, failing, between = passed(forced)
+    def without(rows: set[tuple[str, str, int]], name: str) -> set[tuple[str, str, int]]:
+        return {row for row in rows if row[:2] != ("layer", name)}
+
+    trace, rows = passed(forced)
     fused: set[str] = set()
+    failing = {name for part, name, _ in rows if part == "layer"}
     if not failing:
         return forced, trace, fused
     # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
     loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
-    free[run], _, _ = passed(forced | loose)
+    free[run], _ = passed(forced | loose)
     for name, output in _fused(run, pairs, failing, free[run], ours, theirs).items():
         forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
         fused.add(name)
     if fused:
-        trace, failing, between = passed(forced)
+        trace, rows = passed(forced)
     # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
-    for name in [two.name for _, two in pairs if two.name in failing - fused][:_LOOSE]:
-        other, _, left = passed(forced | {name: loose[name]} if name in loose else forced)
-        if not left or left < between:
+    tried = [(one, two) for one, two in pairs if two.name in failing - fused and two.name in loose][:_LOOSE]
+    for one, two in tried:
+        name = two.name
+        other, left = passed(forced | {name: loose[name]})
+        if not without(left, name) or without(left, name) < without(rows, name):
             forced = forced | {name: loose[name]}
             fused.add(name)
-            trace, between = other, left
+            trace, rows = other, left
+            continue
+        # What it gives wrongly may still be what the reference has behind an activation: so that what follows is right.
+        for array in ours.behind(run, one.name, one.outputs[0]) if len(one.outputs) == 1 else ():
+            turn = matching.cotangents.get(one.name, ("", None))[1]
+            if turn is None or turn.turned != array.shape:
+                continue
+            instead = replace(loose[name], outputs=(np.ascontiguousarray(turn.back(array)),))
+            other, left = passed(forced | {name: instead})
+            if without(left, name) < without(rows, name):
+                forced = forced | {name: instead}
+                trace, rows = other, left
+                break
     return forced, trace, fused
 
 
@@ -213,6 +237,7 @@ def _fused(
     it: what the other's is to give, None for what it gives by itself."""
     layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     found: dict[str, np.ndarray | None] = {}
+    matched = {two.name for _, two in pairs if two.leaf}
     for one, two in pairs:
         made = trace.outputs.get(two.name, ())
         if two.name not in failing or len(made) != 1 or len(one.outputs) != 1:
@@ -222,25 +247,30 @@ def _fused(
             for turn in turns(array.shape, layouts[0], made[0].shape, layouts[1]):
                 if _agree(array, turn(made[0])):
                     found.setdefault(two.name, np.ascontiguousarray(turn.back(array)))
-        for array in behind(trace, two.name) if two.name not in found and expected is not None else ():
-            for turn in turns(expected.shape, layouts[0], array.shape, layouts[1]):
-                if _agree(expected, turn(array)):
+        for array in behind(trace, two.name, matched) if two.name not in found else ():
+            for turn in turns(expected.shape, layouts[0], array.shape, layouts[1]) if expected is not None else ():
+                if expected is not None and _agree(expected, turn(array)):
                     found.setdefault(two.name, None)
     return found
 
 
-def behind(trace: Trace, name: str) -> Iterator[np.ndarray]:
-    """What a pass made of a call's output next: arrays as large that are others, in order."""
+def behind(trace: Trace, name: str, forced: Container[str]) -> Iterator[np.ndarray]:
+    """What a pass made of a call's output next: arrays as large that are others, in order; up to a call that was
+    `forced`."""
     at = next(i for i, call in enumerate(trace.calls) if call.name == name)
     own = trace.outputs[name][0]
     kept = [own]
     for call in trace.calls[at + 1 :]:
-        for array in (*trace.inputs.get(call.name, ()), *trace.outputs.get(call.name, ())):
+        # What another layer is given or gives is the reference's again.
+        last = call.name in forced
+        for array in (*trace.inputs.get(call.name, ()), *(() if last else trace.outputs.get(call.name, ()))):
             if array.size == own.size and array.dtype == own.dtype and len(kept) <= _BEHIND:
                 flat = array.reshape(-1)
                 if not any(np.array_equal(flat, other.reshape(-1)) for other in kept):
                     kept.append(array)
                     yield array
+        if last:
+            return
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
@@ -320,7 +350,7 @@ def _forced(
     """What a call of the other model is given: the reference's arrays in the other's layout."""
     alike = len(one.inputs) == len(two.inputs)
     inputs = [
-        _input(run, mine, own, ours, theirs, matching) if alike else None
+        _input(run, mine, own, {source.name for source in two.inputs}, ours, theirs, matching) if alike else None
         for mine, own in zip(one.inputs if alike else two.inputs, two.inputs, strict=True)
     ]
     outputs: list[np.ndarray | None] = []
@@ -337,10 +367,18 @@ def _forced(
 
 
 def _input(
-    run: Pass, mine: Source, own: Source, ours: Reference, theirs: Reference, matching: Matching
+    run: Pass,
+    mine: Source,
+    own: Source,
+    among: set[str],
+    ours: Reference,
+    theirs: Reference,
+    matching: Matching,
 ) -> np.ndarray | None:
-    """An input of the reference as the other's layer takes it; None where the two come from different places."""
+    """An input of the reference as the other's layer takes it, `among` whose inputs it is; None where it is no such."""
     name, turn = matching.arrays.get(mine.name, ("", None))
+    if own.name != name and name in among:
+        return None  # the same arrays in another order
     if turn is not None and name == own.name:
         whole = ours.source(run, Source(name=mine.name, shape=turn.turned))
         if whole is None:
@@ -349,13 +387,16 @@ def _input(
         if own.moved:
             array = np.moveaxis(array, *((-1, 1) if np.moveaxis(array, -1, 1).shape == own.shape else (1, -1)))
         return np.ascontiguousarray(array.reshape(own.shape))
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    value = ours.source(run, mine)
+    fitting = next(turns(mine.shape, layouts[0], own.shape, layouts[1]), None)
+    if value is not None and fitting is not None:
+        return np.ascontiguousarray(fitting.back(value))
     places = [source.name.partition("/") for source in (mine, own)]
     # The output of one layer, or what code made before one layer, and other shapes by a fault.
     same = places[0][0] == places[1][0] and (places[0][0] == "into" or (places[0][2], places[1][2]) in matching.calls)
-    value = ours.source(run, mine) if same and turn is None and mine.shape != own.shape else None
-    if value is None or value.ndim != len(own.shape):
+    if not same or value is None or value.ndim != len(own.shape):
         return None
-    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     if layouts[0] != layouts[1] and value.ndim >= 4:
         value = np.moveaxis(value, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
     return np.ascontiguousarray(value)

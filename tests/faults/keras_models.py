@@ -120,7 +120,7 @@ def branches(w: Weights, plan: Plan) -> Any:
     norm = layers.GroupNormalization(
         plan("bottom_norm.groups", GROUPS), epsilon=plan("bottom_norm.eps", 1e-5), name="k_norm"
     )
-    deep = layers.ReLU(name="deep")(norm(made("bottom")(layers.MaxPooling2D(2, name="halve")(wide))))
+    deep = layers.ReLU(name="deep")(norm(made("bottom", stride=2)(layers.ZeroPadding2D(1, name="frame")(wide))))
     deep = layers.UpSampling2D(2, name="double")(deep)
     parts = [wide, deep] if plan("join.skip_first", True) else [deep, wide]
     model = keras.Model(given, made("up")(layers.Concatenate(name="joined")(parts)), name="branches")
@@ -275,7 +275,7 @@ def transformer(w: Weights, plan: Plan) -> Any:
         own = encoder.attend
         parts = (own.query, own.key, own.value, own.out)
         if encoder.keras_own:
-            parts = (own.query_dense, own.key_dense, own.value_dense, own.output_dense)
+            parts = (own._query_dense, own._key_dense, own._value_dense, own._output_dense)
         kernels, biases = [*kernels, w[f"{block}.out.kernel"]], [*biases, w[f"{block}.out.bias"]]
         for dense, kernel, bias in zip(parts, kernels, biases, strict=True):
             dense.kernel.assign(kernel.reshape(tuple(dense.kernel.shape)))

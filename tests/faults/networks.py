@@ -28,7 +28,7 @@ RESIDUAL = Network(
         **norm("three.projection_norm", 12),
         **conv("head", 12, 7, bias=True),
     },
-    image=(33, 30, 3),
+    image=(31, 34, 3),
 )
 PLAIN = Network(
     shapes={

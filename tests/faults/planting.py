@@ -23,6 +23,9 @@ class Plan:
         self.read.add(setting)
         return self._changes.get(setting, default)
 
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        return self  # a copy of a model asks as well
+
     @property
     def unread(self) -> set[str]:
         """Changes that no model asked for: faults that were never planted."""
@@ -57,6 +60,8 @@ def _drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
             values = generator.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))
         case "scale" | "var":
             values = generator.uniform(0.5, 1.5, shape)
+        case "mean":
+            values = generator.uniform(0.2, 0.9, shape)  # variances, when they are exchanged
         case _:
             values = generator.normal(size=shape) * 0.3
     return values.astype(np.float32)

@@ -179,6 +179,12 @@ def sequential(w: Weights, plan: Plan) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to 11 significant bits."""
+    fraction, exponent = torch.frexp(x)
+    return torch.ldexp(torch.round(fraction * 2**11), exponent - 11).to(x.dtype)
+
+
 class Filter(nn.Module):
     """A convolution with names of its own."""
 
@@ -186,10 +192,12 @@ class Filter(nn.Module):
         super().__init__()
         self.filters, self.offset = parameter(kernel(w[f"{name}.kernel"])), parameter(w[f"{name}.bias"])
         self.stride, self.pad = plan(f"{name}.stride", stride), plan(f"{name}.pad", 1)
+        self.tf32 = plan(f"{name}.tf32", False)
         self.times = plan(f"{name}.bias_times", 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.filters, None, self.stride, self.pad)
+        filters = tf32(self.filters) if self.tf32 else self.filters
+        x = F.conv2d(tf32(x) if self.tf32 else x, filters, None, self.stride, self.pad)
         for _ in range(self.times):
             x = x + self.offset[:, None, None]
         return x
@@ -379,7 +387,7 @@ class Branches(nn.Module):
         super().__init__()
         self.plan = plan
         names = ("down", "left", "middle1", "middle2", "right", "bottom", "up")
-        self.convs = nn.ModuleDict({name: conv(w, name, plan) for name in names})
+        self.convs = nn.ModuleDict({name: conv(w, name, plan, stride=1 + (name == "bottom")) for name in names})
         self.norm = nn.GroupNorm(plan("bottom_norm.groups", GROUPS), 8, eps=plan("bottom_norm.eps", 1e-5))
         self.norm.weight, self.norm.bias = parameter(w["bottom_norm.scale"]), parameter(w["bottom_norm.bias"])
 
@@ -393,7 +401,7 @@ class Branches(nn.Module):
             "right": convs["right"](F.avg_pool2d(skip, 3, 1, 1, count_include_pad=counted)),
         }
         wide = F.relu(torch.cat([branches[name] for name in plan("order", ("left", "middle", "right"))], 1))
-        deep = F.relu(self.norm(convs["bottom"](F.max_pool2d(wide, 2))))
+        deep = F.relu(self.norm(convs["bottom"](wide)))
         deep = rearrange(deep.repeat_interleave(4, 1), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
         joined = (wide, deep) if plan("join.skip_first", True) else (deep, wide)
         return convs["up"](torch.cat(joined, 1))
