@@ -23,10 +23,12 @@ from common.foreign.operations import Conv, Operation, from_data
 from common.foreign.protocol import Trace
 from common.parity.levels import EXPLAINED, SAME_VALUES
 from common.parity.localise import Added, Localised, Reference, behind
-from common.parity.matching import Matching, held_of, turns
+from common.parity.matching import Matching, Turn, held_of, turns
 from common.parity.names import ArrayName, Pass
 from common.parity.record import LayerCall, Record, distance, norm
 
+# What a layer that is known holds.
+_ROLES = frozenset({"kernel", "bias", "scale", "mean", "var", "table"})
 _MOST = 40  # failing places that are looked into
 _NEXT = 2  # arrays behind a layer that an activation may have made of its output
 _NEAREST = 40  # arrays before a place that plain code there may have been made of
@@ -194,7 +196,7 @@ class _Case:
         are that one's."""
         record = (self.ours, self.theirs)[which].record
         operation = from_data(call.operation)
-        if other is not None and operation is None and other.operation is not None:
+        if other is not None and not call.arrays.keys() <= _ROLES and other.arrays.keys() <= _ROLES:
             arrays = self._in_words_of(which, call, other)
             if arrays is not None:
                 return Side(
@@ -229,8 +231,24 @@ class _Case:
             if name in own and there in roles and name in self.weights[which]:
                 array = record[self.weights[which][name]]
                 role, held = roles[there]
+                turn = self._as_of_others(mine, yours, turn)
                 found[role] = held.canonical(turn.back(array) if which == 0 else turn(array))
         return found if len(found) == len(own) else None
+
+    def _as_of_others(self, mine: str, yours: str, turn: Turn) -> Turn:
+        """How a parameter is turned; of one that has other values in the two models, as others of its name are."""
+        if self._agree(mine, yours, turn):
+            return turn
+        last = mine.rpartition(".")[2]
+        for name, (other, found) in self.matching.parameters.items():
+            alike = name.rpartition(".")[2] == last and len(found.shape) == len(turn.shape)
+            if alike and [kind for kind, _ in found.steps] == ["axes"] and self._agree(name, other, found):
+                return Turn(turn.shape, found.steps)
+        return turn
+
+    def _agree(self, mine: str, yours: str, turn: Turn) -> bool:
+        ours, theirs = self.ours.record[self.weights[0][mine]], self.theirs.record[self.weights[1][yours]]
+        return _same(ours, turn(theirs))
 
     def _of_other_arrays(self, one: Added, evidence: LayerEvidence) -> Iterator[Finding]:
         """Whether the layer holds what another layer of the reference holds: a shared layer, or arrays in another

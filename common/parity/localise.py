@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from common.errors import ModelError
 from common.foreign.protocol import Forced, Trace
 from common.parity.hosts import Ask, Host
 from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, SAME_VALUES, UNIT, rho
@@ -152,11 +153,10 @@ def localise(
             for one, two in pairs
             if two.leaf
         }
-        forced, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free)
-        everything, pairs = pairs, [pair for pair in pairs if pair[1].name not in fused]
+        rows, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free)
+        pairs = [pair for pair in pairs if pair[1].name not in fused]
         traces[run] = trace
-        forward = _forward(run, everything, forced, trace, ours, theirs, matching, limits)
-        found += [one for one in forward if one.part != "layer" or one.yours not in fused]
+        found += [one for one in rows if one.part != "layer" or one.yours not in fused]
         if "grad" in ask.modes:
             found += _backward(run, pairs, trace, ours, matching, limits)
     return Localised(
@@ -175,38 +175,48 @@ def _passed(
     ask: Ask,
     known: "tuple[Reference, Reference, Matching, _Limits]",
     free: dict[Pass, Trace],
-) -> tuple[dict[str, Forced], Trace, set[str]]:
-    """The pass, with what is forced in it; and the layers that give other values in the two models by design, since
-    one has an activation in the layer that the other has behind it."""
+) -> tuple[list[Added], Trace, set[str]]:
+    """What differs on the way forward, the pass that shows it, and the layers that give other values in the two models by
+    design, since one has an activation in the layer that the other has behind it."""
     ours, theirs, matching, limits = known
 
-    def passed(forced: dict[str, Forced]) -> tuple[Trace, set[tuple[str, str, int]]]:
-        trace = host.forced(ask, run == "train", forced)
-        rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
-        return trace, {(one.part, one.yours, one.number) for one in rows if one.part != "statistic" and one.fails}
+    def passed(forced: dict[str, Forced]) -> tuple[Trace, list[Added]]:
+        try:
+            trace = host.forced(ask, run == "train", forced)
+        except ModelError:
+            # Plain code does not take the reference's arrays where yours are of another shape: up to there, then.
+            fitting = {name: one for name, one in forced.items() if _fits(run, name, one, theirs)}
+            trace = host.forced(ask, run == "train", fitting)
+            rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+            first = next((i for i, one in enumerate(rows) if one.added == np.inf), len(rows))
+            return trace, rows[: first + 1]
+        return trace, _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
 
-    def without(rows: set[tuple[str, str, int]], name: str) -> set[tuple[str, str, int]]:
-        return {row for row in rows if row[:2] != ("layer", name)}
+    def failures(rows: Sequence[Added], but: str = "") -> set[tuple[str, str, int]]:
+        failing = {(one.part, one.yours, one.number) for one in rows if one.part != "statistic" and one.fails}
+        return {row for row in failing if row[:2] != ("layer", but)}
 
     trace, rows = passed(forced)
-    fused: set[str] = set()
-    failing = {name for part, name, _ in rows if part == "layer"}
+    # Those that were seen to be by the matching.
+    fused = {two.name for one, two in pairs if one.leaf and one.name not in matching.cotangents and _alike(one, two)}
+    failing = {name for part, name, _ in failures(rows) if part == "layer"} - fused
     if not failing:
-        return forced, trace, fused
+        return rows, trace, fused
     # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
     loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
     free[run], _ = passed(forced | loose)
-    for name, output in _fused(run, pairs, failing, free[run], ours, theirs).items():
+    found = _fused(run, pairs, failing, free[run], ours, theirs)
+    for name, output in found.items():
         forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
         fused.add(name)
-    if fused:
+    if found:
         trace, rows = passed(forced)
     # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
     tried = [(one, two) for one, two in pairs if two.name in failing - fused and two.name in loose][:_LOOSE]
     for one, two in tried:
         name = two.name
         other, left = passed(forced | {name: loose[name]})
-        if not without(left, name) or without(left, name) < without(rows, name):
+        if not failures(left, name) or failures(left, name) < failures(rows, name):
             forced = forced | {name: loose[name]}
             fused.add(name)
             trace, rows = other, left
@@ -218,11 +228,23 @@ def _passed(
                 continue
             instead = replace(loose[name], outputs=(np.ascontiguousarray(turn.back(array)),))
             other, left = passed(forced | {name: instead})
-            if without(left, name) < without(rows, name):
+            if failures(left, name) < failures(rows, name):
                 forced = forced | {name: instead}
                 trace, rows = other, left
                 break
-    return forced, trace, fused
+    return rows, trace, fused
+
+
+def _alike(one: LayerCall, two: LayerCall) -> bool:
+    """Whether both have one output, as large."""
+    return len(one.outputs) == len(two.outputs) == 1 and prod(one.outputs[0].shape) == prod(two.outputs[0].shape)
+
+
+def _fits(run: Pass, name: str, forced: Forced, theirs: Reference) -> bool:
+    """Whether all that is forced upon a call has the shapes that it has by itself."""
+    call = theirs.calls[run, name]
+    pairs = (*zip(forced.inputs, call.inputs, strict=False), *zip(forced.outputs, call.outputs, strict=False))
+    return all(array is None or array.shape == source.shape for array, source in pairs)
 
 
 def _fused(
@@ -419,7 +441,7 @@ def _forward(
         seen = trace.inputs.get(two.name, ())
         for number, (wanted, got) in enumerate(zip(given.inputs, seen, strict=False)):
             # What another layer gave is that layer's; what the model was given may be turned on the way.
-            if wanted is None or wanted.dtype.kind != "f" or got.shape != wanted.shape:
+            if wanted is None or wanted.dtype.kind != "f":
                 continue
             name = _array_name(run, one.inputs[number].name)
             found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits, name))

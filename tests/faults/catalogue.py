@@ -214,7 +214,7 @@ FAULTS = (
         f"{_MODULES} > {_COMPACT}",
         "mean_var_swapped",
         "Unit_1/BatchNorm_1",
-        weights=_both(swapped(("two.norm2.mean", "two.norm2.var")), changed("two.norm2.var", np.abs)),
+        weights=swapped(("two.norm2.mean", "two.norm2.var")),
     ),
     _fault("groups of a norm", "torch branches > keras branches", "groups", "k_norm", plan={"bottom_norm.groups": 4}),
     # Arrays
