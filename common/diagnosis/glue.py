@@ -1,6 +1,6 @@
 """Why plain code between layers differs: the reference's formula, and what in it yours has otherwise."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from itertools import permutations
 from math import inf, sqrt
@@ -101,10 +101,11 @@ def rebased(evidence: GlueEvidence) -> GlueEvidence:
 
 def _known(evidence: GlueEvidence, values: Values, goal: Goal) -> Expression | None:
     """The reference's formula, with that of layers in it which only the reference has."""
-    known = found(goal.reference, values, is_it=goal.is_reference, relative=goal.relative)
+    known = _found(goal.reference, values, goal)
     if known is None:
         return None
-    whole = _written_out(known, evidence.made)
+    taken = {name for _, names in evidence.made.values() for name in names}
+    whole = _written_out(known, evidence.made, taken, values, goal)
     try:
         with np.errstate(all="ignore"):
             return whole if goal.is_reference(values.of(whole)) else known
@@ -112,15 +113,58 @@ def _known(evidence: GlueEvidence, values: Values, goal: Goal) -> Expression | N
         return known
 
 
-def _written_out(expression: Expression, made: Mapping[str, tuple[Operation, tuple[str, ...]]]) -> Expression:
+def _found(value: np.ndarray, values: Values, goal: Goal) -> Expression | None:
+    """The formula of a value; of rows of tokens also with tokens and channels exchanged."""
+    own = Goal(value, value, goal.limit)
+    turned = {}
+    if value.ndim == 3 and value.shape[1] != value.shape[2]:
+        shape = value.shape[0], value.shape[2], value.shape[1]
+        turned = {f"{name} turned": name for name in values.names if values.sources[name].shape == shape}
+    if not turned:
+        return found(value, values, is_it=own.is_reference, relative=goal.relative)
+    more = {one: values.sources[name].swapaxes(1, 2) for one, name in turned.items()}
+    both = Values({**values.sources, **more})
+    known = found(value, both, is_it=own.is_reference, relative=goal.relative)
+    return None if known is None else _turned_back(known, turned, value.shape[1:])
+
+
+def _turned_back(expression: Expression, turned: Mapping[str, str], shape: tuple[int, ...]) -> Expression:
+    match expression:
+        case Source() if expression.name in turned:
+            move = Move(split=shape[::-1], axes=(1, 0), shape=shape)
+            return Applied(do=move, of=(Source(name=turned[expression.name]),))
+        case Applied():
+            return Applied(do=expression.do, of=tuple(_turned_back(one, turned, shape) for one in expression.of))
+    return expression
+
+
+def _written_out(
+    expression: Expression,
+    made: Mapping[str, tuple[Operation, tuple[str, ...]]],
+    taken: Set[str],
+    values: Values,
+    goal: Goal,
+) -> Expression:
+    """With what layers do that yours has not got, and what plain code makes for these to take."""
     match expression:
         case Source() if expression.name in made:
             operation, inputs = made[expression.name]
             rest = {name: one for name, one in made.items() if name != expression.name}
-            return Applied(do=operation, of=tuple(_written_out(Source(name=name), rest) for name in inputs))
+            parts = tuple(_written_out(Source(name=name), rest, taken, values, goal) for name in inputs)
+            return Applied(do=operation, of=parts)
+        case Source() if expression.name in taken and expression.name.startswith("the input of "):
+            value = values.sources[expression.name]
+            others = {name: x for name, x in values.sources.items() if name not in made and not _equal(x, value)}
+            known = _found(value, Values(others), goal)
+            return expression if known is None else _written_out(known, made, taken - {expression.name}, values, goal)
         case Applied():
-            return Applied(do=expression.do, of=tuple(_written_out(one, made) for one in expression.of))
+            parts = tuple(_written_out(one, made, taken, values, goal) for one in expression.of)
+            return Applied(do=expression.do, of=parts)
     return expression
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b)
 
 
 def _tried(edits: Iterator[tuple[Changes, Expression]], screen: Screen, goal: Goal) -> list[tuple[float, Changes]]:

@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 
+from common.diagnosis.arithmetic import activate
 from common.diagnosis.evidence import (
     Backward,
     Diagnosis,
@@ -17,9 +18,10 @@ from common.diagnosis.evidence import (
     Statistics,
 )
 from common.diagnosis.glue import explain_glue, rebased
+from common.diagnosis.identify import FUSED
 from common.diagnosis.images import explain_input
 from common.diagnosis.layers import explain_layer
-from common.foreign.operations import Conv, Operation, from_data
+from common.foreign.operations import Activation, Conv, Operation, Pad, Pool, from_data
 from common.foreign.protocol import Trace
 from common.parity.levels import EXPLAINED, SAME_VALUES
 from common.parity.localise import Added, Localised, Reference, behind
@@ -44,8 +46,9 @@ def diagnose(reference: Record, other: Record, matching: Matching, localised: Lo
     for one in (forward or failing)[:_MOST]:
         if one.part == "statistic" and case.layer_of(one) in {defect.place for defect in found}:
             continue  # of a layer whose output is off already
+        inherits = bool(case.inherited)
         if (explained := case.explain(one)) is not None:
-            if explained.best is None and case.inherited and one.part in ("input", "result"):
+            if explained.best is None and inherits and one.part in ("input", "result"):
                 continue  # it may be what was found before, behind plain code that is not known
             found.append(explained)
             if explained.best is not None and explained.best.cause == "detached":
@@ -157,12 +160,19 @@ class _Case:
             return None
         expected = outputs[one.number]
         assert expected is not None
+        reference = self._side(
+            0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None), theirs
+        )
+        if len(ours.inputs) == 1 and (bare := self.ours.unpadded(one.run, ours.inputs[0], self.pair)) is not None:
+            padding = self.ours.calls[one.run, ours.inputs[0].name.partition("/")[2]].operation
+            operation = _with_padding(reference.operation, from_data(padding))
+            if operation is not None or reference.operation is None:
+                inputs = [self.ours.source(one.run, bare)]
+                reference = replace(reference, operation=operation)
         return LayerEvidence(
             training=one.run == "train",
             inputs=tuple(_last(array, self.layouts[0], ours) for array in inputs if array is not None),
-            reference=self._side(
-                0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None), theirs
-            ),
+            reference=reference,
             yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made), ours),
             limit=one.limit * norm(expected),
         )
@@ -291,7 +301,10 @@ class _Case:
             return None
         was, evidence = evidence, rebased(evidence)
         if one.part == "input":
-            self.inherited[f"the input of {_numbered(one.place, one.number)}"] = was.yours
+            names = _words(self.ours.calls[one.run, one.place].inputs[one.number].name), evidence.place
+            if names[0] in self.inherited and _same(self.inherited[names[0]], was.yours):
+                return None  # it goes into several layers
+            self.inherited |= dict.fromkeys((names[0], _words(f"into/{_numbered(one.place, one.number)}")), was.yours)
         if evidence is not was and _same(evidence.reference, evidence.yours):
             return None
         findings = list(self._of_blocks(one, evidence))
@@ -324,12 +337,17 @@ class _Case:
             before = order[: next(i for i, other in enumerate(order) if other.name == one.place)]
         assert expected is not None
         sources = dict(self._sources(one.run, before, own, expected))
+        made = dict(self._made(before, sources))
+        for words, array, behind_it, activation in self._before_activation(one.run):
+            if behind_it in sources:
+                sources[words] = array
+                made[behind_it] = Activation(name=activation), (words,)
         return GlueEvidence(
             training=one.run == "train",
             place=place,
             backend=self.backend,
             sources=sources,
-            made=dict(self._made(before, sources)),
+            made=made,
             inherited={name: array for name, array in self.inherited.items() if name in sources},
             reference=_last(expected, self.layouts[0], None),
             yours=_last(seen, self.layouts[0], None),
@@ -345,8 +363,7 @@ class _Case:
             for source in (*reversed(call.outputs), *call.inputs):
                 near = len(seen) < _NEAREST
                 # What the reference has a layer for, and yours plain code, is to be explained by what comes before it.
-                unknown = call.operation is None and own.partition("/")[2] not in self.pair
-                if source.name in seen or (source.name == own and (own.startswith("into") or unknown)):
+                if source.name in seen or (source.name == own and not self._known(run, own)):
                     continue
                 array = self.ours.whole(run, source.name)
                 if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):
@@ -358,6 +375,32 @@ class _Case:
                 array = self.ours.record[name]
                 if array.dtype.kind == "f":
                     yield f"the model's input {name.place}", _last(array, self.layouts[0], None)
+
+    def _known(self, run: Pass, source: str) -> bool:
+        """Whether it is what a layer gave that yours has too, or of which it is known what it does."""
+        kind, _, place = source.partition("/")
+        call = self.ours.calls.get((run, place))
+        if kind != "tap" or call is None:
+            return kind == "given"
+        return call.leaf and (place in self.pair or call.operation is not None)
+
+    def _before_activation(self, run: Pass) -> Iterator[tuple[str, np.ndarray, str, str]]:
+        """Of layers that have an activation in the reference, and none in yours: the words for what yours gives, that
+        array, the words for the reference's, and the activation."""
+        for one, two in self.matching.calls:
+            if two not in self.localised.fused.get(run, ()):
+                continue
+            ours = self.ours.calls[run, one]
+            expected = self.ours.whole(run, ours.outputs[0].name)
+            if expected is None:
+                continue
+            made = self.localised.traces[run].outputs[two][0]
+            turn = next(turns(expected.shape, self.layouts[0], made.shape, self.layouts[1]), None)
+            for name in FUSED if turn is not None else ():
+                if turn is not None and _same(expected, activate(name, turn(made))):
+                    before = _last(turn(made), self.layouts[0], None)
+                    yield f"{two} before its activation", before, _words(ours.outputs[0].name), name
+                    break
 
     def _made(
         self, before: Sequence[LayerCall], sources: Mapping[str, np.ndarray]
@@ -529,6 +572,17 @@ def _answer(place: str, findings: Sequence[Finding]) -> Explained:
 
 def _explains(found: Finding) -> bool:
     return found.after <= 1e-3 * found.before
+
+
+def _with_padding(operation: Operation | None, padding: Operation | None) -> Operation | None:
+    """A layer and the one that pads before it as one; None where no layer does so."""
+    if not isinstance(padding, Pad) or not isinstance(operation, Conv | Pool) or operation.padding == "same":
+        return None
+    both = tuple((a + c, b + d) for (a, b), (c, d) in zip(padding.padding, operation.padding, strict=True))
+    if isinstance(operation, Conv):
+        return replace(operation, padding=both)
+    whole = operation.mode == "average" and not any(map(any, operation.padding))
+    return replace(operation, padding=both, counted=True) if whole else None
 
 
 def _words(source: str) -> str:

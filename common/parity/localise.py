@@ -10,6 +10,7 @@ is the *inherited* error.
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -62,6 +63,8 @@ class Localised:
     traces: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
     # The same, where layers that differ gave what they give by themselves.
     free: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+    # Layers of the other model that give other values by design: see `_passed`.
+    fused: Mapping[Pass, frozenset[str]] = field(default_factory=dict)
     measured: bool = True  # by running the layers; else told from records
 
     @property
@@ -104,6 +107,14 @@ class Reference:
                     if array is not None and array.dtype.kind == "f":
                         yield array
 
+    def unpadded(self, run: Pass, source: Source, matched: Container[str]) -> Source | None:
+        """What a layer without a counterpart pads to make that."""
+        kind, _, place = source.name.partition("/")
+        call = self.calls.get((run, place)) if kind == "tap" else None
+        if call is None or place in matched or not call.operation or call.operation["operation"] != "Pad":
+            return None
+        return call.inputs[0]
+
     def whole(self, run: Pass, name: str) -> np.ndarray | None:
         """What a source holds, in the shape in which it came about."""
         kind, _, place = name.partition("/")
@@ -139,6 +150,7 @@ def localise(
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
     free: dict[Pass, Trace] = {}
+    by_design: dict[Pass, frozenset[str]] = {}
     runs: list[Pass] = ["eval", "train"]
     for run in runs:
         if not any(name.run == run for name in reference.arrays):
@@ -153,7 +165,9 @@ def localise(
             for one, two in pairs
             if two.leaf
         }
-        rows, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free)
+        padded = _padded(run, pairs, forced, ours, theirs, matching)
+        rows, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free, padded)
+        by_design[run] = frozenset(fused)
         pairs = [pair for pair in pairs if pair[1].name not in fused]
         traces[run] = trace
         found += [one for one in rows if one.part != "layer" or one.yours not in fused]
@@ -164,6 +178,7 @@ def localise(
         added=tuple(found),
         traces=traces,
         free=free,
+        fused=by_design,
     )
 
 
@@ -175,9 +190,10 @@ def _passed(
     ask: Ask,
     known: "tuple[Reference, Reference, Matching, _Limits]",
     free: dict[Pass, Trace],
+    padded: Mapping[str, LayerCall],
 ) -> tuple[list[Added], Trace, set[str]]:
-    """What differs on the way forward, the pass that shows it, and the layers that give other values in the two models by
-    design, since one has an activation in the layer that the other has behind it."""
+    """What differs on the way forward, the pass that shows it, and the layers that give other values in the two models
+    by design, since one has an activation in the layer that the other has behind it."""
     ours, theirs, matching, limits = known
 
     def passed(forced: dict[str, Forced]) -> tuple[Trace, list[Added]]:
@@ -187,10 +203,10 @@ def _passed(
             # Plain code does not take the reference's arrays where yours are of another shape: up to there, then.
             fitting = {name: one for name, one in forced.items() if _fits(run, name, one, theirs)}
             trace = host.forced(ask, run == "train", fitting)
-            rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+            rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits, padded)
             first = next((i for i, one in enumerate(rows) if one.added == np.inf), len(rows))
             return trace, rows[: first + 1]
-        return trace, _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+        return trace, _forward(run, pairs, forced, trace, ours, theirs, matching, limits, padded)
 
     def failures(rows: Sequence[Added], but: str = "") -> set[tuple[str, str, int]]:
         failing = {(one.part, one.yours, one.number) for one in rows if one.part != "statistic" and one.fails}
@@ -233,6 +249,35 @@ def _passed(
                 trace, rows = other, left
                 break
     return rows, trace, fused
+
+
+def _padded(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    forced: dict[str, Forced],
+    ours: Reference,
+    theirs: Reference,
+    matching: Matching,
+) -> dict[str, LayerCall]:
+    """Where one model has a layer that pads before another, and the other pads in that one: there the reference's map
+    without its border is `forced`. Returns layers of the other that pad, and the layer of the reference each is for."""
+    found: dict[str, LayerCall] = {}
+    matched = [{pair[which] for pair in matching.calls} for which in (0, 1)]
+    for one, two in pairs:
+        given = forced.get(two.name)
+        if given is None or len(given.inputs) != 1 or given.inputs[0] is not None or len(one.inputs) != 1:
+            continue
+        mine, own = one.inputs[0], two.inputs[0]
+        bare = ours.unpadded(run, mine, matched[0])
+        if bare is not None and (value := _input(run, bare, own, set(), ours, theirs, matching)) is not None:
+            forced[two.name] = replace(given, inputs=(value,))
+            continue
+        bare = theirs.unpadded(run, own, matched[1])
+        if bare is not None and (value := _input(run, mine, bare, set(), ours, theirs, matching)) is not None:
+            name = own.name.partition("/")[2]
+            forced[name] = Forced(inputs=(value,))
+            found[name] = one
+    return found
 
 
 def _alike(one: LayerCall, two: LayerCall) -> bool:
@@ -433,8 +478,14 @@ def _forward(
     theirs: Reference,
     matching: Matching,
     limits: _Limits,
+    padded: Mapping[str, LayerCall] = MappingProxyType({}),
 ) -> list[Added]:
     found = []
+    for padding, one in padded.items():
+        for wanted, got in zip(forced[padding].inputs, trace.inputs.get(padding, ()), strict=False):
+            if wanted is not None:
+                name = _array_name(run, one.inputs[0].name)
+                found.append(_added(run, "input", one.name, padding, 0, got, wanted, limits, name))
     layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     for one, two in pairs:
         given = forced.get(two.name, Forced())

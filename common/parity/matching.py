@@ -411,12 +411,17 @@ def _parameter_turns(a: np.ndarray, b: np.ndarray, a_held: Held | None, b_held: 
         for axes in permutations(range(b.ndim)):
             if tuple(b.shape[axis] for axis in axes) == a.shape:
                 yield Turn(b.shape, (("axes", axes),))
-    if a.size == b.size:
+    # Of as many axes it would be another order of values, that of a fault.
+    if a.size == b.size and (a.ndim != b.ndim or _lengths(a.shape) == _lengths(b.shape)):
         yield Turn(b.shape, (("shape", a.shape),))
         if len(a.shape) == 2:
             yield Turn(b.shape, (("shape", a.shape[::-1]), ("axes", (1, 0))))
         elif len(b.shape) == 2:
             yield Turn(b.shape, (("axes", (1, 0)), ("shape", a.shape)))
+
+
+def _lengths(shape: Shape) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def _rows(ours: Source, theirs: Source, a: _Model, b: _Model) -> Shape | None:
