@@ -322,7 +322,10 @@ class _Edits:
             if not isinstance(node, Applied) or at >= len(node.of):
                 return False
             node = node.of[at]
-        return bool(path) and isinstance(node, Applied) and node.do == Merge(how="multiply")
+        if not (path and isinstance(node, Applied) and node.do == Merge(how="multiply")):
+            return False
+        sizes = [self.values.of(one).size for one in node.of]
+        return sizes[path[-1]] == min(sizes)
 
     def _of_merge(self, node: Applied, do: Merge, wide: bool) -> Iterator[tuple[str, Expression, float, Change | None]]:
         inner = node.of

@@ -121,6 +121,10 @@ class _Case:
             evidence = self._layer_evidence(one)
             if evidence is None:
                 return None
+            if (array := self.localised.activated.get(one.run, {}).get(one.yours)) is not None:
+                ours = self.ours.calls[one.run, one.place]
+                behind_it = replace(evidence.reference, outputs=(_last(array, self.layouts[0], ours),))
+                evidence = replace(evidence, reference=behind_it)
             others = list(self._of_other_arrays(one, evidence))
             answer = _answer(self._place(one), [*others, *explain_layer(evidence)])
             if others or not _may_be_fused(answer):
@@ -308,12 +312,21 @@ class _Case:
         if evidence is not was and _same(evidence.reference, evidence.yours):
             return None
         findings = list(self._of_blocks(one, evidence))
-        if evidence.reference.ndim == 4 and all(name.startswith("the model's input") for name in evidence.sources):
+        if evidence.reference.ndim == 4 and self._first(one):
             findings += [
                 replace(found, place=evidence.place) for found in explain_input(evidence.reference, evidence.yours)
             ]
         findings += explain_glue(evidence)
         return _answer(evidence.place, findings)
+
+    def _first(self, one: Added) -> bool:
+        """Whether no layer that holds anything comes before it."""
+        for (run, name), call in self.ours.calls.items():
+            if run == one.run and one.part == "input" and name == one.place:
+                return True
+            if run == one.run and call.arrays:
+                return False
+        return True
 
     def _glue_evidence(self, one: Added) -> GlueEvidence | None:
         trace = self.localised.traces[one.run]
@@ -388,9 +401,9 @@ class _Case:
         """Of layers that have an activation in the reference, and none in yours: the words for what yours gives, that
         array, the words for the reference's, and the activation."""
         for one, two in self.matching.calls:
-            if two not in self.localised.fused.get(run, ()):
+            ours = self.ours.calls.get((run, one))
+            if two not in self.localised.fused.get(run, ()) or ours is None:
                 continue
-            ours = self.ours.calls[run, one]
             expected = self.ours.whole(run, ours.outputs[0].name)
             if expected is None:
                 continue
@@ -411,6 +424,8 @@ class _Case:
             if operation is None or call.arrays or call.name in self.pair or len(call.outputs) != 1:
                 continue
             inputs = tuple(_words(source.name) for source in call.inputs)
+            if call.outputs[0].name != f"tap/{call.name}":
+                continue  # flattened, or as it was
             if all(name in sources for name in (_words(call.outputs[0].name), *inputs)):
                 yield _words(call.outputs[0].name), (operation, inputs)
 

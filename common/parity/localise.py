@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from common.diagnosis.arithmetic import activate
 from common.errors import ModelError
 from common.foreign.protocol import Forced, Trace
 from common.parity.hosts import Ask, Host
@@ -27,6 +28,8 @@ from common.parity.record import LayerCall, Record, Source, distance, norm
 _BEHIND = 6
 # So many layers that differ are tried alone, whether what follows makes up for it.
 _LOOSE = 8
+# Activations that layers have in them.
+_COMMON = ("relu", "silu", "gelu", "gelu_tanh", "relu6", "tanh", "sigmoid")
 
 Part = Literal["input", "layer", "result", "statistic", "gradient", "cotangent"]
 
@@ -65,6 +68,9 @@ class Localised:
     free: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
     # Layers of the other model that give other values by design: see `_passed`.
     fused: Mapping[Pass, frozenset[str]] = field(default_factory=dict)
+    # Of layers of the other model that differ: what the reference has in the place of their output, which is another
+    # than the output of its layer, since the other's has an activation as well.
+    activated: Mapping[Pass, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     measured: bool = True  # by running the layers; else told from records
 
     @property
@@ -151,6 +157,7 @@ def localise(
     traces: dict[Pass, Trace] = {}
     free: dict[Pass, Trace] = {}
     by_design: dict[Pass, frozenset[str]] = {}
+    behind_it: dict[Pass, dict[str, np.ndarray]] = {}
     runs: list[Pass] = ["eval", "train"]
     for run in runs:
         if not any(name.run == run for name in reference.arrays):
@@ -166,7 +173,9 @@ def localise(
             if two.leaf
         }
         padded = _padded(run, pairs, forced, ours, theirs, matching)
-        rows, trace, fused = _passed(run, pairs, forced, host, ask, (ours, theirs, matching, limits), free, padded)
+        rows, trace, fused = _passed(
+            run, pairs, forced, host, ask, (ours, theirs, matching, limits), free, padded, behind_it.setdefault(run, {})
+        )
         by_design[run] = frozenset(fused)
         pairs = [pair for pair in pairs if pair[1].name not in fused]
         traces[run] = trace
@@ -179,6 +188,7 @@ def localise(
         traces=traces,
         free=free,
         fused=by_design,
+        activated=behind_it,
     )
 
 
@@ -191,6 +201,7 @@ def _passed(
     known: "tuple[Reference, Reference, Matching, _Limits]",
     free: dict[Pass, Trace],
     padded: Mapping[str, LayerCall],
+    activated: dict[str, np.ndarray],
 ) -> tuple[list[Added], Trace, set[str]]:
     """What differs on the way forward, the pass that shows it, and the layers that give other values in the two models
     by design, since one has an activation in the layer that the other has behind it."""
@@ -208,44 +219,54 @@ def _passed(
             return trace, rows[: first + 1]
         return trace, _forward(run, pairs, forced, trace, ours, theirs, matching, limits, padded)
 
-    def failures(rows: Sequence[Added], but: str = "") -> set[tuple[str, str, int]]:
-        failing = {(one.part, one.yours, one.number) for one in rows if one.part != "statistic" and one.fails}
-        return {row for row in failing if row[:2] != ("layer", but)}
+    def failures(rows: Sequence[Added], but: str = "") -> dict[tuple[str, str, int], float]:
+        failing = [one for one in rows if one.part != "statistic" and one.fails]
+        found = {(one.part, one.yours, one.number): one.added for one in failing}
+        return {row: added for row, added in found.items() if row[:2] != ("layer", but)}
+
+    def no_worse(left: Sequence[Added], rows: Sequence[Added], name: str) -> bool:
+        """Whether the same fails but for that layer, by as much; or less."""
+        after, before = failures(left, name), failures(rows, name)
+        if after.keys() != before.keys():
+            return after.keys() < before.keys()
+        return all(np.isclose(after[row], before[row], rtol=SAME_VALUES) for row in after)
 
     trace, rows = passed(forced)
     # Those that were seen to be by the matching.
-    fused = {two.name for one, two in pairs if one.leaf and one.name not in matching.cotangents and _alike(one, two)}
+    holding = [(one, two) for one, two in pairs if one.leaf and one.arrays and _alike(one, two)]
+    fused = {two.name for one, two in holding if one.name not in matching.cotangents}
     failing = {name for part, name, _ in failures(rows) if part == "layer"} - fused
     if not failing:
         return rows, trace, fused
     # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
     loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
     free[run], _ = passed(forced | loose)
-    found = _fused(run, pairs, failing, free[run], ours, theirs)
+    found = _fused(run, holding, failing, free[run], ours, theirs)
     for name, output in found.items():
         forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
         fused.add(name)
     if found:
         trace, rows = passed(forced)
     # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
-    tried = [(one, two) for one, two in pairs if two.name in failing - fused and two.name in loose][:_LOOSE]
+    tried = [(one, two) for one, two in holding if two.name in failing - fused and two.name in loose][:_LOOSE]
     for one, two in tried:
         name = two.name
         other, left = passed(forced | {name: loose[name]})
-        if not failures(left, name) or failures(left, name) < failures(rows, name):
+        if no_worse(left, rows, name):
             forced = forced | {name: loose[name]}
             fused.add(name)
             trace, rows = other, left
             continue
         # What it gives wrongly may still be what the reference has behind an activation: so that what follows is right.
-        for array in ours.behind(run, one.name, one.outputs[0]) if len(one.outputs) == 1 else ():
+        for array in _perhaps_behind(run, one, ours):
             turn = matching.cotangents.get(one.name, ("", None))[1]
             if turn is None or turn.turned != array.shape:
                 continue
             instead = replace(loose[name], outputs=(np.ascontiguousarray(turn.back(array)),))
             other, left = passed(forced | {name: instead})
-            if failures(left, name) < failures(rows, name):
+            if failures(left, name).keys() < failures(rows, name).keys():
                 forced = forced | {name: instead}
+                activated[name] = array
                 trace, rows = other, left
                 break
     return rows, trace, fused
@@ -277,7 +298,20 @@ def _padded(
             name = own.name.partition("/")[2]
             forced[name] = Forced(inputs=(value,))
             found[name] = one
+            continue
+        value = _of_another_shape(ours.source(run, mine), own, ours, theirs)
+        if value is not None and bare is None and ours.unpadded(run, mine, matched[0]) is None:
+            forced[two.name] = replace(given, inputs=(value,))
     return found
+
+
+def _perhaps_behind(run: Pass, call: LayerCall, ours: Reference) -> Iterator[np.ndarray]:
+    """What the reference may have behind a layer: what it has there next, or an activation of its output."""
+    yield from ours.behind(run, call.name, call.outputs[0])
+    output = ours.source(run, call.outputs[0])
+    for name in _COMMON if output is not None and output.dtype.kind == "f" else ():
+        if output is not None:
+            yield activate(name, output.astype(np.float64)).astype(output.dtype)
 
 
 def _alike(one: LayerCall, two: LayerCall) -> bool:
@@ -426,11 +460,28 @@ def _forced(
         place = f"{one.name}[{number}]" if number else one.name
         turn = matching.cotangents.get(place, ("", None))[1]
         output = ours.source(run, one.outputs[number]) if number < len(one.outputs) else None
-        outputs.append(None if turn is None or output is None else np.ascontiguousarray(turn.back(output)))
+        if turn is not None and output is not None:
+            outputs.append(np.ascontiguousarray(turn.back(output)))
+        else:
+            outputs.append(_of_another_shape(output, two.outputs[number], ours, theirs))
         name = ArrayName(run, "cotangent", place)
         back = ours.record[name] if gradients and turn is not None and name in ours.record else None
         cotangents.append(None if back is None or turn is None else np.ascontiguousarray(turn.back(back)))
     return Forced(inputs=tuple(inputs), outputs=tuple(outputs), cotangents=tuple(cotangents))
+
+
+def _of_another_shape(array: np.ndarray | None, own: Source, ours: Reference, theirs: Reference) -> np.ndarray | None:
+    """An array of the reference in the other's layout, where the other's own is of another size by a fault."""
+    if array is None or array.ndim != len(own.shape) or array.size == prod(own.shape):
+        return None
+    return _in_layout(array, ours, theirs)
+
+
+def _in_layout(array: np.ndarray, ours: Reference, theirs: Reference) -> np.ndarray:
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    if layouts[0] != layouts[1] and array.ndim >= 4:
+        array = np.moveaxis(array, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
+    return np.ascontiguousarray(array)
 
 
 def _input(
@@ -481,14 +532,15 @@ def _forward(
     padded: Mapping[str, LayerCall] = MappingProxyType({}),
 ) -> list[Added]:
     found = []
-    for padding, one in padded.items():
-        for wanted, got in zip(forced[padding].inputs, trace.inputs.get(padding, ()), strict=False):
-            if wanted is not None:
-                name = _array_name(run, one.inputs[0].name)
-                found.append(_added(run, "input", one.name, padding, 0, got, wanted, limits, name))
+    before = {one.name: name for name, one in padded.items()}
     layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     for one, two in pairs:
         given = forced.get(two.name, Forced())
+        if (padding := before.get(one.name)) is not None and given.inputs == (None,):
+            wanted, got = forced[padding].inputs[0], trace.inputs[padding][0]
+            if wanted is not None:
+                name = _array_name(run, one.inputs[0].name)
+                found.append(_added(run, "input", one.name, padding, 0, got, wanted, limits, name))
         seen = trace.inputs.get(two.name, ())
         for number, (wanted, got) in enumerate(zip(given.inputs, seen, strict=False)):
             # What another layer gave is that layer's; what the model was given may be turned on the way.

@@ -629,7 +629,7 @@ def _of_call(
     outputs = [
         (number, *pair)
         for number, pair in enumerate(zip(one.outputs, two.outputs, strict=False))
-        if not (one.leaf and _fused(a, pair[0], b, pair[1]))
+        if not (one.leaf and one.arrays and _fused(a, pair[0], b, pair[1]))
     ]
     inputs = zip(one.inputs, two.inputs, strict=True) if len(one.inputs) == len(two.inputs) else ()
     for ours, theirs in (*inputs, *((mine, yours) for _, mine, yours in outputs)):

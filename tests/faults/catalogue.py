@@ -87,7 +87,7 @@ FAULTS = (
     _fault("SAME in a stem", f"{_MODULES} > {_COMPACT}", "padding", "stem", plan={"stem.pad": "SAME"}),
     _fault("valid", f"{_MODULES} > {_NNX}", "padding", "stem", plan={"stem.pad": 0}),
     _fault("padding of a pool", f"{_MODULES} > {_COMPACT}", "padding", "Unit_0/Conv_0", plan={"pool.pad": "SAME"}),
-    _fault("ceil", f"{_NNX} > {_MODULES}", "pool_ceil", "pool", plan={"pool.pad": 0, "pool.ceil": True}),
+    _fault("ceil", f"{_NNX} > {_MODULES}", "pool_ceil", "units.0.conv1", plan={"pool.pad": 0, "pool.ceil": True}),
     _fault(
         "borders not counted", f"{_FUNCTIONAL} > {_SEQUENTIAL}", "pool_counted", "hidden", plan={"pool2.counted": False}
     ),
@@ -249,7 +249,7 @@ FAULTS = (
     # Activations
     _fault("ReLU6", f"{_COMPACT} > {_NNX}", "activation", "blocks/1/first", plan={"one.last": "relu6"}),
     _fault("leaky ReLU", f"{_KERAS} > {_SEQUENTIAL}", "activation", "10", plan={"dense1.act": "leaky"}),
-    _fault("SiLU", f"{_FUNCTIONAL} > {_KERAS}", "activation", "shrink", plan={"conv1.act": "silu"}),
+    _fault("SiLU", f"{_FUNCTIONAL} > {_KERAS}", "activation", "deeper", plan={"conv1.act": "silu"}),
     _fault(
         "ReLU for SiLU", "torch mobile > keras subclass", "activation", "wide", plan={"act": "relu"}, modes=("eval",)
     ),
@@ -345,7 +345,7 @@ FAULTS = (
         "order of branches",
         "torch branches > keras branches",
         "order",
-        "k_bottom",
+        "convs.bottom",
         plan={"order": ("middle", "left", "right")},
         also=("axes_swapped",),
     ),
@@ -358,7 +358,11 @@ FAULTS = (
         plan={"second.skips": False},
     ),
     _fault(
-        "skip missing in a mixer", "nnx mixer > torch einops", "branch_missing", "1", plan={"first.tokens.skips": False}
+        "skip missing in a mixer",
+        "nnx mixer > torch einops",
+        "branch_missing",
+        "blocks/0/norm_c",
+        plan={"first.tokens.skips": False},
     ),
     _fault("shared layer", f"{_COMPACT} > {_NNX}", "shared_layer", "Unit_1/Conv_0", plan={"two.shares": True}),
     _fault(

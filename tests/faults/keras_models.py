@@ -273,9 +273,10 @@ def transformer(w: Weights, plan: Plan) -> Any:
             load(getattr(encoder, own), w, f"{block}.{name}")
         kernels, biases = np.split(w[f"{block}.qkv.kernel"], 3, 1), np.split(w[f"{block}.qkv.bias"], 3)
         own = encoder.attend
-        parts = (own.query, own.key, own.value, own.out)
+        names = ("query", "key", "value", "out")
         if encoder.keras_own:
-            parts = (own._query_dense, own._key_dense, own._value_dense, own._output_dense)
+            names = ("_query_dense", "_key_dense", "_value_dense", "_output_dense")
+        parts = [getattr(own, name) for name in names]
         kernels, biases = [*kernels, w[f"{block}.out.kernel"]], [*biases, w[f"{block}.out.bias"]]
         for dense, kernel, bias in zip(parts, kernels, biases, strict=True):
             dense.kernel.assign(kernel.reshape(tuple(dense.kernel.shape)))
