@@ -486,6 +486,15 @@ def _of_activation(
     facts: dict[str, Any] = of_activation(do.name, do.slope)
     slopes = {"leaky_relu": (0.01, 0.2, 0.3, 0.1)}
     for at, name in enumerate(arithmetic.ACTIVATIONS):
+        if name == do.name == "gelu":
+            # TensorFlow's in float64.
+            root = float(np.sqrt(2.0)) / float(np.sqrt(np.float32(2.0)))
+            rounded = Applied(do=do, of=(Applied(do=Scale(factor=root), of=(inner,)),))
+            said = "has the root of 2 in GELU in float32"
+            change = Change(
+                cause="precision", yours=said, reference="in float64", facts=facts, slot=f"activation{path}"
+            )
+            yield "precision", Applied(do=Scale(factor=1 / root), of=(rounded,)), 1.0, change
         for slope in slopes.get(name, (None,)):
             other = Activation(name=name, slope=slope)
             if other == do or (not wide and name not in COMMON[:5] and name != "identity"):
@@ -533,6 +542,10 @@ def _of_attention(node: Applied, do: Attention) -> Iterator[tuple[str, Expressio
     for scale, yours in scales.items():
         if abs(scale - do.scale) > 1e-12:
             yield of("scale_factor", yours, known, replace(do, scale=scale))
+    single = float(np.float32(do.scale))
+    if single != do.scale:
+        said = "rounds the scale of q k^T to float32"
+        yield of("precision", said, "does not", replace(do, scale=single))
     axis = "takes the softmax over the queries"
     yield of("softmax_axis", axis, "takes it over the keys", replace(do, axis=-2))
     turned = replace(do, in_turn=True)

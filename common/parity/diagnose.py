@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from math import prod
 
 import numpy as np
 
@@ -61,6 +62,10 @@ def _both_ways(found: Sequence[Explained], swapped: Mapping[str, tuple[str, str]
     done: set[str] = set()
     for explained in found:
         best, place = explained.best, explained.place
+        if best is not None and best.cause == "block_order":
+            if "blocks" in done:
+                continue  # where it stands in yours
+            done.add("blocks")
         if best is None or best.cause != "arrays_swapped" or place not in swapped:
             yield explained
             continue
@@ -319,6 +324,9 @@ class _Case:
         findings += explain_glue(evidence)
         return _answer(evidence.place, findings)
 
+    def _ours_of(self, yours: str) -> str:
+        return next(one for one, two in self.matching.calls if two == yours)
+
     def _first(self, one: Added) -> bool:
         """Whether no layer that holds anything comes before it."""
         for (run, name), call in self.ours.calls.items():
@@ -331,6 +339,7 @@ class _Case:
     def _glue_evidence(self, one: Added) -> GlueEvidence | None:
         trace = self.localised.traces[one.run]
         order = [call for (run, _), call in self.ours.calls.items() if run == one.run]
+        layout = self.layouts[0]
         if one.part == "result":
             name = ArrayName(one.run, "result", one.place)
             expected: np.ndarray | None = self.ours.record[name]
@@ -345,8 +354,22 @@ class _Case:
             if expected is None:
                 return None
             found = next(turns(expected.shape, self.layouts[0], array.shape, self.layouts[1]), None)
-            seen = array if found is None else found(array)
+            layout, seen = (self.layouts[1], array) if found is None else (self.layouts[0], found(array))
+            theirs_call = self.theirs.calls[one.run, one.yours]
+            other, known = theirs_call.inputs[one.number], self.matching.arrays.get(source.name, ("", None))
+            if (
+                known[1] is not None
+                and known[0] == other.name
+                and not other.moved
+                and array.size == prod(known[1].shape)
+            ):
+                # As it was matched: the two may flatten a map in other orders.
+                seen = known[1](array.reshape(known[1].shape)).reshape(expected.shape)
             place = f"the input of {self._place(one)}"
+            maker = other.name.partition("/")[2]
+            if other.name.startswith("tap/") and maker in self.localised.fused.get(one.run, ()):
+                # An activation in a layer of yours, which the reference has behind it.
+                place = self._called(self.ours.calls[one.run, self._ours_of(maker)], self.theirs.calls[one.run, maker])
             before = order[: next(i for i, other in enumerate(order) if other.name == one.place)]
         assert expected is not None
         sources = dict(self._sources(one.run, before, own, expected))
@@ -363,7 +386,7 @@ class _Case:
             made=made,
             inherited={name: array for name, array in self.inherited.items() if name in sources},
             reference=_last(expected, self.layouts[0], None),
-            yours=_last(seen, self.layouts[0], None),
+            yours=_last(seen, layout, None),
             limit=one.limit * norm(expected),
         )
 
@@ -451,6 +474,11 @@ class _Case:
                 sources = [self.ours.source(one.run, s) for call in alone for s in call.inputs]
                 left = [_left(evidence.yours, a, (self.layouts[0],) * 2) for a in sources if a is not None]
                 yours, ours, cause = "has no such layer", f"runs {words} before it", "block_missing"
+            elsewhere = self._elsewhere(alone, which)
+            if elsewhere:
+                cause = "block_order"
+                others = ", ".join(f"`{name}`" for name in elsewhere[:3]) + (", …" if len(elsewhere) > 3 else "")
+                yours, ours = (f"runs {others} elsewhere", ours) if which == 0 else (yours, f"runs {others} elsewhere")
             if left and min(left) < np.inf:
                 yield Finding(
                     cause=cause,
@@ -463,6 +491,19 @@ class _Case:
                     # What is one layer of a kind that needs no arrays has a name of its own.
                     cost=0.8 if any(call.arrays for call in alone) else 2.5,
                 )
+
+    def _elsewhere(self, alone: Sequence[LayerCall], which: int) -> list[str]:
+        """Layers of the other model that hold the arrays of these, and have no counterpart where they are run."""
+        held = {name["name"] for call in alone for name in call.arrays.values()}
+        pairs = ((one, two) if which == 0 else (two, one) for one, (two, _) in self.matching.parameters.items())
+        theirs = {there for here, there in pairs if here in held}
+        side = (self.theirs, self.ours)[which]
+        found = [
+            call.name
+            for (_, name), call in side.calls.items()
+            if name in self.matching.unmatched[1 - which] and {one["name"] for one in call.arrays.values()} & theirs
+        ]
+        return list(dict.fromkeys(found))
 
     def _explain_parameter(self, one: Added) -> Explained | None:
         """A running statistic, a gradient, or what came back to an output."""

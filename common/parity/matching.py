@@ -602,6 +602,8 @@ def _score(a: _Model, one: LayerCall, b: _Model, two: LayerCall) -> float:
         return 1.0 if known and held and held[:1] == others[:1] and held[-1] == others[-1] else -1.0
     score = 1.0 + 2.0 * known + (held == others) * (1.0 + bool(held))
     if bool(held) != bool(others):
+        if not known:
+            return -1.0
         score -= 1.5
     words = set(_words(one.name)), set(_words(two.name))
     score += len(words[0] & words[1]) / max(1, len(words[0] | words[1]))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.faults.networks import NETWORKS
-from tests.faults.planting import Edit, Fault, Model, Plan, bfloat16, changed, initial, swapped
+from tests.faults.planting import Edit, Fault, Model, Plan, Twice, bfloat16, changed, initial, swapped
 
 MODELS = {
     "torch modules": Model(network="residual", module="torch_models", make="Residual"),
@@ -425,10 +425,50 @@ FAULTS = (
 )
 
 
+TWICE = (
+    Twice(
+        name="eps and before the addition",
+        reference=_MODULES,
+        port=_COMPACT,
+        causes=(("eps", "stem_norm"), ("activation_before_addition", "units.2.conv1")),
+        plan={"stem_norm.eps": 1e-3, "two.before": True},
+    ),
+    Twice(
+        name="no bias and flattened channels last",
+        reference=_SEQUENTIAL,
+        port=_FUNCTIONAL,
+        causes=(("bias_twice", "entry"), ("flatten_order", "hidden")),
+        plan={"conv1.bias_times": 2, "flatten.last": True},
+        weights=changed("dense1.kernel", _rows_last),
+    ),
+    Twice(
+        name="GELU's tanh form and a transposed kernel",
+        reference="torch transformer",
+        port="keras transformer",
+        causes=(("activation", "layers.0.fc2"), ("kernel_transposed", "layers.1.attention.out")),
+        plan={"first.act": "gelu_tanh"},
+        weights=changed("second.out.kernel", np.transpose),
+    ),
+    Twice(
+        name="eps and a hard gate",
+        reference="torch mobile",
+        port="keras subclass",
+        causes=(("eps", "stem.1"), ("gate", "project.0")),
+        plan={"stem_norm.eps": 1e-3, "gate.act": "hard_sigmoid"},
+        modes=("eval",),
+    ),
+    Twice(
+        name="borders counted and other groups",
+        reference="torch branches",
+        port="keras branches",
+        causes=(("pool_counted", "convs.right"), ("groups", "norm")),
+        plan={"right.counted": True, "bottom_norm.groups": 4},
+    ),
+)
 FAULTS_BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
-def made(key: str, fault: Fault | None = None) -> tuple[Any, Plan]:
+def made(key: str, fault: Fault | Twice | None = None) -> tuple[Any, Plan]:
     """A model, and the plan it was made by."""
     model = MODELS[key]
     weights = NETWORKS[model.network].weights()

@@ -147,3 +147,16 @@ class Fault:
     dtypes: tuple[str, ...] = ("float64",)
     also: tuple[str, ...] = ()  # other causes that are as true
     why: str = ""  # they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice:
+    """Two faults of one port, neither of which hides the other: of each the cause and the layer."""
+
+    name: str
+    reference: str
+    port: str
+    causes: tuple[tuple[str, str], tuple[str, str]]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    weights: Edit | None = None
+    modes: tuple[str, ...] = ("eval", "grad")
