@@ -23,6 +23,7 @@ with framework():
     from torch.fx import GraphModule
 
     from resnet_torch.foreign_copy import (
+        NoDropout,
         cast_to,
         copied,
         default_dtype,
@@ -169,7 +170,7 @@ class _TorchRunner:
     def steps(self, train: Callable[[Any], Callable[..., Any]], batches: Sequence[Inputs]) -> list[dict[str, Any]]:
         model = copied(self._model, self._title)
         taken: list[dict[str, Any]] = []
-        with default_dtype(self._dtype), torch.enable_grad():
+        with default_dtype(self._dtype), torch.enable_grad(), NoDropout():
             try:
                 step = train(model)
                 for batch in batches:
@@ -190,7 +191,7 @@ class _TorchRunner:
             bound = inspect.signature(model.forward).bind(*args, **keywords)
             return Operators(model, watch).run(*bound.args, *bound.kwargs.values())
         model.train(training)
-        with watch.modules(model):
+        with watch.modules(model), NoDropout() if training else nullcontext():
             return model(*args, **keywords)
 
     def _loss(self, loss: Loss | None, returned: Any, results: Mapping[str, Tensor]) -> Tensor:
