@@ -6,6 +6,7 @@ the name of the layer that takes it. So what stands between layers is seen where
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from common.parity.levels import RANDOM
 from common.parity.names import ArrayName, Mode, Pass
 from common.parity.record import Array, LayerCall, Source, distance, finite, norm
 from common.parity.subjects import Keep, passes
-from common.weights import perturb_array
+from common.weights import LazyWeights, perturb_array
 
 _EXACT = (Activation, Dropout, Flatten)
 
@@ -41,7 +42,7 @@ class ModelPasses:
         self._runner, self._modes, self._loss, self._clock, self._title = runner, modes, loss, clock, title
         self.given = named(inputs)
         self._as_list = not isinstance(inputs, Mapping)
-        self._values = runner.values()
+        self.values = runner.values()  # every array that the model holds
         self.trained = tuple(name for name, trained in runner.trained.items() if trained)
         self._looked: dict[Pass, Looked] = {}
         for run in passes(modes):
@@ -67,7 +68,7 @@ class ModelPasses:
         run = next(iter(self._looked))
         for name, array in self.given.items():
             yield ArrayName(run, "given", name), array
-        for name, array in self._values.items():
+        for name, array in self.values.items():
             yield ArrayName(run, "weight", name), array
 
     def not_restored(self) -> list[str]:
@@ -82,7 +83,7 @@ class ModelPasses:
             return
         if draw is not None:
             given = {name: _moved(array, draw, name) for name, array in given.items()}
-            self._runner.load({name: _moved(array, draw, name) for name, array in self._values.items()})
+            self._runner.load(_all_moved(self.values, draw))
         if order is not None:
             given = {name: array[order] for name, array in given.items()}
         try:
@@ -99,7 +100,7 @@ class ModelPasses:
                             keep(name, back)
         finally:
             if draw is not None:
-                self._runner.load(self._values)
+                self._runner.load(self.values)
 
     def _trace(self, run: Pass, given: Mapping[str, np.ndarray]) -> Trace:
         inputs: Inputs = list(given.values()) if self._as_list else given
@@ -153,11 +154,11 @@ class ModelPasses:
         for looked in self._looked.values():
             by_output = {(source.name): call for call in looked.calls for source in call.outputs[:1]}
             terms = {
-                held["name"]: max(1, int(np.prod(call.outputs[0].shape)) // max(1, self._values[held["name"]].size))
+                held["name"]: max(1, int(np.prod(call.outputs[0].shape)) // max(1, self.values[held["name"]].size))
                 for call in looked.calls
                 if call.outputs
                 for role, held in call.arrays.items()
-                if role == "bias" and held["name"] in self._values
+                if role == "bias" and held["name"] in self.values
             }
             owners = {held["name"]: call.layer for call in looked.calls for held in call.arrays.values()}
             names = [name for name in looked.arrays if name.mode in self._modes]
@@ -210,7 +211,7 @@ class ModelSteps:
         batches = self._batches
         if draw is not None:
             batches = [_each(b, lambda a, key, n=n: _moved(a, draw, f"{key} of {n}")) for n, b in enumerate(batches)]  # type: ignore[misc]
-            self._runner.load({name: _moved(array, draw, name) for name, array in self._values.items()})
+            self._runner.load(_all_moved(self._values, draw))
         if order is not None:
             batches = [_each(batch, lambda a, key: a[order]) for batch in batches]
         try:
@@ -357,6 +358,11 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
         b = b.reshape(a.shape)
     few = (slice(None, None, max(1, a.shape[0] // 2)),) if a.ndim else ()
     return bool(np.array_equal(a[few].reshape(-1)[:64], b[few].reshape(-1)[:64])) and np.array_equal(a, b)
+
+
+def _all_moved(values: Mapping[str, np.ndarray], draw: int) -> LazyWeights:
+    """One after another, as they are loaded."""
+    return LazyWeights({name: partial(_moved, array, draw, name) for name, array in values.items()})
 
 
 def _moved(array: np.ndarray, draw: int, name: str) -> np.ndarray:
