@@ -316,7 +316,8 @@ class _Case:
         if evidence is not was and _same(evidence.reference, evidence.yours):
             return None
         findings = list(self._of_blocks(one, evidence))
-        if evidence.reference.ndim == 4 and self._first(one):
+        given = [array.shape for name, array in evidence.sources.items() if name.startswith("the model's input")]
+        if evidence.reference.ndim == 4 and evidence.reference.shape in given and self._first(one):
             findings += [
                 replace(found, place=evidence.place) for found in explain_input(evidence.reference, evidence.yours)
             ]
@@ -327,11 +328,11 @@ class _Case:
         return next(one for one, two in self.matching.calls if two == yours)
 
     def _first(self, one: Added) -> bool:
-        """Whether no layer that holds anything comes before it."""
+        """Whether no layer that holds what is trained comes before it, as far as that is known."""
         for (run, name), call in self.ours.calls.items():
             if run == one.run and one.part == "input" and name == one.place:
                 return True
-            if run == one.run and call.arrays:
+            if run == one.run and call.arrays.keys() & {"kernel", "table", "scale"}:
                 return False
         return True
 
