@@ -320,7 +320,9 @@ def _loss(title: str, loss: Loss | None, output: Any, results: list[tuple[str, A
         arrays = [array for _, array in results if is_floating(array)]
         if not arrays:
             raise ModelError(f"`{title}` returns no array of floating point, which gradients could be taken of")
-        return sum(LATER_OUTPUT**number * (0.5 * jnp.mean(array**2)) for number, array in enumerate(arrays))
+        return sum(
+            LATER_OUTPUT**number * jnp.mean(array**2 / 2 + jnp.sin(array)) for number, array in enumerate(arrays)
+        )
     value = loss(output)
     if not is_array(value) or value.shape != () or not is_floating(value):
         raise ModelError(f"the loss of `{title}` is no scalar of floating point: {getattr(value, 'shape', value)!r}")

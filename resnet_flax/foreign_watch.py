@@ -169,9 +169,12 @@ def _put(
 ) -> Any:
     """`other`, where it is an array, in the place of `value`, with the gradients of `value`; what comes back is noted,
     and then replaced by `cotangent`."""
-    for array in (other, cotangent):
-        if array is not None and array.shape != value.shape:
-            raise ModelError(f"`{name}`: an array of shape {array.shape} in the place of one of {value.shape}")
+    if other is not None and other.shape != value.shape:
+        if other.ndim != value.ndim:
+            raise ModelError(f"`{name}`: an array of shape {other.shape} in the place of one of {value.shape}")
+        return other.astype(value.dtype)  # no gradient passes it
+    if cotangent is not None and cotangent.shape != value.shape:
+        raise ModelError(f"`{name}`: a gradient of shape {cotangent.shape} in the place of one of {value.shape}")
     other, cotangent = (array if array is None else array.astype(value.dtype) for array in (other, cotangent))
     if not (differentiated and is_floating(value)) or (other is None and note is None):
         return value if other is None else other

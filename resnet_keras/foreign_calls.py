@@ -205,7 +205,9 @@ class Watch:
 
     def _one(self, array: Any, by: Any, heard: Heard | None, cotangent: Any) -> Any:
         """An array in the place of another, with its mask."""
-        if self.gradients and "float" in keras_backend.standardize_dtype(array.dtype):
+        if by is not None and tuple(by.shape) != tuple(array.shape):
+            instead = by  # no gradient passes it
+        elif self.gradients and "float" in keras_backend.standardize_dtype(array.dtype):
             instead = self.engine.passed(array, by, heard, cotangent)
         elif by is not None:
             instead = by
@@ -218,7 +220,7 @@ class Watch:
     def _like(self, name: str, role: str, array: Any, by: np.ndarray | None) -> Any:
         if by is None:
             return None
-        if by.shape != tuple(array.shape):
+        if by.ndim != len(array.shape):
             raise ModelError(f"{name}: an {role} of shape {tuple(array.shape)} cannot be replaced by one of {by.shape}")
         # A copy: a tensor may share the array's memory.
         return keras.ops.convert_to_tensor(np.array(by), dtype=keras_backend.standardize_dtype(array.dtype))

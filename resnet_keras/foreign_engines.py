@@ -39,8 +39,8 @@ class Engine(Protocol):
         """
         ...
 
-    def mean_square(self, value: Any) -> Any:
-        """Of all elements, in the dtype of the array: Keras' own mean is of float32 on two of its backends."""
+    def mean_loss(self, value: Any) -> Any:
+        """The mean of y² / 2 + sin y, in the dtype of the array: Keras' own is of float32 on two of its backends."""
         ...
 
     def differentiated(
@@ -107,8 +107,8 @@ class TensorFlow:
 
         return identity(value)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._tf.reduce_mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._tf.reduce_mean(value * value / 2 + self._tf.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]
@@ -215,8 +215,8 @@ class Jax:
         passing.defvjp(forwards, backwards)
         return passing(value)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._jax.numpy.mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._jax.numpy.mean(value * value / 2 + self._jax.numpy.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]
@@ -306,8 +306,8 @@ class Torch:
     def passed(self, value: Any, by: Any, heard: Heard | None, cotangent: Any) -> Any:
         return self._passed.apply(value, by, heard, cotangent)
 
-    def mean_square(self, value: Any) -> Any:
-        return self._torch.mean(value * value)
+    def mean_loss(self, value: Any) -> Any:
+        return self._torch.mean(value * value / 2 + self._torch.sin(value))
 
     def differentiated(
         self, function: Function, variables: Sequence[Any], inputs: Mapping[str, Any], state: Sequence[Any]

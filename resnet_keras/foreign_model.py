@@ -240,7 +240,7 @@ class KerasRunner:
         if not floating:
             raise ModelError(f"{self._title} returns nothing in floating point, which has no gradients; give a loss")
         for number, value in enumerate(floating):
-            total = total + LATER_OUTPUT**number * self._engine.mean_square(value) / 2
+            total = total + LATER_OUTPUT**number * self._engine.mean_loss(value)
         return total
 
     def _tensors(self, inputs: Inputs) -> dict[str, Any]:

@@ -23,6 +23,7 @@ with framework():
     from torch.fx import GraphModule
 
     from resnet_torch.foreign_copy import (
+        NoDropout,
         cast_to,
         copied,
         default_dtype,
@@ -169,7 +170,7 @@ class _TorchRunner:
     def steps(self, train: Callable[[Any], Callable[..., Any]], batches: Sequence[Inputs]) -> list[dict[str, Any]]:
         model = copied(self._model, self._title)
         taken: list[dict[str, Any]] = []
-        with default_dtype(self._dtype), torch.enable_grad():
+        with default_dtype(self._dtype), torch.enable_grad(), NoDropout():
             try:
                 step = train(model)
                 for batch in batches:
@@ -190,12 +191,14 @@ class _TorchRunner:
             bound = inspect.signature(model.forward).bind(*args, **keywords)
             return Operators(model, watch).run(*bound.args, *bound.kwargs.values())
         model.train(training)
-        with watch.modules(model):
+        with watch.modules(model), NoDropout() if training else nullcontext():
             return model(*args, **keywords)
 
     def _loss(self, loss: Loss | None, returned: Any, results: Mapping[str, Tensor]) -> Tensor:
         if loss is None:
-            parts = [tensor.abs().square().mean() / 2 for tensor in results.values() if floats(tensor)]
+            parts = [
+                (tensor.abs().square() / 2 + tensor.real.sin()).mean() for tensor in results.values() if floats(tensor)
+            ]
             if not parts:
                 raise ModelError(f"{self._title} returned nothing of floating point, of which a loss could be made")
             return torch.stack([LATER_OUTPUT**i * part for i, part in enumerate(parts)]).sum()

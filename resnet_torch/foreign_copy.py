@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from common.errors import ModelError
@@ -103,6 +105,26 @@ def without_dropout(model: nn.Module) -> None:
 
 def _evaluated(module: nn.Module, inputs: Any) -> None:
     module.training = False
+
+
+_DROPS = frozenset(
+    {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
+    }
+)
+
+
+class NoDropout(TorchFunctionMode):
+    """While it lasts, functions of dropout return what they are given."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _DROPS:
+            return args[0] if args else kwargs["input"]
+        if function is F.scaled_dot_product_attention and len(args) < 5:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return function(*args, **kwargs)
 
 
 @contextmanager

@@ -216,10 +216,12 @@ def test_other_randomness_goes_on_from_pass_to_pass_and_begins_again_behind() ->
             assert same(runner.run([NOISE]).results[""], drawn[0])
 
 
-def test_the_default_loss_is_half_the_mean_square_and_a_users_own_is_of_what_the_model_returned() -> None:
+def test_the_default_loss_is_of_every_output_and_a_users_own_is_of_what_the_model_returned() -> None:
     with adapt(foreign_keras.subclassed()).at_work("float64") as runner:
         trace = runner.run([NOISE], gradients=True)
-        expected = sum(0.3**place * np.mean(value**2) / 2 for place, value in enumerate(trace.results.values()))
+        expected = sum(
+            0.3**place * np.mean(value**2 / 2 + np.sin(value)) for place, value in enumerate(trace.results.values())
+        )
         assert trace.loss == pytest.approx(expected, rel=1e-14)
         own = runner.run([NOISE], gradients=True, loss=lambda outputs: ops.sum(outputs["means"][0]))
         assert own.loss == pytest.approx(trace.results["means.0"].sum(), rel=1e-13)

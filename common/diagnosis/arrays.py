@@ -1,11 +1,13 @@
 """What people get wrong in arrays: those that were never loaded, and those that hold something else."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod, sqrt
 
 import numpy as np
 
 from common.diagnosis.evidence import Side
+from common.diagnosis.precision import TITLES, rounded
 from common.diagnosis.trials import Change, Trial, Work, changed
 
 # Fewer random values do not tell of which initialiser they are.
@@ -58,6 +60,16 @@ def change_of(role: str, arrays: Mapping[str, np.ndarray], reference: Mapping[st
             facts={"roles": role},
             slot=role,
         )
+    for precision, name in TITLES.items():
+        if np.array_equal(rounded(reference[role], precision), arrays[role]):
+            return Change(
+                cause="precision",
+                yours=f"holds its {role} rounded to {name}",
+                reference="as it is",
+                cost=2.0,
+                facts={"detail": precision},
+                slot=role,
+            )
     return Change(
         cause="array_differs",
         yours=f"holds another {role}",
@@ -71,6 +83,9 @@ def change_of(role: str, arrays: Mapping[str, np.ndarray], reference: Mapping[st
 def _together(changes: list[Change], roles: tuple[str, ...]) -> Change:
     """The same of several arrays."""
     names = ", ".join(roles[:-1]) + f" and {roles[-1]}"
+    if all(one.cause == "precision" and one.facts == changes[0].facts for one in changes):
+        title = TITLES[changes[0].facts["detail"]]
+        return replace(changes[0], yours=f"holds its {names} rounded to {title}", slot="arrays")
     loaded = all(one.cause == "never_loaded" for one in changes)
     return Change(
         cause="never_loaded" if loaded else "array_differs",

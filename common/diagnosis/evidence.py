@@ -72,6 +72,10 @@ class GlueEvidence:
     reference: np.ndarray
     yours: np.ndarray
     limit: float
+    # Of sources that the reference has a layer for and yours has none: what that layer does, and to which of them.
+    made: Mapping[str, tuple[Operation, tuple[str, ...]]] = field(default_factory=dict)
+    # What yours has in the place of sources that were off before, and goes on computing with.
+    inherited: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,7 @@ class Explained:
     place: str
     best: Finding | None
     runner_up: Finding | None = None
+    others: tuple[Finding, ...] = ()  # those that follow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -426,8 +426,8 @@ def _pooled(value: np.ndarray, values: Values, names: Sequence[str]) -> Iterator
         likes = [value]
         if flat and value.shape[1] % x.shape[-1] == 0:
             pixels = value.shape[1] // x.shape[-1]
-            side = isqrt(pixels)
-            sides = [(side, side)] if side * side == pixels else []
+            rows = range(1, x.shape[1] + 1) if x.ndim == 4 else ()
+            sides = [(one, pixels // one) for one in rows if pixels % one == 0 and pixels // one <= x.shape[2]]
             likes += [np.empty((len(x), *one, x.shape[-1])) for one in sides]
         for like in likes:
             for operation in without_arrays(x, like):

@@ -1,6 +1,6 @@
 """Why plain code between layers differs: the reference's formula, and what in it yours has otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from itertools import permutations
 from math import inf, sqrt
@@ -32,7 +32,16 @@ from common.diagnosis.pointwise import dropout, response_edits, softmax_edits
 from common.diagnosis.pools import flatten_edits, global_edits, pool_edits
 from common.diagnosis.remedies import activation_words, of_activation
 from common.diagnosis.trials import FEWEST, NEXT_BEST, Change, Changes, Goal, Trial, Work, cost_of, findings, plain
-from common.foreign.operations import Activation, Flatten, GlobalPool, LocalResponseNorm, Merge, Pool, Softmax
+from common.foreign.operations import (
+    Activation,
+    Flatten,
+    GlobalPool,
+    LocalResponseNorm,
+    Merge,
+    Operation,
+    Pool,
+    Softmax,
+)
 
 # Pairs of changes that are tried where no single one explains it.
 _MOST_PAIRS = 800
@@ -49,7 +58,7 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     if goal.before * goal.norm <= goal.limit:
         return []
     values = Values(evidence.sources)
-    known = found(goal.reference, values, is_it=goal.is_reference, relative=goal.relative)
+    known = _known(evidence, values, goal)
     if known is None:
         values.sources[_VALUE] = goal.reference
         known = Source(name=_VALUE)
@@ -71,6 +80,91 @@ def explain_glue(evidence: GlueEvidence) -> list[Finding]:
     change = _formula(other, known)
     left = goal.left(values.once(other))
     return findings([(left, (change,)), *rows], goal, place=place, backend=backend)
+
+
+def rebased(evidence: GlueEvidence) -> GlueEvidence:
+    """With what the reference's formula makes of what yours has inherited: that is to be explained no more. The
+    evidence itself where the formula is not known, or reads nothing of it."""
+    values = Values(evidence.sources)
+    known = _known(evidence, values, Goal(evidence.reference, evidence.reference, evidence.limit))
+    if known is None or not evidence.inherited.keys() & set(_sources(known)):
+        return evidence
+    sources = {**evidence.sources, **evidence.inherited}
+    try:
+        with np.errstate(all="ignore"):
+            reference = Values(sources).of(known)
+    except (ValueError, IndexError):
+        return evidence
+    # Its own sources last: what another formula would read of them is still there.
+    return replace(evidence, sources=sources, reference=reference, inherited={})
+
+
+def _known(evidence: GlueEvidence, values: Values, goal: Goal) -> Expression | None:
+    """The reference's formula, with that of layers in it which only the reference has."""
+    known = _found(goal.reference, values, goal)
+    if known is None:
+        return None
+    taken = {name for _, names in evidence.made.values() for name in names}
+    whole = _written_out(known, evidence.made, taken, values, goal)
+    try:
+        with np.errstate(all="ignore"):
+            return whole if goal.is_reference(values.of(whole)) else known
+    except (ValueError, KeyError, IndexError):
+        return known
+
+
+def _found(value: np.ndarray, values: Values, goal: Goal) -> Expression | None:
+    """The formula of a value; of rows of tokens also with tokens and channels exchanged."""
+    own = Goal(value, value, goal.limit)
+    turned = {}
+    if value.ndim == 3 and value.shape[1] != value.shape[2]:
+        shape = value.shape[0], value.shape[2], value.shape[1]
+        turned = {f"{name} turned": name for name in values.names if values.sources[name].shape == shape}
+    if not turned:
+        return found(value, values, is_it=own.is_reference, relative=goal.relative)
+    more = {one: values.sources[name].swapaxes(1, 2) for one, name in turned.items()}
+    both = Values({**values.sources, **more})
+    known = found(value, both, is_it=own.is_reference, relative=goal.relative)
+    return None if known is None else _turned_back(known, turned, value.shape[1:])
+
+
+def _turned_back(expression: Expression, turned: Mapping[str, str], shape: tuple[int, ...]) -> Expression:
+    match expression:
+        case Source() if expression.name in turned:
+            move = Move(split=shape[::-1], axes=(1, 0), shape=shape)
+            return Applied(do=move, of=(Source(name=turned[expression.name]),))
+        case Applied():
+            return Applied(do=expression.do, of=tuple(_turned_back(one, turned, shape) for one in expression.of))
+    return expression
+
+
+def _written_out(
+    expression: Expression,
+    made: Mapping[str, tuple[Operation, tuple[str, ...]]],
+    taken: Set[str],
+    values: Values,
+    goal: Goal,
+) -> Expression:
+    """With what layers do that yours has not got, and what plain code makes for these to take."""
+    match expression:
+        case Source() if expression.name in made:
+            operation, inputs = made[expression.name]
+            rest = {name: one for name, one in made.items() if name != expression.name}
+            parts = tuple(_written_out(Source(name=name), rest, taken, values, goal) for name in inputs)
+            return Applied(do=operation, of=parts)
+        case Source() if expression.name in taken and expression.name.startswith("the input of "):
+            value = values.sources[expression.name]
+            others = {name: x for name, x in values.sources.items() if name not in made and not _equal(x, value)}
+            known = _found(value, Values(others), goal)
+            return expression if known is None else _written_out(known, made, taken - {expression.name}, values, goal)
+        case Applied():
+            parts = tuple(_written_out(one, made, taken, values, goal) for one in expression.of)
+            return Applied(do=expression.do, of=parts)
+    return expression
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b)
 
 
 def _tried(edits: Iterator[tuple[Changes, Expression]], screen: Screen, goal: Goal) -> list[tuple[float, Changes]]:
@@ -204,6 +298,10 @@ class _Edits:
                     yield from _moved_in(do, inner[0])
                 if isinstance(inner[0], Applied) and isinstance(inner[0].do, Pool | GlobalPool):
                     pooled = inner[0]
+                    # A maximum and an activation that grows may be told in either order.
+                    before = Applied(do=do, of=pooled.of)
+                    for cause, other, cost, change in _of_activation(before, do, path, wide, gated=self._gates(path)):
+                        yield cause, Applied(do=pooled.do, of=(other,)), cost, change
                     swapped = Applied(do=pooled.do, of=(Applied(do=do, of=pooled.of),))
                     yield "order", swapped, 1.2, None
             case Merge():
@@ -224,7 +322,10 @@ class _Edits:
             if not isinstance(node, Applied) or at >= len(node.of):
                 return False
             node = node.of[at]
-        return bool(path) and isinstance(node, Applied) and node.do == Merge(how="multiply")
+        if not (path and isinstance(node, Applied) and node.do == Merge(how="multiply")):
+            return False
+        sizes = [self.values.of(one).size for one in node.of]
+        return sizes[path[-1]] == min(sizes)
 
     def _of_merge(self, node: Applied, do: Merge, wide: bool) -> Iterator[tuple[str, Expression, float, Change | None]]:
         inner = node.of
@@ -385,6 +486,15 @@ def _of_activation(
     facts: dict[str, Any] = of_activation(do.name, do.slope)
     slopes = {"leaky_relu": (0.01, 0.2, 0.3, 0.1)}
     for at, name in enumerate(arithmetic.ACTIVATIONS):
+        if name == do.name == "gelu":
+            # TensorFlow's in float64.
+            root = float(np.sqrt(2.0)) / float(np.sqrt(np.float32(2.0)))
+            rounded = Applied(do=do, of=(Applied(do=Scale(factor=root), of=(inner,)),))
+            said = "has the root of 2 in GELU in float32"
+            change = Change(
+                cause="precision", yours=said, reference="in float64", facts=facts, slot=f"activation{path}"
+            )
+            yield "precision", Applied(do=Scale(factor=1 / root), of=(rounded,)), 1.0, change
         for slope in slopes.get(name, (None,)):
             other = Activation(name=name, slope=slope)
             if other == do or (not wide and name not in COMMON[:5] and name != "identity"):
@@ -432,6 +542,10 @@ def _of_attention(node: Applied, do: Attention) -> Iterator[tuple[str, Expressio
     for scale, yours in scales.items():
         if abs(scale - do.scale) > 1e-12:
             yield of("scale_factor", yours, known, replace(do, scale=scale))
+    single = float(np.float32(do.scale))
+    if single != do.scale:
+        said = "rounds the scale of q k^T to float32"
+        yield of("precision", said, "does not", replace(do, scale=single))
     axis = "takes the softmax over the queries"
     yield of("softmax_axis", axis, "takes it over the keys", replace(do, axis=-2))
     turned = replace(do, in_turn=True)

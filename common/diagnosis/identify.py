@@ -35,7 +35,8 @@ _RESPONSES = tuple(
     for k in (1.0, 2.0)
     for mean in (True, False)
 )
-_FUSED = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "leaky_relu", "elu", "hard_silu", "softplus")
+# What layers have for an activation of their own.
+FUSED = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "leaky_relu", "elu", "hard_silu", "softplus")
 _NORMS = 1e-5, 1e-3, 1e-6
 
 
@@ -101,7 +102,7 @@ def _versions(work: Work, goal: Goal) -> Iterator[Work]:
             if eps >= 0:
                 yield replace(work, operation=replace(operation, eps=eps))
     if not isinstance(operation, Activation | Softmax | Flatten | Pool | GlobalPool):
-        for name in _FUSED:
+        for name in FUSED:
             fused = replace(work, activation=Activation(name=name))
             yield fused
             if isinstance(operation, BatchNorm | LayerNorm | GroupNorm):

@@ -33,6 +33,11 @@ def pool_edits(work: Work, goal: Goal, backend: str, *, wide: bool = True) -> It
     # A window over the end is SAME's padding where the size is even. PyTorch's pools know it alone.
     likely = 0.9 if family(backend) == "torch" else 1.1
     yield _setting(work, other, "pool_ceil", "ceil", likely, ceil=operation.ceil)
+    # PyTorch's models ported from Caffe's have a window over the end where others have a border.
+    either = family(backend) == "torch" and goal.yours.ndim == x.ndim and not operation.ceil
+    for padded in _reaching(other, goal, x) if either else ():
+        if padded.padding not in (operation.padding, "same"):
+            yield _setting(work, padded, "pool_ceil", "ceil", likely, ceil=operation.ceil)
     for size in _WINDOWS if wide else (2, 3):
         other = replace(operation, window=(size,) * axes)
         for padded in _reaching(other, goal, x):

@@ -96,7 +96,7 @@ def flattened(returned: Any, title: str) -> dict[str, np.ndarray]:
                 walk(one, f"{path}.{key}" if path else str(key))
         elif value is not None:
             # asarray first: asked for a copy, PyTorch's and TensorFlow's tensors warn under NumPy 2.
-            array = np.array(np.asarray(value))
+            array = np.array(np.asarray(value.detach().cpu() if hasattr(value, "detach") else value))
             if array.dtype.kind not in "fiub":
                 raise ModelError(f"{title} returns a {type(value).__name__}{f' at {path}' if path else ''}, no array")
             found[path] = array

@@ -1,10 +1,13 @@
 """From where two models differ to why: gathers the evidence of each failing place, and asks for its causes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
+from math import prod
 
 import numpy as np
 
+from common.diagnosis.arithmetic import activate
 from common.diagnosis.causes import AND
 from common.diagnosis.evidence import (
     Backward,
@@ -16,18 +19,22 @@ from common.diagnosis.evidence import (
     Side,
     Statistics,
 )
-from common.diagnosis.glue import explain_glue
+from common.diagnosis.glue import explain_glue, rebased
+from common.diagnosis.identify import FUSED
 from common.diagnosis.images import explain_input
 from common.diagnosis.layers import explain_layer
-from common.foreign.operations import Conv, from_data
+from common.foreign.operations import Activation, Conv, Operation, Pad, Pool, from_data
 from common.foreign.protocol import Trace
 from common.parity.levels import EXPLAINED, SAME_VALUES
-from common.parity.localise import Added, Localised, Reference
-from common.parity.matching import Matching, held_of, turns
+from common.parity.localise import Added, Localised, Reference, behind
+from common.parity.matching import Matching, Turn, held_of, turns
 from common.parity.names import ArrayName, Pass
-from common.parity.record import LayerCall, Record, Source, distance, norm
+from common.parity.record import LayerCall, Record, distance, norm
 
+# What a layer that is known holds.
+_ROLES = frozenset({"kernel", "bias", "scale", "mean", "var", "table"})
 _MOST = 40  # failing places that are looked into
+_NEXT = 2  # arrays behind a layer that an activation may have made of its output
 _NEAREST = 40  # arrays before a place that plain code there may have been made of
 
 
@@ -41,11 +48,35 @@ def diagnose(reference: Record, other: Record, matching: Matching, localised: Lo
     for one in (forward or failing)[:_MOST]:
         if one.part == "statistic" and case.layer_of(one) in {defect.place for defect in found}:
             continue  # of a layer whose output is off already
+        inherits = bool(case.inherited)
         if (explained := case.explain(one)) is not None:
+            if explained.best is None and inherits and one.part in ("input", "result"):
+                continue  # it may be what was found before, behind plain code that is not known
             found.append(explained)
             if explained.best is not None and explained.best.cause == "detached":
                 break  # what lies before it gets nothing either
-    return Diagnosis(defects=tuple(_merged(found)))
+    return Diagnosis(defects=tuple(_merged(list(_both_ways(found, case.swapped)))))
+
+
+def _both_ways(found: Sequence[Explained], swapped: Mapping[str, tuple[str, str]]) -> Iterator[Explained]:
+    """Two layers that hold each other's arrays as one defect."""
+    done: set[str] = set()
+    for explained in found:
+        best, place = explained.best, explained.place
+        if best is not None and best.cause == "block_order":
+            if "blocks" in done:
+                continue  # where it stands in yours
+            done.add("blocks")
+        if best is None or best.cause != "arrays_swapped" or place not in swapped:
+            yield explained
+            continue
+        if place in done:
+            continue
+        other = next((one for one, pair in swapped.items() if pair == swapped[place][::-1]), None)
+        if other is not None:
+            done.add(other)
+            best = replace(best, yours=f"{best.yours}, and `{other}` those of this one")
+        yield replace(explained, best=best)
 
 
 def _merged(found: Sequence[Explained]) -> Iterator[Explained]:
@@ -80,6 +111,10 @@ class _Case:
         self.layouts = reference.manifest.layout, other.manifest.layout
         self.backend = other.manifest.backend
         self.pair = dict(matching.calls)
+        # What yours has where plain code was off already, by the words for it.
+        self.inherited: dict[str, np.ndarray] = {}
+        # By place, a layer of the reference and the one whose arrays it holds in yours.
+        self.swapped: dict[str, tuple[str, str]] = {}
         self.weights = [{name.place: name for name in record if name.kind == "weight"} for record in (reference, other)]
 
     def explain(self, one: Added) -> Explained | None:
@@ -90,8 +125,17 @@ class _Case:
             evidence = self._layer_evidence(one)
             if evidence is None:
                 return None
-            found = [*self._of_other_arrays(one, evidence), *explain_layer(evidence)]
-            return _answer(self._place(one), found)
+            if (array := self.localised.activated.get(one.run, {}).get(one.yours)) is not None:
+                ours = self.ours.calls[one.run, one.place]
+                behind_it = replace(evidence.reference, outputs=(_last(array, self.layouts[0], ours),))
+                evidence = replace(evidence, reference=behind_it)
+            others = list(self._of_other_arrays(one, evidence))
+            answer = _answer(self._place(one), [*others, *explain_layer(evidence)])
+            if others or not _may_be_fused(answer):
+                return answer
+            # One model may have an activation in the layer that the other has behind it.
+            again = [_answer(self._place(one), explain_layer(other)) for other in self._behind(one, evidence)]
+            return min((answer, *again), key=_rank)
         return self._explain_parameter(one)
 
     def layer_of(self, one: Added) -> str:
@@ -124,13 +168,37 @@ class _Case:
             return None
         expected = outputs[one.number]
         assert expected is not None
+        reference = self._side(
+            0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None), theirs
+        )
+        if len(ours.inputs) == 1 and (bare := self.ours.unpadded(one.run, ours.inputs[0], self.pair)) is not None:
+            padding = self.ours.calls[one.run, ours.inputs[0].name.partition("/")[2]].operation
+            operation = _with_padding(reference.operation, from_data(padding))
+            if operation is not None or reference.operation is None:
+                inputs = [self.ours.source(one.run, bare)]
+                reference = replace(reference, operation=operation)
         return LayerEvidence(
             training=one.run == "train",
             inputs=tuple(_last(array, self.layouts[0], ours) for array in inputs if array is not None),
-            reference=self._side(0, ours, tuple(_last(a, self.layouts[0], ours) for a in outputs if a is not None)),
-            yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made)),
+            reference=reference,
+            yours=self._side(1, theirs, tuple(self._turned(a, expected, ours, theirs) for a in made), ours),
             limit=one.limit * norm(expected),
         )
+
+    def _behind(self, one: Added, evidence: LayerEvidence) -> Iterator[LayerEvidence]:
+        """The same with what the reference, or yours, makes of the layer's output next."""
+        ours, theirs = self.ours.calls[one.run, one.place], self.theirs.calls[one.run, one.yours]
+        if len(ours.outputs) != 1 or len(theirs.outputs) != 1 or one.run not in self.localised.free:
+            return
+        for array in islice(self.ours.behind(one.run, one.place, ours.outputs[0]), _NEXT):
+            expected = _last(array, self.layouts[0], ours)
+            if expected.shape == evidence.reference.outputs[0].shape:
+                yield replace(evidence, reference=replace(evidence.reference, outputs=(expected,)))
+        matched = {two for mine, two in self.pair.items() if self.ours.calls[one.run, mine].leaf}
+        for array in islice(behind(self.localised.free[one.run], one.yours, matched), _NEXT):
+            made = self._turned(array, evidence.reference.outputs[0], ours, theirs)
+            if made.shape == evidence.yours.outputs[0].shape:
+                yield replace(evidence, yours=replace(evidence.yours, outputs=(made,)))
 
     def _turned(self, made: np.ndarray, expected: np.ndarray, ours: LayerCall, theirs: LayerCall) -> np.ndarray:
         """An array of the other, channels last; where it fits, in the reference's shape."""
@@ -139,13 +207,29 @@ class _Case:
             return _last(found(made), self.layouts[0], ours)
         return _last(made, self.layouts[1], theirs)
 
-    def _side(self, which: int, call: LayerCall, outputs: tuple[np.ndarray, ...]) -> Side:
+    def _side(
+        self, which: int, call: LayerCall, outputs: tuple[np.ndarray, ...], other: LayerCall | None = None
+    ) -> Side:
+        """What is known of a layer; of one that nobody knows, in the words of the `other` model's, where its arrays
+        are that one's."""
         record = (self.ours, self.theirs)[which].record
+        operation = from_data(call.operation)
+        if other is not None and not call.arrays.keys() <= _ROLES and other.arrays.keys() <= _ROLES:
+            arrays = self._in_words_of(which, call, other)
+            if arrays is not None:
+                return Side(
+                    backend=record.manifest.backend,
+                    layer=call.name,
+                    kind=call.kind,
+                    operation=from_data(other.operation),
+                    arrays=arrays,
+                    outputs=outputs,
+                )
         return Side(
             backend=record.manifest.backend,
             layer=call.name,
             kind=call.kind,
-            operation=from_data(call.operation),
+            operation=operation,
             arrays={
                 role: held_of(held).canonical(record[self.weights[which][held["name"]]])
                 for role, held in call.arrays.items()
@@ -154,11 +238,42 @@ class _Case:
             outputs=outputs,
         )
 
+    def _in_words_of(self, which: int, call: LayerCall, other: LayerCall) -> dict[str, np.ndarray] | None:
+        """A layer's arrays by the roles and in the layouts of the other model's layer; None where one has none."""
+        record = (self.ours, self.theirs)[which].record
+        own = {held["name"] for held in call.arrays.values()}
+        roles = {held["name"]: (role, held_of(held)) for role, held in other.arrays.items()}
+        found: dict[str, np.ndarray] = {}
+        for mine, (yours, turn) in self.matching.parameters.items():
+            name, there = (mine, yours) if which == 0 else (yours, mine)
+            if name in own and there in roles and name in self.weights[which]:
+                array = record[self.weights[which][name]]
+                role, held = roles[there]
+                turn = self._as_of_others(mine, yours, turn)
+                found[role] = held.canonical(turn.back(array) if which == 0 else turn(array))
+        return found if len(found) == len(own) else None
+
+    def _as_of_others(self, mine: str, yours: str, turn: Turn) -> Turn:
+        """How a parameter is turned; of one that has other values in the two models, as others of its name are."""
+        if self._agree(mine, yours, turn):
+            return turn
+        last = mine.rpartition(".")[2]
+        for name, (other, found) in self.matching.parameters.items():
+            alike = name.rpartition(".")[2] == last and len(found.shape) == len(turn.shape)
+            if alike and [kind for kind, _ in found.steps] == ["axes"] and self._agree(name, other, found):
+                return Turn(turn.shape, found.steps)
+        return turn
+
+    def _agree(self, mine: str, yours: str, turn: Turn) -> bool:
+        ours, theirs = self.ours.record[self.weights[0][mine]], self.theirs.record[self.weights[1][yours]]
+        return _same(ours, turn(theirs))
+
     def _of_other_arrays(self, one: Added, evidence: LayerEvidence) -> Iterator[Finding]:
         """Whether the layer holds what another layer of the reference holds: a shared layer, or arrays in another
         order."""
         theirs = self.theirs.calls[one.run, one.yours]
         again = sum(call.layer == theirs.layer for (run, _), call in self.theirs.calls.items() if run == one.run) > 1
+        owners: dict[str, list[str]] = {}
         for role, mine in evidence.yours.arrays.items():
             own = evidence.reference.arrays.get(role)
             if own is None or own.shape != mine.shape or not mine.any() or _same(own, mine):
@@ -169,38 +284,62 @@ class _Case:
                     continue
                 array = held_of(held).canonical(self.ours.record[self.weights[0][held["name"]]])
                 if array.ndim and array.shape == mine.shape and np.ptp(array) and _same(array, mine):
-                    yield Finding(
-                        cause="shared_layer" if again else "arrays_swapped",
-                        place=self._place(one),
-                        yours=f"is `{theirs.layer}` once more" if again else f"holds the {role} of `{call.layer}`",
-                        reference=f"has a layer of its own there, `{one.place}`"
-                        if again
-                        else f"has its own there ({held['name'].rpartition('.')[0] or one.place})",
-                        remedy="Make a layer for each call."
-                        if again
-                        else "Load each layer's own arrays: an order of definition is no name.",
-                        before=one.added,
-                        after=distance(array, mine) / norm(array),
-                        cost=0.5,
-                    )
-                    return
+                    owners.setdefault(call.layer, []).append(role)
+                    break
+        for layer, roles in owners.items():
+            self.swapped[self._place(one)] = self.ours.calls[one.run, one.place].layer, layer
+            words = ", ".join(roles[:-1]) + " and " * (len(roles) > 1) + roles[-1]
+            yield Finding(
+                cause="shared_layer" if again else "arrays_swapped",
+                place=self._place(one),
+                yours=f"is `{theirs.layer}` once more" if again else f"holds the {words} of `{layer}`",
+                reference=f"has {'a layer of its' if again else 'its'} own there, `{one.place}`",
+                remedy="Make a layer for each call."
+                if again
+                else "Load each layer's own arrays: an order of definition is no name.",
+                before=one.added,
+                after=0.0,
+                cost=0.5,
+            )
+            return
 
     def _explain_glue(self, one: Added) -> Explained | None:
         evidence = self._glue_evidence(one)
         if evidence is None:
             return None
+        was, evidence = evidence, rebased(evidence)
+        if one.part == "input":
+            names = _words(self.ours.calls[one.run, one.place].inputs[one.number].name), evidence.place
+            if names[0] in self.inherited and _same(self.inherited[names[0]], was.yours):
+                return None  # it goes into several layers
+            self.inherited |= dict.fromkeys((names[0], _words(f"into/{_numbered(one.place, one.number)}")), was.yours)
+        if evidence is not was and _same(evidence.reference, evidence.yours):
+            return None
         findings = list(self._of_blocks(one, evidence))
-        given = [array for name, array in evidence.sources.items() if name.startswith("the model's input")]
-        if given and evidence.reference.ndim == 4 and any(_same(evidence.reference, array) for array in given):
+        given = [array.shape for name, array in evidence.sources.items() if name.startswith("the model's input")]
+        if evidence.reference.ndim == 4 and evidence.reference.shape in given and self._first(one):
             findings += [
                 replace(found, place=evidence.place) for found in explain_input(evidence.reference, evidence.yours)
             ]
         findings += explain_glue(evidence)
         return _answer(evidence.place, findings)
 
+    def _ours_of(self, yours: str) -> str:
+        return next(one for one, two in self.matching.calls if two == yours)
+
+    def _first(self, one: Added) -> bool:
+        """Whether no layer that holds what is trained comes before it, as far as that is known."""
+        for (run, name), call in self.ours.calls.items():
+            if run == one.run and one.part == "input" and name == one.place:
+                return True
+            if run == one.run and call.arrays.keys() & {"kernel", "table", "scale"}:
+                return False
+        return True
+
     def _glue_evidence(self, one: Added) -> GlueEvidence | None:
         trace = self.localised.traces[one.run]
         order = [call for (run, _), call in self.ours.calls.items() if run == one.run]
+        layout = self.layouts[0]
         if one.part == "result":
             name = ArrayName(one.run, "result", one.place)
             expected: np.ndarray | None = self.ours.record[name]
@@ -215,17 +354,39 @@ class _Case:
             if expected is None:
                 return None
             found = next(turns(expected.shape, self.layouts[0], array.shape, self.layouts[1]), None)
-            seen = array if found is None else found(array)
+            layout, seen = (self.layouts[1], array) if found is None else (self.layouts[0], found(array))
+            theirs_call = self.theirs.calls[one.run, one.yours]
+            other, known = theirs_call.inputs[one.number], self.matching.arrays.get(source.name, ("", None))
+            if (
+                known[1] is not None
+                and known[0] == other.name
+                and not other.moved
+                and array.size == prod(known[1].shape)
+            ):
+                # As it was matched: the two may flatten a map in other orders.
+                seen = known[1](array.reshape(known[1].shape)).reshape(expected.shape)
             place = f"the input of {self._place(one)}"
+            maker = other.name.partition("/")[2]
+            if other.name.startswith("tap/") and maker in self.localised.fused.get(one.run, ()):
+                # An activation in a layer of yours, which the reference has behind it.
+                place = self._called(self.ours.calls[one.run, self._ours_of(maker)], self.theirs.calls[one.run, maker])
             before = order[: next(i for i, other in enumerate(order) if other.name == one.place)]
         assert expected is not None
+        sources = dict(self._sources(one.run, before, own, expected))
+        made = dict(self._made(before, sources))
+        for words, array, behind_it, activation in self._before_activation(one.run):
+            if behind_it in sources:
+                sources[words] = array
+                made[behind_it] = Activation(name=activation), (words,)
         return GlueEvidence(
             training=one.run == "train",
             place=place,
             backend=self.backend,
-            sources=dict(self._sources(one.run, before, own, expected)),
+            sources=sources,
+            made=made,
+            inherited={name: array for name, array in self.inherited.items() if name in sources},
             reference=_last(expected, self.layouts[0], None),
-            yours=_last(seen, self.layouts[0], None),
+            yours=_last(seen, layout, None),
             limit=one.limit * norm(expected),
         )
 
@@ -238,20 +399,58 @@ class _Case:
             for source in (*reversed(call.outputs), *call.inputs):
                 near = len(seen) < _NEAREST
                 # What the reference has a layer for, and yours plain code, is to be explained by what comes before it.
-                if source.name in seen or (source.name == own and own.partition("/")[2] not in self.pair):
+                if source.name in seen or (source.name == own and not self._known(run, own)):
                     continue
-                array = self.ours.source(run, Source(name=source.name, shape=source.shape, moved=source.moved))
+                array = self.ours.whole(run, source.name)
                 if array is None or array.dtype.kind != "f" or not (near or array.shape == expected.shape):
                     continue
                 seen.add(source.name)
-                kind, _, place = source.name.partition("/")
-                words = {"tap": place, "into": f"the input of {place}", "given": f"the model's input {place}"}
-                yield words[kind], _last(array, self.layouts[0], None)
+                yield _words(source.name), _last(array, self.layouts[0], None)
         for name in self.ours.record:
             if name.kind == "given" and f"given/{name.place}" not in seen:
                 array = self.ours.record[name]
                 if array.dtype.kind == "f":
                     yield f"the model's input {name.place}", _last(array, self.layouts[0], None)
+
+    def _known(self, run: Pass, source: str) -> bool:
+        """Whether it is what a layer gave that yours has too, or of which it is known what it does."""
+        kind, _, place = source.partition("/")
+        call = self.ours.calls.get((run, place))
+        if kind != "tap" or call is None:
+            return kind == "given"
+        return call.leaf and (place in self.pair or call.operation is not None)
+
+    def _before_activation(self, run: Pass) -> Iterator[tuple[str, np.ndarray, str, str]]:
+        """Of layers that have an activation in the reference, and none in yours: the words for what yours gives, that
+        array, the words for the reference's, and the activation."""
+        for one, two in self.matching.calls:
+            ours = self.ours.calls.get((run, one))
+            if two not in self.localised.fused.get(run, ()) or ours is None:
+                continue
+            expected = self.ours.whole(run, ours.outputs[0].name)
+            if expected is None:
+                continue
+            made = self.localised.traces[run].outputs[two][0]
+            turn = next(turns(expected.shape, self.layouts[0], made.shape, self.layouts[1]), None)
+            for name in FUSED if turn is not None else ():
+                if turn is not None and _same(expected, activate(name, turn(made))):
+                    before = _last(turn(made), self.layouts[0], None)
+                    yield f"{two} before its activation", before, _words(ours.outputs[0].name), name
+                    break
+
+    def _made(
+        self, before: Sequence[LayerCall], sources: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, tuple[Operation, tuple[str, ...]]]]:
+        """Sources that layers without arrays gave, which yours has not got as layers."""
+        for call in before:
+            operation = from_data(call.operation)
+            if operation is None or call.arrays or call.name in self.pair or len(call.outputs) != 1:
+                continue
+            inputs = tuple(_words(source.name) for source in call.inputs)
+            if call.outputs[0].name != f"tap/{call.name}":
+                continue  # flattened, or as it was
+            if all(name in sources for name in (_words(call.outputs[0].name), *inputs)):
+                yield _words(call.outputs[0].name), (operation, inputs)
 
     def _of_blocks(self, one: Added, evidence: GlueEvidence) -> Iterator[Finding]:
         """Whether layers without a counterpart stand before the place: what is left without them."""
@@ -275,6 +474,11 @@ class _Case:
                 sources = [self.ours.source(one.run, s) for call in alone for s in call.inputs]
                 left = [_left(evidence.yours, a, (self.layouts[0],) * 2) for a in sources if a is not None]
                 yours, ours, cause = "has no such layer", f"runs {words} before it", "block_missing"
+            elsewhere = self._elsewhere(alone, which)
+            if elsewhere:
+                cause = "block_order"
+                others = ", ".join(f"`{name}`" for name in elsewhere[:3]) + (", …" if len(elsewhere) > 3 else "")
+                yours, ours = (f"runs {others} elsewhere", ours) if which == 0 else (yours, f"runs {others} elsewhere")
             if left and min(left) < np.inf:
                 yield Finding(
                     cause=cause,
@@ -284,8 +488,22 @@ class _Case:
                     remedy="",
                     before=one.added,
                     after=min(left),
-                    cost=0.8,
+                    # What is one layer of a kind that needs no arrays has a name of its own.
+                    cost=0.8 if any(call.arrays for call in alone) else 2.5,
                 )
+
+    def _elsewhere(self, alone: Sequence[LayerCall], which: int) -> list[str]:
+        """Layers of the other model that hold the arrays of these, and have no counterpart where they are run."""
+        held = {name["name"] for call in alone for name in call.arrays.values()}
+        pairs = ((one, two) if which == 0 else (two, one) for one, (two, _) in self.matching.parameters.items())
+        theirs = {there for here, there in pairs if here in held}
+        side = (self.theirs, self.ours)[which]
+        found = [
+            call.name
+            for (_, name), call in side.calls.items()
+            if name in self.matching.unmatched[1 - which] and {one["name"] for one in call.arrays.values()} & theirs
+        ]
+        return list(dict.fromkeys(found))
 
     def _explain_parameter(self, one: Added) -> Explained | None:
         """A running statistic, a gradient, or what came back to an output."""
@@ -388,6 +606,18 @@ _DETACHED = {
 }
 
 
+def _may_be_fused(answer: Explained) -> bool:
+    """Whether what was found has to do with an activation, or nothing was."""
+    return answer.best is None or "activation" in answer.best.cause
+
+
+def _rank(answer: Explained) -> float:
+    """Of answers to one question, the plainest first; an activation that is another is less than one in addition."""
+    if answer.best is None:
+        return np.inf
+    return answer.best.cost + (0.5 if answer.best.cause in ("activation_extra", "activation_missing") else 0.0)
+
+
 def _answer(place: str, findings: Sequence[Finding]) -> Explained:
     """The finding that leaves least; of those that leave nothing but rounding the plainest."""
     ranked = sorted(findings, key=lambda found: (not _explains(found), found.cost if _explains(found) else found.after))
@@ -395,11 +625,28 @@ def _answer(place: str, findings: Sequence[Finding]) -> Explained:
     # The same cause with another in addition is no other answer.
     first = set(best.cause.split(AND)) if best else set()
     others = [found for found in ranked if best is None or not first <= set(found.cause.split(AND))]
-    return Explained(place=place, best=best, runner_up=others[0] if others else None)
+    return Explained(place=place, best=best, runner_up=others[0] if others else None, others=tuple(others[1:]))
 
 
 def _explains(found: Finding) -> bool:
     return found.after <= 1e-3 * found.before
+
+
+def _with_padding(operation: Operation | None, padding: Operation | None) -> Operation | None:
+    """A layer and the one that pads before it as one; None where no layer does so."""
+    if not isinstance(padding, Pad) or not isinstance(operation, Conv | Pool) or operation.padding == "same":
+        return None
+    both = tuple((a + c, b + d) for (a, b), (c, d) in zip(padding.padding, operation.padding, strict=True))
+    if isinstance(operation, Conv):
+        return replace(operation, padding=both)
+    whole = operation.mode == "average" and not any(map(any, operation.padding))
+    return replace(operation, padding=both, counted=True) if whole else None
+
+
+def _words(source: str) -> str:
+    """What a finding calls an array."""
+    kind, _, place = source.partition("/")
+    return {"tap": place, "into": f"the input of {place}", "given": f"the model's input {place}"}[kind]
 
 
 def _numbered(name: str, number: int) -> str:

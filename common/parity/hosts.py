@@ -14,7 +14,7 @@ from common.foreign.adapters import adapter
 from common.foreign.protocol import Forced, Inputs, Layout, Loss, Runner, Trace
 from common.parity.names import Mode
 from common.parity.orders import orders
-from common.parity.own import ModelPasses, ModelSteps, named, silent
+from common.parity.own import ModelPasses, ModelSteps, images_in, named, silent
 from common.parity.record import Manifest, Record
 from common.parity.recording import record_subjects
 from common.parity.subjects import passes
@@ -97,8 +97,7 @@ class Here:
         if ask.train is not None and ask.batches:
             subjects.append(ModelSteps(runner, ask.batches, ask.train, clock, self.title))
         given = named(ask.inputs)
-        images = watched.images if watched is not None else 1
-        other_orders = orders(images)[: ask.orders]
+        other_orders = orders(images_in(ask.inputs))[: ask.orders]
         recorded = record_subjects(subjects, other_orders, ask.draws, clock)
         values = watched.values if watched is not None else runner.values()
         described = self._adapter.describe()

@@ -7,18 +7,29 @@ way back the same is done with what comes back to every output. What the layer's
 is the *inherited* error.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
+from common.diagnosis.arithmetic import activate
+from common.errors import ModelError
 from common.foreign.protocol import Forced, Trace
 from common.parity.hosts import Ask, Host
-from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, UNIT, rho
+from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, SAME_VALUES, UNIT, rho
 from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
-from common.parity.record import LayerCall, Record, Source, distance, norm
+from common.parity.record import LayerCall, Record, Source, distance, finite, norm
+
+# So many arrays behind a layer are looked at for what an activation makes of its output.
+_BEHIND = 6
+# So many layers that differ are tried alone, whether what follows makes up for it.
+_LOOSE = 8
+# Activations that layers have in them.
+_COMMON = ("relu", "silu", "gelu", "gelu_tanh", "relu6", "tanh", "sigmoid")
 
 Part = Literal["input", "layer", "result", "statistic", "gradient", "cotangent"]
 
@@ -53,6 +64,13 @@ class Localised:
     pair: tuple[str, str]
     added: tuple[Added, ...]
     traces: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+    # The same, where layers that differ gave what they give by themselves.
+    free: Mapping[Pass, Trace] = field(default_factory=dict, repr=False)
+    # Layers of the other model that give other values by design: see `_passed`.
+    fused: Mapping[Pass, frozenset[str]] = field(default_factory=dict)
+    # Of layers of the other model that differ: what the reference has in the place of their output, which is another
+    # than the output of its layer, since the other's has an activation as well.
+    activated: Mapping[Pass, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     measured: bool = True  # by running the layers; else told from records
 
     @property
@@ -82,6 +100,35 @@ class Reference:
         self.record = record
         self.calls: dict[tuple[Pass, str], LayerCall] = {(c.run, c.name): c for c in record.manifest.calls}
 
+    def behind(self, run: Pass, name: str, source: Source) -> Iterator[np.ndarray]:
+        """What came about next after a call, and is as large as that output."""
+        calls = [call for (of, _), call in self.calls.items() if of == run]
+        at = next(i for i, call in enumerate(calls) if call.name == name)
+        known = {source.name}
+        for call in calls[at + 1 :]:
+            for other in (*call.inputs, *call.outputs):
+                if other.name not in known and prod(other.shape) == prod(source.shape) and len(known) <= _BEHIND:
+                    known.add(other.name)
+                    array = self.source(run, other)
+                    if array is not None and array.dtype.kind == "f":
+                        yield array
+
+    def unpadded(self, run: Pass, source: Source, matched: Container[str]) -> Source | None:
+        """What a layer without a counterpart pads to make that."""
+        kind, _, place = source.name.partition("/")
+        call = self.calls.get((run, place)) if kind == "tap" else None
+        if call is None or place in matched or not call.operation or call.operation["operation"] != "Pad":
+            return None
+        return call.inputs[0]
+
+    def whole(self, run: Pass, name: str) -> np.ndarray | None:
+        """What a source holds, in the shape in which it came about."""
+        kind, _, place = name.partition("/")
+        found = ArrayName(run, kind, place)
+        if found not in self.record and kind == "given":
+            found = next((one for one in self.record if (one.kind, one.place) == (kind, place)), found)
+        return self.record.get(found)
+
     def source(self, run: Pass, source: Source) -> np.ndarray | None:
         """What an input or output holds, in its own shape; None where the record has not got it."""
         kind, _, place = source.name.partition("/")
@@ -108,6 +155,9 @@ def localise(
     limits = _Limits(views)
     found: list[Added] = []
     traces: dict[Pass, Trace] = {}
+    free: dict[Pass, Trace] = {}
+    by_design: dict[Pass, frozenset[str]] = {}
+    behind_it: dict[Pass, dict[str, np.ndarray]] = {}
     runs: list[Pass] = ["eval", "train"]
     for run in runs:
         if not any(name.run == run for name in reference.arrays):
@@ -122,16 +172,210 @@ def localise(
             for one, two in pairs
             if two.leaf
         }
-        trace = host.forced(ask, run == "train", forced)
+        padded = _padded(run, pairs, forced, ours, theirs, matching)
+        rows, trace, fused = _passed(
+            run, pairs, forced, host, ask, (ours, theirs, matching, limits), free, padded, behind_it.setdefault(run, {})
+        )
+        by_design[run] = frozenset(fused)
+        pairs = [pair for pair in pairs if pair[1].name not in fused]
         traces[run] = trace
-        found += _forward(run, pairs, forced, trace, ours, theirs, matching, limits)
+        found += [one for one in rows if one.part != "layer" or one.yours not in fused]
         if "grad" in ask.modes:
             found += _backward(run, pairs, trace, ours, matching, limits)
     return Localised(
         pair=(str(reference.path), str(other.path)),
         added=tuple(found),
         traces=traces,
+        free=free,
+        fused=by_design,
+        activated=behind_it,
     )
+
+
+def _passed(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    forced: dict[str, Forced],
+    host: Host,
+    ask: Ask,
+    known: "tuple[Reference, Reference, Matching, _Limits]",
+    free: dict[Pass, Trace],
+    padded: Mapping[str, LayerCall],
+    activated: dict[str, np.ndarray],
+) -> tuple[list[Added], Trace, set[str]]:
+    """What differs on the way forward, the pass that shows it, and the layers that give other values in the two models
+    by design, since one has an activation in the layer that the other has behind it."""
+    ours, theirs, matching, limits = known
+
+    def passed(forced: dict[str, Forced]) -> tuple[Trace, list[Added]]:
+        try:
+            trace = host.forced(ask, run == "train", forced)
+        except ModelError:
+            # Plain code does not take the reference's arrays where yours are of another shape: up to there, then.
+            fitting = {name: one for name, one in forced.items() if _fits(run, name, one, theirs)}
+            trace = host.forced(ask, run == "train", fitting)
+            rows = _forward(run, pairs, forced, trace, ours, theirs, matching, limits, padded)
+            first = next((i for i, one in enumerate(rows) if one.added == np.inf), len(rows))
+            return trace, rows[: first + 1]
+        return trace, _forward(run, pairs, forced, trace, ours, theirs, matching, limits, padded)
+
+    def failures(rows: Sequence[Added], but: str = "") -> dict[tuple[str, str, int], float]:
+        failing = [one for one in rows if one.part != "statistic" and one.fails]
+        found = {(one.part, one.yours, one.number): one.added for one in failing}
+        return {row: added for row, added in found.items() if row[:2] != ("layer", but)}
+
+    def no_worse(left: Sequence[Added], rows: Sequence[Added], name: str) -> bool:
+        """Whether the same fails but for that layer, by as much; or less."""
+        after, before = failures(left, name), failures(rows, name)
+        if after.keys() != before.keys():
+            return after.keys() < before.keys()
+        return all(np.isclose(after[row], before[row], rtol=SAME_VALUES) for row in after)
+
+    trace, rows = passed(forced)
+    # Those that were seen to be by the matching.
+    holding = [(one, two) for one, two in pairs if one.leaf and one.arrays and _alike(one, two)]
+    fused = {two.name for one, two in holding if one.name not in matching.cotangents}
+    failing = {name for part, name, _ in failures(rows) if part == "layer"} - fused
+    if not failing:
+        return rows, trace, fused
+    # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
+    loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
+    free[run], _ = passed(forced | loose)
+    found = _fused(run, holding, failing, free[run], ours, theirs)
+    for name, output in found.items():
+        forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
+        fused.add(name)
+    if found:
+        trace, rows = passed(forced)
+    # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
+    tried = [(one, two) for one, two in holding if two.name in failing - fused and two.name in loose][:_LOOSE]
+    for one, two in tried:
+        name = two.name
+        other, left = passed(forced | {name: loose[name]})
+        if no_worse(left, rows, name):
+            forced = forced | {name: loose[name]}
+            fused.add(name)
+            trace, rows = other, left
+            continue
+        # What it gives wrongly may still be what the reference has behind an activation: so that what follows is right.
+        for array in _perhaps_behind(run, one, ours):
+            turn = matching.cotangents.get(one.name, ("", None))[1]
+            if turn is None or turn.turned != array.shape:
+                continue
+            instead = replace(loose[name], outputs=(np.ascontiguousarray(turn.back(array)),))
+            other, left = passed(forced | {name: instead})
+            if failures(left, name).keys() < failures(rows, name).keys():
+                forced = forced | {name: instead}
+                activated[name] = array
+                trace, rows = other, left
+                break
+    return rows, trace, fused
+
+
+def _padded(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    forced: dict[str, Forced],
+    ours: Reference,
+    theirs: Reference,
+    matching: Matching,
+) -> dict[str, LayerCall]:
+    """Where one model has a layer that pads before another, and the other pads in that one: there the reference's map
+    without its border is `forced`. Returns layers of the other that pad, and the layer of the reference each is for."""
+    found: dict[str, LayerCall] = {}
+    matched = [{pair[which] for pair in matching.calls} for which in (0, 1)]
+    for one, two in pairs:
+        given = forced.get(two.name)
+        if given is None or len(given.inputs) != 1 or given.inputs[0] is not None or len(one.inputs) != 1:
+            continue
+        mine, own = one.inputs[0], two.inputs[0]
+        bare = ours.unpadded(run, mine, matched[0])
+        if bare is not None and (value := _input(run, bare, own, set(), ours, theirs, matching)) is not None:
+            forced[two.name] = replace(given, inputs=(value,))
+            continue
+        bare = theirs.unpadded(run, own, matched[1])
+        if bare is not None and (value := _input(run, mine, bare, set(), ours, theirs, matching)) is not None:
+            name = own.name.partition("/")[2]
+            forced[name] = Forced(inputs=(value,))
+            found[name] = one
+            continue
+        value = _of_another_shape(ours.source(run, mine), own, ours, theirs)
+        if value is not None and bare is None and ours.unpadded(run, mine, matched[0]) is None:
+            forced[two.name] = replace(given, inputs=(value,))
+    return found
+
+
+def _perhaps_behind(run: Pass, call: LayerCall, ours: Reference) -> Iterator[np.ndarray]:
+    """What the reference may have behind a layer: what it has there next, or an activation of its output."""
+    yield from ours.behind(run, call.name, call.outputs[0])
+    output = ours.source(run, call.outputs[0])
+    for name in _COMMON if output is not None and output.dtype.kind == "f" else ():
+        if output is not None:
+            yield activate(name, output.astype(np.float64)).astype(output.dtype)
+
+
+def _alike(one: LayerCall, two: LayerCall) -> bool:
+    """Whether both have one output, as large."""
+    return len(one.outputs) == len(two.outputs) == 1 and prod(one.outputs[0].shape) == prod(two.outputs[0].shape)
+
+
+def _fits(run: Pass, name: str, forced: Forced, theirs: Reference) -> bool:
+    """Whether all that is forced upon a call has the shapes that it has by itself."""
+    call = theirs.calls[run, name]
+    pairs = (*zip(forced.inputs, call.inputs, strict=False), *zip(forced.outputs, call.outputs, strict=False))
+    return all(array is None or array.shape == source.shape for array, source in pairs)
+
+
+def _fused(
+    run: Pass,
+    pairs: Sequence[tuple[LayerCall, LayerCall]],
+    failing: set[str],
+    trace: Trace,
+    ours: Reference,
+    theirs: Reference,
+) -> dict[str, np.ndarray | None]:
+    """Of layers whose output differs, those where one model has an activation in the layer that the other has behind
+    it: what the other's is to give, None for what it gives by itself."""
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    found: dict[str, np.ndarray | None] = {}
+    matched = {two.name for _, two in pairs if two.leaf}
+    for one, two in pairs:
+        made = trace.outputs.get(two.name, ())
+        if two.name not in failing or len(made) != 1 or len(one.outputs) != 1:
+            continue
+        expected = ours.source(run, one.outputs[0])
+        for array in ours.behind(run, one.name, one.outputs[0]):
+            for turn in turns(array.shape, layouts[0], made[0].shape, layouts[1]):
+                if _agree(array, turn(made[0])):
+                    found.setdefault(two.name, np.ascontiguousarray(turn.back(array)))
+        for array in behind(trace, two.name, matched) if two.name not in found else ():
+            for turn in turns(expected.shape, layouts[0], array.shape, layouts[1]) if expected is not None else ():
+                if expected is not None and _agree(expected, turn(array)):
+                    found.setdefault(two.name, None)
+    return found
+
+
+def behind(trace: Trace, name: str, forced: Container[str]) -> Iterator[np.ndarray]:
+    """What a pass made of a call's output next: arrays as large that are others, in order; up to a call that was
+    `forced`."""
+    at = next(i for i, call in enumerate(trace.calls) if call.name == name)
+    own = trace.outputs[name][0]
+    kept = [own]
+    for call in trace.calls[at + 1 :]:
+        # What another layer is given or gives is the reference's again.
+        last = call.name in forced
+        for array in (*trace.inputs.get(call.name, ()), *(() if last else trace.outputs.get(call.name, ()))):
+            if array.size == own.size and array.dtype == own.dtype and len(kept) <= _BEHIND:
+                flat = array.reshape(-1)
+                if not any(np.array_equal(flat, other.reshape(-1)) for other in kept):
+                    kept.append(array)
+                    yield array
+        if last:
+            return
+
+
+def _agree(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
 
 
 def localise_records(reference: Record, other: Record, matching: Matching, views: tuple[Record, Record]) -> Localised:
@@ -207,7 +451,7 @@ def _forced(
     """What a call of the other model is given: the reference's arrays in the other's layout."""
     alike = len(one.inputs) == len(two.inputs)
     inputs = [
-        _input(run, mine, own, ours, theirs, matching) if alike else None
+        _input(run, mine, own, {source.name for source in two.inputs}, ours, theirs, matching) if alike else None
         for mine, own in zip(one.inputs if alike else two.inputs, two.inputs, strict=True)
     ]
     outputs: list[np.ndarray | None] = []
@@ -216,18 +460,43 @@ def _forced(
         place = f"{one.name}[{number}]" if number else one.name
         turn = matching.cotangents.get(place, ("", None))[1]
         output = ours.source(run, one.outputs[number]) if number < len(one.outputs) else None
-        outputs.append(None if turn is None or output is None else np.ascontiguousarray(turn.back(output)))
+        if turn is not None and output is not None:
+            outputs.append(np.ascontiguousarray(turn.back(output)))
+        else:
+            outputs.append(_of_another_shape(output, two.outputs[number], ours, theirs))
         name = ArrayName(run, "cotangent", place)
         back = ours.record[name] if gradients and turn is not None and name in ours.record else None
         cotangents.append(None if back is None or turn is None else np.ascontiguousarray(turn.back(back)))
     return Forced(inputs=tuple(inputs), outputs=tuple(outputs), cotangents=tuple(cotangents))
 
 
+def _of_another_shape(array: np.ndarray | None, own: Source, ours: Reference, theirs: Reference) -> np.ndarray | None:
+    """An array of the reference in the other's layout, where the other's own is of another size by a fault."""
+    if array is None or array.ndim != len(own.shape) or array.size == prod(own.shape):
+        return None
+    return _in_layout(array, ours, theirs)
+
+
+def _in_layout(array: np.ndarray, ours: Reference, theirs: Reference) -> np.ndarray:
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    if layouts[0] != layouts[1] and array.ndim >= 4:
+        array = np.moveaxis(array, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
+    return np.ascontiguousarray(array)
+
+
 def _input(
-    run: Pass, mine: Source, own: Source, ours: Reference, theirs: Reference, matching: Matching
+    run: Pass,
+    mine: Source,
+    own: Source,
+    among: set[str],
+    ours: Reference,
+    theirs: Reference,
+    matching: Matching,
 ) -> np.ndarray | None:
-    """An input of the reference as the other's layer takes it; None where the two come from different places."""
+    """An input of the reference as the other's layer takes it, `among` whose inputs it is; None where it is no such."""
     name, turn = matching.arrays.get(mine.name, ("", None))
+    if own.name != name and name in among:
+        return None  # the same arrays in another order
     if turn is not None and name == own.name:
         whole = ours.source(run, Source(name=mine.name, shape=turn.turned))
         if whole is None:
@@ -236,13 +505,16 @@ def _input(
         if own.moved:
             array = np.moveaxis(array, *((-1, 1) if np.moveaxis(array, -1, 1).shape == own.shape else (1, -1)))
         return np.ascontiguousarray(array.reshape(own.shape))
+    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
+    value = ours.source(run, mine)
+    fitting = next(turns(mine.shape, layouts[0], own.shape, layouts[1]), None)
+    if value is not None and fitting is not None:
+        return np.ascontiguousarray(fitting.back(value))
     places = [source.name.partition("/") for source in (mine, own)]
     # The output of one layer, or what code made before one layer, and other shapes by a fault.
     same = places[0][0] == places[1][0] and (places[0][0] == "into" or (places[0][2], places[1][2]) in matching.calls)
-    value = ours.source(run, mine) if same and turn is None and mine.shape != own.shape else None
-    if value is None or value.ndim != len(own.shape):
+    if not same or value is None or value.ndim != len(own.shape):
         return None
-    layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     if layouts[0] != layouts[1] and value.ndim >= 4:
         value = np.moveaxis(value, *((1, -1) if layouts[0] == "channels_first" else (-1, 1)))
     return np.ascontiguousarray(value)
@@ -257,15 +529,22 @@ def _forward(
     theirs: Reference,
     matching: Matching,
     limits: _Limits,
+    padded: Mapping[str, LayerCall] = MappingProxyType({}),
 ) -> list[Added]:
     found = []
+    before = {one.name: name for name, one in padded.items()}
     layouts = ours.record.manifest.layout, theirs.record.manifest.layout
     for one, two in pairs:
         given = forced.get(two.name, Forced())
+        if (padding := before.get(one.name)) is not None and given.inputs == (None,):
+            wanted, got = forced[padding].inputs[0], trace.inputs[padding][0]
+            if wanted is not None:
+                name = _array_name(run, one.inputs[0].name)
+                found.append(_added(run, "input", one.name, padding, 0, got, wanted, limits, name))
         seen = trace.inputs.get(two.name, ())
         for number, (wanted, got) in enumerate(zip(given.inputs, seen, strict=False)):
             # What another layer gave is that layer's; what the model was given may be turned on the way.
-            if wanted is None or wanted.dtype.kind != "f" or got.shape != wanted.shape:
+            if wanted is None or wanted.dtype.kind != "f":
                 continue
             name = _array_name(run, one.inputs[number].name)
             found.append(_added(run, "input", one.name, two.name, number, got, wanted, limits, name))
@@ -278,6 +557,8 @@ def _forward(
             if expected is None or expected.dtype.kind != "f":
                 continue
             name = _array_name(run, one.outputs[number].name)
+            if turn is None:
+                turn = next(turns(expected.shape, layouts[0], got.shape, layouts[1]), None)
             if turn is None or turn.shape != got.shape:
                 if any(array is None for array in given.inputs):
                     continue  # it had inputs of its own, of another shape
@@ -351,6 +632,8 @@ def _added(
     limits: _Limits,
     name: ArrayName,
 ) -> Added:
+    if mine.shape == expected.shape:
+        mine, expected = finite(mine, expected)
     scale = norm(expected) or 1.0
     apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
     limit = limits.of(name, expected)

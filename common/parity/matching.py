@@ -16,13 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from common.diagnosis.arithmetic import activate
+from common.diagnosis.identify import FUSED
 from common.errors import ModelError, RecordError
 from common.foreign.protocol import Held
 from common.parity.levels import SAME_VALUES
 from common.parity.names import ArrayName, Pass
-from common.parity.record import Array, LayerCall, Record, Source, distance, norm
+from common.parity.record import Array, LayerCall, Record, Source, distance, finite, norm
 
 Shape = tuple[int, ...]
+# So many arrays behind a layer are looked at for what an activation makes of its output.
+_BEHIND = 6
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,13 @@ class _Model:
                 found.setdefault(source.name, len(found))
         return found
 
+    def behind(self, source: str) -> list[str]:
+        """Arrays that came about next, and are as large."""
+        names = list(self.order)
+        size = self.array(source).size
+        later = [name for name in names[self.order[source] + 1 :] if self.has(name)]
+        return [name for name in later if self.array(name).size == size][:_BEHIND]
+
     def array(self, source: str) -> np.ndarray:
         kind, _, place = source.partition("/")
         return self.record[ArrayName(self.run, kind, place)]
@@ -261,11 +272,11 @@ def turns(a: Shape, a_layout: str, b: Shape, b_layout: str) -> Iterator[Turn]:
     # Rows on one side: a map flattened as it lies there, or as the other model has it.
     if len(b) == 2 < len(a) and a[0] == b[0]:
         for layout in dict.fromkeys((b_layout, a_layout)):
-            axes = _readings(len(a), a_layout)[0] if layout != a_layout else tuple(range(len(a)))
+            axes = _flattened(len(a), a_layout, layout)
             yield Turn(b, (("shape", tuple(a[axis] for axis in axes)), ("axes", _inverse(axes))))
     if len(a) == 2 < len(b) and a[0] == b[0]:
         for layout in dict.fromkeys((a_layout, b_layout)):
-            axes = _readings(len(b), b_layout)[0] if layout != b_layout else tuple(range(len(b)))
+            axes = _flattened(len(b), b_layout, layout)
             yield Turn(b, (("axes", axes), ("shape", a)))
     for first in _readings(len(b), b_layout):
         for second in _readings(len(a), a_layout):
@@ -280,6 +291,13 @@ def turns(a: Shape, a_layout: str, b: Shape, b_layout: str) -> Iterator[Turn]:
 
 def _inverse(axes: Shape) -> Shape:
     return tuple(int(axis) for axis in np.argsort(axes))
+
+
+def _flattened(axes: int, layout: str, wanted: str) -> Shape:
+    """The order of an array's axes in which it is flattened as one of the wanted layout."""
+    if layout == wanted or axes < 3:
+        return tuple(range(axes))
+    return (0, *range(2, axes), 1) if layout == "channels_first" else (0, axes - 1, *range(1, axes - 1))
 
 
 def _readings(axes: int, layout: str) -> list[Shape]:
@@ -304,7 +322,10 @@ def _best_turn(a: np.ndarray, b: np.ndarray, a_layout: str, b_layout: str) -> Tu
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
+    if a.shape != b.shape:
+        return False
+    a, b = finite(a, b)
+    return distance(a, b) <= SAME_VALUES * norm(a)
 
 
 def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
@@ -314,7 +335,7 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
     titles = [m.record.manifest.variant for m in (a, b)]
     if len(ours) != len(theirs):
         raise ModelError(
-            f"{titles[0]} returns {len(ours)} outputs ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
+            f"{titles[0]} returns {_counted(ours)} ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
             "return the same from both, in one order or under the same names"
         )
     if {name.place for name in ours} == {name.place for name in theirs}:
@@ -330,6 +351,10 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
             )
         found[one.place] = two.place, turn
     return found
+
+
+def _counted(names: Sequence[ArrayName]) -> str:
+    return f"{len(names)} output{'s' if len(names) != 1 else ''}"
 
 
 def _by_user(a: _Model, b: _Model, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -393,7 +418,8 @@ def _parameter_turns(a: np.ndarray, b: np.ndarray, a_held: Held | None, b_held: 
         for axes in permutations(range(b.ndim)):
             if tuple(b.shape[axis] for axis in axes) == a.shape:
                 yield Turn(b.shape, (("axes", axes),))
-    if a.size == b.size:
+    # Of as many axes it would be another order of values, that of a fault.
+    if a.size == b.size and (a.ndim != b.ndim or _lengths(a.shape) == _lengths(b.shape)):
         yield Turn(b.shape, (("shape", a.shape),))
         if len(a.shape) == 2:
             yield Turn(b.shape, (("shape", a.shape[::-1]), ("axes", (1, 0))))
@@ -401,25 +427,31 @@ def _parameter_turns(a: np.ndarray, b: np.ndarray, a_held: Held | None, b_held: 
             yield Turn(b.shape, (("axes", (1, 0)), ("shape", a.shape)))
 
 
-def _rows_turn(one: LayerCall, two: LayerCall, a: _Model, b: _Model) -> Turn | None:
+def _lengths(shape: Shape) -> list[int]:
+    return [length for length in shape if length != 1]
+
+
+def _rows(ours: Source, theirs: Source, a: _Model, b: _Model) -> Shape | None:
+    """Of two rows that are maps flattened: where of the other's row each value of the reference's stands. None where
+    they are no such rows."""
+    if len(ours.shape) != 2 or len(theirs.shape) != 2 or not (a.has(ours.name) and b.has(theirs.name)):
+        return None
+    first, second = a.array(ours.name), b.array(theirs.name)
+    turn = _best_turn(first, second, a.layout, b.layout) if max(first.ndim, second.ndim) > 2 else None
+    if turn is None or first.shape[0] != second.shape[0] or first[0].size != ours.shape[1]:
+        return None
+    numbers = np.broadcast_to(np.arange(second[0].size).reshape(second.shape[1:]), second.shape)
+    return tuple(int(row) for row in turn(numbers)[0].reshape(-1))
+
+
+def _rows_turns(one: LayerCall, two: LayerCall, shape: Shape, a: _Model, b: _Model) -> Iterator[Turn]:
     """Of a dense layer below a map that is flattened: its kernel's rows, from the order of the other to that of the
-    reference."""
-    if not (one.inputs and two.inputs and "kernel" in one.arrays and "kernel" in two.arrays):
-        return None
-    if len(one.inputs[0].shape) != 2 or not (a.has(one.inputs[0].name) and b.has(two.inputs[0].name)):
-        return None
-    ours, theirs = a.array(one.inputs[0].name), b.array(two.inputs[0].name)
-    turn = _best_turn(ours, theirs, a.layout, b.layout) if max(ours.ndim, theirs.ndim) > 2 else None
-    if turn is None or ours.shape[0] != theirs.shape[0]:
-        return None
-    numbers = np.broadcast_to(np.arange(theirs[0].size).reshape(theirs.shape[1:]), theirs.shape)
-    rows = tuple(int(row) for row in turn(numbers)[0].reshape(-1))
-    held = [held_of(call.arrays["kernel"]) for call in (one, two)]
-    kernel = b.weight(held[1].name)
-    return Turn(
-        kernel.shape,
-        (("axes", held[1].axes or (0, 1)), ("rows", rows), ("axes", _inverse(held[0].axes or (0, 1)))),
-    )
+    reference; in either of them the kernel may be transposed."""
+    rows = _rows(one.inputs[0], two.inputs[0], a, b) if one.inputs and two.inputs and len(shape) == 2 else None
+    for theirs in ((0, 1), (1, 0)) if rows is not None else ():
+        if shape[theirs[0]] == len(rows or ()):
+            for ours in ((0, 1), (1, 0)):
+                yield Turn(shape, (("axes", theirs), ("rows", rows or ()), ("axes", ours)))
 
 
 def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: dict[str, tuple[str, Turn]]) -> None:
@@ -433,8 +465,10 @@ def _by_parameters(a: _Model, b: _Model, calls: _Pairs, parameters: dict[str, tu
     for ours in a.layers.values():
         held = [parameters[h["name"]][0] for h in ours[0].arrays.values() if h["name"] in parameters]
         theirs = Counter(owner[name] for name in held if name in owner)
-        if theirs:
-            pairs += zip(ours, b.layers[theirs.most_common(1)[0][0]], strict=False)
+        for layer, count in theirs.most_common(1):
+            # A model that is one layer holds what all layers of the reference do.
+            if 2 * count >= len(b.layers[layer][0].arrays):
+                pairs += zip(ours, b.layers[layer], strict=False)
     straight = set(_increasing([(a.position[one.name], b.position[two.name]) for one, two in pairs]))
     for one, two in pairs:
         if (a.position[one.name], b.position[two.name]) in straight or _give_the_same(a, one, b, two):
@@ -575,6 +609,8 @@ def _score(a: _Model, one: LayerCall, b: _Model, two: LayerCall) -> float:
         return 1.0 if known and held and held[:1] == others[:1] and held[-1] == others[-1] else -1.0
     score = 1.0 + 2.0 * known + (held == others) * (1.0 + bool(held))
     if bool(held) != bool(others):
+        if not known:
+            return -1.0
         score -= 1.5
     words = set(_words(one.name)), set(_words(two.name))
     score += len(words[0] & words[1]) / max(1, len(words[0] | words[1]))
@@ -599,16 +635,20 @@ def _of_call(
 ) -> None:
     """Arrays of two calls that are one: what they take, what they give, what they hold."""
     taken = {name for name, _ in arrays.values()}
-    for ours, theirs in (
-        zip((*one.inputs, *one.outputs), (*two.inputs, *two.outputs), strict=False)
-        if len(one.inputs) == len(two.inputs)
-        else zip(one.outputs, two.outputs, strict=False)
-    ):
+    outputs = [
+        (number, *pair)
+        for number, pair in enumerate(zip(one.outputs, two.outputs, strict=False))
+        if not (one.leaf and one.arrays and _fused(a, pair[0], b, pair[1]))
+    ]
+    inputs = zip(one.inputs, two.inputs, strict=True) if len(one.inputs) == len(two.inputs) else ()
+    for ours, theirs in (*inputs, *((mine, yours) for _, mine, yours in outputs)):
         if ours.name not in arrays and theirs.name not in taken and (turn := _source_turn(a, ours, b, theirs)):
             arrays[ours.name] = theirs.name, turn
             taken.add(theirs.name)
-    for number, (ours, theirs) in enumerate(zip(one.outputs, two.outputs, strict=False)):
+    for number, ours, theirs in outputs:
         turn = next(turns(ours.shape, a.layout, theirs.shape, b.layout), None)
+        if (rows := _rows(ours, theirs, a, b)) is not None:
+            turn = Turn(theirs.shape, (("axes", (1, 0)), ("rows", rows), ("axes", (1, 0))))
         if turn is not None:
             end = f"[{number}]" if number else ""
             cotangents[one.name + end] = two.name + end, turn
@@ -619,10 +659,31 @@ def _of_call(
             for name in [name for name, (other, _) in parameters.items() if other == yours]:
                 del parameters[name]
             _add_parameter(a, b, mine, yours, parameters)
-        if role == "kernel" and mine in parameters and (rows := _rows_turn(one, two, a, b)):
-            theirs_name = parameters[mine][0]
-            if theirs_name == yours and _agreeing(a, mine, b, theirs_name, [rows]):
-                parameters[mine] = theirs_name, rows
+        theirs_name, as_it_is = parameters.get(mine, ("", Turn(())))
+        if theirs_name in {other["name"] for other in two.arrays.values()}:
+            shape = b.weight(theirs_name).shape
+            if not _agreeing(a, mine, b, theirs_name, [as_it_is]) and (
+                rows_turn := _agreeing(a, mine, b, theirs_name, _rows_turns(one, two, shape, a, b))
+            ):
+                parameters[mine] = theirs_name, rows_turn
+
+
+def _fused(a: _Model, ours: Source, b: _Model, theirs: Source) -> bool:
+    """Whether the one layer's output is what the other model has behind its layer: one of them has an activation in
+    it that the other has beside it."""
+    if not (a.has(ours.name) and b.has(theirs.name)) or _alike(a, ours.name, b, theirs.name):
+        return False
+    if any(_alike(a, name, b, theirs.name) for name in a.behind(ours.name)):
+        return True
+    if any(_alike(a, ours.name, b, name) for name in b.behind(theirs.name)):
+        return True
+    first, second = a.array(ours.name), b.array(theirs.name)
+    for turn in turns(first.shape, a.layout, second.shape, b.layout):
+        mine, yours = first.astype(np.float64), turn(second).astype(np.float64)
+        for name in FUSED:
+            if _same(activate(name, mine), yours) or _same(activate(name, yours), mine):
+                return True
+    return False
 
 
 def _source_turn(a: _Model, ours: Source, b: _Model, theirs: Source) -> Turn | None:

@@ -167,7 +167,7 @@ def compare_hosts(
         try:
             found = _level(
                 hosts,
-                [replace(ask, dtype=dtype, inputs=cast(ask.inputs, dtype)) for ask in asks],
+                [_in(ask, dtype) for ask in asks],
                 tables,
                 truth,
                 soft,
@@ -200,6 +200,11 @@ def compare_hosts(
         versions=versions,
         seconds=time.perf_counter() - started,
     )
+
+
+def _in(ask: Ask, dtype: str) -> Ask:
+    batches = tuple(cast(batch, dtype) for batch in ask.batches)
+    return replace(ask, dtype=dtype, inputs=cast(ask.inputs, dtype), batches=batches)
 
 
 def explain(reference: Host, other: Host, asks: tuple[Ask, Ask]) -> tuple[Pair, tuple[Record, Record]]:
@@ -314,7 +319,7 @@ def chosen_modes(
     """
     needs = {"train": "training", "grad": "gradients"}
     found: list[Mode] = []
-    for mode in wanted or _MODES:
+    for mode in _MODES if wanted is None else wanted:
         lacking = [host.name for host in hosts if needs.get(mode) in host.lacks]
         if lacking and wanted:
             raise ModelError(f"mode {mode} is asked for, and {lacking[0]} has none: leave it out")

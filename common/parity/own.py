@@ -17,7 +17,7 @@ from common.foreign.operations import Activation, Dropout, Flatten, to_data
 from common.foreign.protocol import Inputs, Loss, Runner, Trace
 from common.parity.levels import RANDOM
 from common.parity.names import ArrayName, Mode, Pass
-from common.parity.record import Array, LayerCall, Source, distance, norm
+from common.parity.record import Array, LayerCall, Source, distance, finite, norm
 from common.parity.subjects import Keep, passes
 from common.weights import LazyWeights, perturb_array
 
@@ -70,12 +70,6 @@ class ModelPasses:
             yield ArrayName(run, "given", name), array
         for name, array in self.values.items():
             yield ArrayName(run, "weight", name), array
-
-    @property
-    def images(self) -> int:
-        """How many there are in the batch: 1 where that cannot be told, and the batch has no other order."""
-        counts = {array.shape[:1] for array in self.given.values()}
-        return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
 
     def not_restored(self) -> list[str]:
         return []
@@ -179,6 +173,8 @@ class ModelPasses:
                     terms=terms.get(name.place, 1) if name.kind == "grad" else 1,
                     rounds=name.kind == "tap" and not exact,
                     sparse=name.kind != "result",
+                    # A mask inside, or what a maximum is padded with.
+                    compared=name.kind not in ("tap", "into") or not np.isinf(looked.arrays[name]).any(),
                 )
 
 
@@ -250,6 +246,12 @@ _EXACT_NAMES = {kind.__name__ for kind in _EXACT}
 def named(inputs: Inputs) -> dict[str, np.ndarray]:
     """The arrays that a model is called with, by name or position."""
     return dict(inputs) if isinstance(inputs, Mapping) else {str(i): array for i, array in enumerate(inputs)}
+
+
+def images_in(inputs: Inputs) -> int:
+    """How many images the batch has: 1 where that cannot be told, and it has no other order."""
+    counts = {array.shape[:1] for array in named(inputs).values()}
+    return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
 
 
 def short(name: ArrayName) -> str:
@@ -371,7 +373,10 @@ def _moved(array: np.ndarray, draw: int, name: str) -> np.ndarray:
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
-    return distance(a, b) <= RANDOM[str(b.dtype)] * norm(b)
+    if a.shape != b.shape:
+        return False
+    first, second = finite(a, b)
+    return distance(first, second) <= RANDOM[str(b.dtype)] * norm(second)
 
 
 def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -138,14 +138,18 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         example = next(iter(unordered.values()))
         yield Text(
             f"undecided: {len(unordered)} arrays, {example.tensor.where} ({example.tensor.section}) first: "
-            "a single image has no other order to measure what sums may do; use a batch of 2 (--batch 2)",
+            "a single image has no other order to measure what sums may do; use a batch of 2"
+            + _option(compared, "--batch 2"),
             style="yellow",
         )
     elif undecided:
         example = next(iter(undecided.values()))
         yield Text(
             f"undecided: {len(undecided)} arrays, {example.tensor.where} ({example.tensor.section}) first: "
-            "rounding alone moves them too much to tell anything; use more images (--batch) or a larger --size"
+            "rounding alone moves them too much to tell anything; use more images"
+            + _option(compared, "--batch")
+            + " or larger ones"
+            + _option(compared, "--size")
             + (", a lower rate (--set lr=…) or fewer --steps" if example.tensor.step else ""),
             style="yellow",
         )
@@ -163,6 +167,11 @@ def _explain(compared: Comparison) -> Iterable[Text]:
         yield Text("own rounding error of the output: " + ", ".join(f"{p.backend} {p.error:.1e}" for p in last), "dim")
     if not compared.passed and (odd := compared.odd_one_out):
         yield Text(f"the odd one out: {odd}", style="bold red")
+
+
+def _option(compared: Comparison, option: str) -> str:
+    """How a check is told so; a user's own model has inputs of its own."""
+    return "" if "model" in compared.subject else f" ({option})"
 
 
 def timings(processes: Mapping[str, BackendProcess], own: Mapping[str, float]) -> Table:
