@@ -420,6 +420,13 @@ FAULTS = (
         "encoder_first/attend",
         plan={"first.attention": "keras"},
     ),
+    _fault(
+        "TensorFlow's GELU",
+        "torch transformer > keras transformer",
+        "precision",
+        "layers.1.fc2",
+        plan={"second.act": "own_gelu"},
+    ),
     _fault("detached", f"{_MODULES} > {_MODULES}", "detached", "units.1.norm2", plan={"two.detach": True}),
     _fault("detached shortcut", f"{_COMPACT} > {_NNX}", "detached", "blocks/2/shortcut", plan={"three.detach": True}),
 )
@@ -434,11 +441,11 @@ TWICE = (
         plan={"stem_norm.eps": 1e-3, "two.before": True},
     ),
     Twice(
-        name="no bias and flattened channels last",
+        name="bias twice and rows channels first",
         reference=_SEQUENTIAL,
         port=_FUNCTIONAL,
         causes=(("bias_twice", "entry"), ("flatten_order", "hidden")),
-        plan={"conv1.bias_times": 2, "flatten.last": True},
+        plan={"conv1.bias_times": 2},
         weights=changed("dense1.kernel", _rows_last),
     ),
     Twice(

@@ -10,15 +10,16 @@ from keras import layers, ops
 from tests.faults.networks import GROUPS, HEADS, MEAN, STD, UNET
 from tests.faults.planting import Plan, Weights
 
+_TANH = float(np.sqrt(2 / np.pi))
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": ops.relu,
     "relu6": ops.relu6,
     "leaky": ops.leaky_relu,
     "silu": ops.silu,
-    # TensorFlow's own has the root of 2 in float32.
+    # TensorFlow's own have their constants in float32.
     "gelu": lambda x: 0.5 * x * (1.0 + ops.erf(x / number(np.sqrt(2.0), x))),
     "own_gelu": lambda x: ops.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: ops.gelu(x, approximate=True),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + ops.tanh(number(_TANH, x) * (x + number(0.044715, x) * x**3))),
     "sigmoid": ops.sigmoid,
     "hard_sigmoid": ops.hard_sigmoid,
     "none": lambda x: x,
