@@ -35,6 +35,12 @@ def bench(session: Session) -> Iterator[Bench]:
         yield Bench(session, stack)
 
 
+# Defects that no hypothesis explains, and why.
+NOT_NAMED = {
+    "torch-loss_is_the_sum": "the loss is no layer",
+    "keras-label_smoothing": "the loss is no layer",
+}
+
 # What is compared before a defect is found, and where it must be: a check looks at the levels, and at the passes of a
 # level, in this order. Nothing behind the first finding can change it, and it takes most of the time.
 UP_TO: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
@@ -76,6 +82,16 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
     assert failed, "the defect was not caught"
     assert (failed[0].level, *_where(failed[0])) == (mutant.level, mutant.section, mutant.at)
     assert failed[0].odd_one_out == ALIASES.get(mutant.backend, mutant.backend)
+
+
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if max(m.size) <= 200], ids=lambda mutant: mutant.name)
+def test_the_mistake_is_named(bench: Bench, mutant: Mutant) -> None:
+    dtypes = ("float64", "float32") if mutant.level == "L2" else ("float64",)
+    case = _case(mutant.spec, mutant.size, dtypes=dtypes)
+    compared = bench.check(case, mutant.backend, mutant.path)
+    pairs = bench.explain(case, mutant.backend, mutant.path, compared)
+    named = [defect.best for pair in pairs if pair.diagnosis for defect in pair.diagnosis.defects]
+    assert (mutant.name in NOT_NAMED) == (not named or named[0] is None), NOT_NAMED.get(mutant.name, "not named")
 
 
 @pytest.mark.parametrize("mutant", OF_ORDER, ids=lambda mutant: mutant.name)

@@ -191,7 +191,7 @@ def test_a_failure_shows_the_users_line_the_table_the_first_layer_and_the_diagno
     for line in (
         "L1 identity in float64",
         "L2 precision in float32",
-        "first forwards: its output at norm",
+        "first forwards: the output of norm",
         "diagnosis",
     ):
         assert any(line in one for one in report), line
@@ -210,7 +210,7 @@ def test_a_failure_of_another_framework_is_shown_alike(project: Project) -> None
     )
     shown = failure(project.run(failed=1))
     assert "torch (Net) | flax (Linen)" in shown
-    assert "first forwards: its output at norm" in shown
+    assert "first forwards: the output of norm" in shown
 
 
 def test_the_users_own_helpers_are_shown_and_the_assertion_without_the_fixture_too(project: Project) -> None:
@@ -335,7 +335,7 @@ def test_a_model_that_changed_differs_from_its_golden_record(project: Project) -
     assert "test_models.py:3: in test_net: parity.record(Net(eps=1e-3), inputs=images())" in shown
     assert f"recorded with torch 1.13.0, now with torch {torch.__version__}" in shown
     assert f"torch: 1.13.0 | {torch.__version__}" in shown
-    assert "first forwards: its output at norm" in shown
+    assert "first forwards: the output of norm" in shown
     assert "yours has an eps of 0.001, the reference has an eps of 1e-05" in shown
     assert "are not the recorded ones" not in shown
     assert "common/" not in shown
@@ -594,5 +594,5 @@ def test_a_keras_application_is_recorded_as_its_authors_wrote_it(project: Projec
     project.run("--parity-against=golden", passed=1)
     project.tests(source.replace("parity.record", f"{CHANGE}; parity.record"), "")
     shown = " ".join(failure(project.run("--parity-against=golden", failed=1)).split())
-    assert "first forwards: its output at expanded_conv_project_BN" in shown
+    assert "first forwards: the output of expanded_conv_project_BN" in shown
     assert "`expanded_conv_project_BN`: yours has an eps of 0.01, the reference has an eps of 0.001" in shown

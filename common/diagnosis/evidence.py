@@ -12,6 +12,8 @@ import numpy as np
 
 from common.foreign.operations import Operation
 
+_NAMED = 2  # of the places where one defect is again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
@@ -89,6 +91,7 @@ class Finding:
     after: float  # the same with the reference changed by the hypothesis
     # How special it is, for two that leave as little: an eps that is another number says less than a missing bias.
     cost: float = 1.0
+    also: tuple[str, ...] = ()  # other places of the same
 
     @property
     def sentence(self) -> str:
@@ -96,7 +99,10 @@ class Finding:
         now = "of another shape now" if isinf(self.before) else f"{self.before:.2g} now"
         proof = f"so changed, the reference agrees with it to {self.after:.0e} ({now})"
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"`{self.place}`: yours {self.yours}, the reference {self.reference}; {proof}.{remedy}"
+        named = [f"`{place}`" for place in self.also[:_NAMED]]
+        rest = len(self.also) - len(named)
+        also = f" and also {', '.join(named)}{f' and {rest} more' if rest else ''}" if named else ""
+        return f"`{self.place}`{also}: yours {self.yours}, the reference {self.reference}; {proof}.{remedy}"
 
 
 @dataclass(frozen=True, kw_only=True)

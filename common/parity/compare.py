@@ -203,7 +203,9 @@ def compare(records: Sequence[Record], *, float32: Record | None = None, truth: 
             _check_same_recipe(records[0], other)
     # All that any of them says it holds: what another lacks is missing there.
     described = ((name, array) for record in records for name, array in record.arrays.items())
-    expected = {name: array for name, array in described if name.mode in modes and KINDS[name.kind].compared}
+    expected = {
+        name: array for name, array in described if name.mode in modes and KINDS[name.kind].compared and array.compared
+    }
     problems = [
         Problem(backend=label, tensor=weight, what="did not come back bitwise after loading and exporting it")
         for label, record in labels.items()

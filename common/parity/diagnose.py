@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from common.diagnosis.arithmetic import activate
+from common.diagnosis.causes import AND
 from common.diagnosis.evidence import (
     Backward,
     Diagnosis,
@@ -97,9 +98,7 @@ def _merged(found: Sequence[Explained]) -> Iterator[Explained]:
             moved = " and ".join(f"`{group[0].place}`" for group in strides[1:])
             best = replace(best, reference=f"{best.reference}, and the other way round at {moved}")
         if places:
-            named = ", ".join(f"`{place}`" for place in places[:2])
-            more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-            best = replace(best, yours=f"(and {named}{more}) {best.yours}")
+            best = replace(best, also=tuple(places))
         yield replace(first, best=best)
 
 
@@ -623,7 +622,9 @@ def _answer(place: str, findings: Sequence[Finding]) -> Explained:
     """The finding that leaves least; of those that leave nothing but rounding the plainest."""
     ranked = sorted(findings, key=lambda found: (not _explains(found), found.cost if _explains(found) else found.after))
     best = ranked[0] if ranked and _explains(ranked[0]) else None
-    others = [found for found in ranked if best is None or found.cause != best.cause]
+    # The same cause with another in addition is no other answer.
+    first = set(best.cause.split(AND)) if best else set()
+    others = [found for found in ranked if best is None or not first <= set(found.cause.split(AND))]
     return Explained(place=place, best=best, runner_up=others[0] if others else None, others=tuple(others[1:]))
 
 

@@ -135,9 +135,14 @@ class Gate:
         verdict: Verdict = "same" if same else "different"
         if self._only_reported(name, pair):
             verdict = "reported"
-        elif (amplified or response == inf) if same else not ordered:
+        elif (amplified or response == inf) if same else not ordered and distance <= self._most(name, level):
             verdict = "undecided"
         return Judgement(level=level, response=response, verdict=verdict, ordered=ordered)
+
+    def _most(self, name: ArrayName, level: Level) -> float:
+        """Beyond this two differ, whatever their order responses would be."""
+        believed = ORDER_LIMIT * (least := self.least(name, level))
+        return RESPONSE_FACTOR * rho(least, believed, believed)
 
     def least(self, name: ArrayName, level: Level) -> float:
         """The one-ulp response, or the floor of its kind of array."""

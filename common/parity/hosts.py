@@ -14,11 +14,11 @@ from common.foreign.adapters import adapter
 from common.foreign.protocol import Forced, Inputs, Layout, Loss, Runner, Trace
 from common.parity.names import Mode
 from common.parity.orders import orders
-from common.parity.own import ModelPasses, ModelSteps, named, silent
+from common.parity.own import ModelPasses, ModelSteps, images_in, named, silent
 from common.parity.record import Manifest, Record
 from common.parity.recording import record_subjects
 from common.parity.subjects import passes
-from common.weights import digest
+from common.weights import LazyWeights, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,9 @@ class Here:
         if ask.train is not None and ask.batches:
             subjects.append(ModelSteps(runner, ask.batches, ask.train, clock, self.title))
         given = named(ask.inputs)
-        images = watched.images if watched is not None else 1
-        other_orders = orders(images)[: ask.orders]
+        other_orders = orders(images_in(ask.inputs))[: ask.orders]
         recorded = record_subjects(subjects, other_orders, ask.draws, clock)
-        values = runner.values()
+        values = watched.values if watched is not None else runner.values()
         described = self._adapter.describe()
         device = described.pop("device")
         manifest = Manifest(
@@ -113,8 +112,8 @@ class Here:
             device=device,
             threads=int(described.get("threads", "1")),
             seed=0,
-            inputs=digest({name: _double(array) for name, array in given.items()}),
-            weights=digest({name: _double(array) for name, array in values.items()}),
+            inputs=_digest(given),
+            weights=_digest(values),
             source="inputs of the user's own",
             shape=next(iter(given.values())).shape or (1,),
             arrays=tuple(array for subject in subjects for array in subject.arrays),
@@ -128,7 +127,8 @@ class Here:
             calls=watched.calls if watched is not None else (),
         )
         arrays = dict(recorded.arrays) | (dict(watched.extra()) if watched is not None else {})
-        return Record(Path(self.name), manifest, {name: partial(arrays.__getitem__, name) for name in arrays})
+        # Each by itself: who keeps some of them is not to keep all.
+        return Record(Path(self.name), manifest, {name: partial(_itself, array) for name, array in arrays.items()})
 
     def forced(self, ask: Ask, training: bool, forced: Mapping[str, Forced]) -> Trace:
         return self.runner.run(
@@ -175,8 +175,17 @@ class Recorded:
         raise ModelError(f"{self.name} is a record, and cannot be run")
 
 
+def _itself(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """As float64, which is made of one array after another."""
+    return digest(LazyWeights({name: partial(_double, array) for name, array in arrays.items()}))
+
+
 def _double(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64) if array.dtype.kind in "fV" else array
+    return array.astype(np.float64, copy=False) if array.dtype.kind in "fV" else array
 
 
 def in_layout(inputs: Inputs, given: str, wanted: str) -> Inputs:

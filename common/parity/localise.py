@@ -22,7 +22,7 @@ from common.parity.hosts import Ask, Host
 from common.parity.levels import FLOOR, ORDER_LIMIT, RESPONSE_FACTOR, SAME_VALUES, UNIT, rho
 from common.parity.matching import Matching, Turn, turns
 from common.parity.names import ArrayName, Pass
-from common.parity.record import LayerCall, Record, Source, distance, norm
+from common.parity.record import LayerCall, Record, Source, distance, finite, norm
 
 # So many arrays behind a layer are looked at for what an activation makes of its output.
 _BEHIND = 6
@@ -632,6 +632,8 @@ def _added(
     limits: _Limits,
     name: ArrayName,
 ) -> Added:
+    if mine.shape == expected.shape:
+        mine, expected = finite(mine, expected)
     scale = norm(expected) or 1.0
     apart = distance(mine, expected) if mine.shape == expected.shape else np.inf
     limit = limits.of(name, expected)

@@ -22,7 +22,7 @@ from common.errors import ModelError, RecordError
 from common.foreign.protocol import Held
 from common.parity.levels import SAME_VALUES
 from common.parity.names import ArrayName, Pass
-from common.parity.record import Array, LayerCall, Record, Source, distance, norm
+from common.parity.record import Array, LayerCall, Record, Source, distance, finite, norm
 
 Shape = tuple[int, ...]
 # So many arrays behind a layer are looked at for what an activation makes of its output.
@@ -322,7 +322,10 @@ def _best_turn(a: np.ndarray, b: np.ndarray, a_layout: str, b_layout: str) -> Tu
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and distance(a, b) <= SAME_VALUES * norm(a)
+    if a.shape != b.shape:
+        return False
+    a, b = finite(a, b)
+    return distance(a, b) <= SAME_VALUES * norm(a)
 
 
 def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
@@ -332,7 +335,7 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
     titles = [m.record.manifest.variant for m in (a, b)]
     if len(ours) != len(theirs):
         raise ModelError(
-            f"{titles[0]} returns {len(ours)} outputs ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
+            f"{titles[0]} returns {_counted(ours)} ({words[0]}) and {titles[1]} {len(theirs)} ({words[1]}); "
             "return the same from both, in one order or under the same names"
         )
     if {name.place for name in ours} == {name.place for name in theirs}:
@@ -348,6 +351,10 @@ def _results(a: _Model, b: _Model) -> dict[str, tuple[str, Turn]]:
             )
         found[one.place] = two.place, turn
     return found
+
+
+def _counted(names: Sequence[ArrayName]) -> str:
+    return f"{len(names)} output{'s' if len(names) != 1 else ''}"
 
 
 def _by_user(a: _Model, b: _Model, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:

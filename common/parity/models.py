@@ -17,7 +17,7 @@ from common.parity.levels import DRAWS, ORDERS
 from common.parity.localise import Localised, localise, localise_records
 from common.parity.matching import Matching, aligned, match
 from common.parity.names import Mode
-from common.parity.record import Record
+from common.parity.record import Manifest, Record
 from common.parity.subjects import passes
 
 # Of what was asked, the two records by the reference's names, and how many defects were found.
@@ -155,7 +155,7 @@ def compare_hosts(
         for number, host in enumerate(hosts)
     ]
     comparisons: list[Comparison] = []
-    pairs: list[Pair] = []
+    pairs: tuple[Pair, ...] = ()
     versions: dict[str, Mapping[str, str]] = {}
     truth: Record | None = None
     soft: Record | None = None
@@ -165,14 +165,13 @@ def compare_hosts(
         try:
             found = _level(
                 hosts,
-                [replace(ask, dtype=dtype, inputs=cast(ask.inputs, dtype)) for ask in asks],
+                [_in(ask, dtype) for ask in asks],
                 tables,
                 truth,
                 soft,
+                pairs,
                 progress,
                 as_spec,
-                # What is known of one level is not found out again at the next.
-                explained={pair.other for pair in pairs if pair.localised is not None},
             )
         except _NoTwin as error:
             if dtype == "float32" or "float32" not in dtypes:
@@ -180,11 +179,11 @@ def compare_hosts(
             notes.append(f"no float64 twin, so that level L1 is left out: {error}")
             continue
         comparisons.append(found.compared)
-        pairs = [new if new.localised or i >= len(pairs) else pairs[i] for i, new in enumerate(found.pairs)]
+        pairs = found.pairs
         truth, soft = (found.reference, soft) if dtype == "float64" else (truth, found.reference)
         versions |= {
-            host.name: dict(record.manifest.versions) | {"device": record.manifest.device}
-            for host, record in zip(hosts, found.records, strict=True)
+            host.name: dict(manifest.versions) | {"device": manifest.device}
+            for host, manifest in zip(hosts, found.manifests, strict=True)
         }
         for pair in found.pairs:
             notes += [note for note in _unmatched(pair) if note not in notes]
@@ -192,11 +191,16 @@ def compare_hosts(
         names=tuple(host.name for host in hosts),
         modes=chosen,
         comparisons=tuple(sorted(comparisons, key=lambda compared: compared.level)),
-        pairs=tuple(pairs),
+        pairs=pairs,
         notes=tuple(notes),
         versions=versions,
         seconds=time.perf_counter() - started,
     )
+
+
+def _in(ask: Ask, dtype: str) -> Ask:
+    batches = tuple(cast(batch, dtype) for batch in ask.batches)
+    return replace(ask, dtype=dtype, inputs=cast(ask.inputs, dtype), batches=batches)
 
 
 def explain(reference: Host, other: Host, asks: tuple[Ask, Ask]) -> tuple[Pair, tuple[Record, Record]]:
@@ -224,8 +228,8 @@ class _NoTwin(Exception):
 @dataclass(frozen=True, kw_only=True)
 class _Level:
     compared: Comparison
-    reference: Record
-    records: tuple[Record, ...]
+    reference: Record  # what of it was compared
+    manifests: tuple[Manifest, ...]
     pairs: tuple[Pair, ...]
 
 
@@ -235,10 +239,11 @@ def _level(
     tables: Sequence[Mapping[str, str] | None] | None,
     truth: Record | None,
     soft: Record | None,
+    before: Sequence[Pair],
     progress: Callable[[str, str], None],
     as_spec: AsSpec | None,
-    explained: set[str],
 ) -> _Level:
+    """`before` are the pairs of another level: what was localised there is not looked for again."""
     with ExitStack() as stack:
         records: list[Record] = []
         for host, ask in zip(hosts, asks, strict=True):
@@ -259,11 +264,15 @@ def _level(
             truth=_truth(own, truth, seen) if asks[0].dtype == "float32" else None,
         )
         pairs = []
-        for host, ask, other, view, found in zip(hosts[1:], asks[1:], others, views, matchings, strict=True):
+        for number, (host, ask, other, view, found) in enumerate(
+            zip(hosts[1:], asks[1:], others, views, matchings, strict=True)
+        ):
             pair = Pair(reference=hosts[0].name, other=host.name, matching=found)
+            if before and before[number].localised is not None:
+                pairs.append(before[number])
+                continue
             between = compared.of(compared.backends[0], view[1].label)
-            known = host.name in explained or not (other.manifest.calls and reference.manifest.calls)
-            if between.differs and not known:
+            if between.differs and other.manifest.calls and reference.manifest.calls:
                 progress(host.name, "localise")
                 if "layers" in host.lacks:
                     localised = localise_records(reference, other, found, view)
@@ -273,9 +282,15 @@ def _level(
                 if as_spec is not None:
                     progress(host.name, "specifications")
                     diagnosis = replace(diagnosis, as_spec=as_spec(ask, view, len(diagnosis.defects)))
-                pair = replace(pair, localised=localised, diagnosis=diagnosis)
+                # The arrays of its passes are as many as a model's: nobody needs them any more.
+                pair = replace(pair, localised=replace(localised, traces={}), diagnosis=diagnosis)
             pairs.append(pair)
-        return _Level(compared=compared, reference=reference, records=tuple(records), pairs=tuple(pairs))
+        return _Level(
+            compared=compared,
+            reference=reference.restricted(set(reference.arrays)),
+            manifests=tuple(record.manifest for record in records),
+            pairs=tuple(pairs),
+        )
 
 
 def _truth(own: Record, truth: Record | None, seen: set[Any]) -> Record | None:
@@ -300,7 +315,7 @@ def chosen_modes(
     """
     needs = {"train": "training", "grad": "gradients"}
     found: list[Mode] = []
-    for mode in wanted or _MODES:
+    for mode in _MODES if wanted is None else wanted:
         lacking = [host.name for host in hosts if needs.get(mode) in host.lacks]
         if lacking and wanted:
             raise ModelError(f"mode {mode} is asked for, and {lacking[0]} has none: leave it out")

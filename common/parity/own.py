@@ -6,6 +6,7 @@ the name of the layer that takes it. So what stands between layers is seen where
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from common.foreign.operations import Activation, Dropout, Flatten, to_data
 from common.foreign.protocol import Inputs, Loss, Runner, Trace
 from common.parity.levels import RANDOM
 from common.parity.names import ArrayName, Mode, Pass
-from common.parity.record import Array, LayerCall, Source, distance, norm
+from common.parity.record import Array, LayerCall, Source, distance, finite, norm
 from common.parity.subjects import Keep, passes
-from common.weights import perturb_array
+from common.weights import LazyWeights, perturb_array
 
 _EXACT = (Activation, Dropout, Flatten)
 
@@ -41,7 +42,7 @@ class ModelPasses:
         self._runner, self._modes, self._loss, self._clock, self._title = runner, modes, loss, clock, title
         self.given = named(inputs)
         self._as_list = not isinstance(inputs, Mapping)
-        self._values = runner.values()
+        self.values = runner.values()  # every array that the model holds
         self.trained = tuple(name for name, trained in runner.trained.items() if trained)
         self._looked: dict[Pass, Looked] = {}
         for run in passes(modes):
@@ -67,14 +68,8 @@ class ModelPasses:
         run = next(iter(self._looked))
         for name, array in self.given.items():
             yield ArrayName(run, "given", name), array
-        for name, array in self._values.items():
+        for name, array in self.values.items():
             yield ArrayName(run, "weight", name), array
-
-    @property
-    def images(self) -> int:
-        """How many there are in the batch: 1 where that cannot be told, and the batch has no other order."""
-        counts = {array.shape[:1] for array in self.given.values()}
-        return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
 
     def not_restored(self) -> list[str]:
         return []
@@ -88,7 +83,7 @@ class ModelPasses:
             return
         if draw is not None:
             given = {name: _moved(array, draw, name) for name, array in given.items()}
-            self._runner.load({name: _moved(array, draw, name) for name, array in self._values.items()})
+            self._runner.load(_all_moved(self.values, draw))
         if order is not None:
             given = {name: array[order] for name, array in given.items()}
         try:
@@ -105,7 +100,7 @@ class ModelPasses:
                             keep(name, back)
         finally:
             if draw is not None:
-                self._runner.load(self._values)
+                self._runner.load(self.values)
 
     def _trace(self, run: Pass, given: Mapping[str, np.ndarray]) -> Trace:
         inputs: Inputs = list(given.values()) if self._as_list else given
@@ -159,11 +154,11 @@ class ModelPasses:
         for looked in self._looked.values():
             by_output = {(source.name): call for call in looked.calls for source in call.outputs[:1]}
             terms = {
-                held["name"]: max(1, int(np.prod(call.outputs[0].shape)) // max(1, self._values[held["name"]].size))
+                held["name"]: max(1, int(np.prod(call.outputs[0].shape)) // max(1, self.values[held["name"]].size))
                 for call in looked.calls
                 if call.outputs
                 for role, held in call.arrays.items()
-                if role == "bias" and held["name"] in self._values
+                if role == "bias" and held["name"] in self.values
             }
             owners = {held["name"]: call.layer for call in looked.calls for held in call.arrays.values()}
             names = [name for name in looked.arrays if name.mode in self._modes]
@@ -178,6 +173,8 @@ class ModelPasses:
                     terms=terms.get(name.place, 1) if name.kind == "grad" else 1,
                     rounds=name.kind == "tap" and not exact,
                     sparse=name.kind != "result",
+                    # A mask inside, or what a maximum is padded with.
+                    compared=name.kind not in ("tap", "into") or not np.isinf(looked.arrays[name]).any(),
                 )
 
 
@@ -214,7 +211,7 @@ class ModelSteps:
         batches = self._batches
         if draw is not None:
             batches = [_each(b, lambda a, key, n=n: _moved(a, draw, f"{key} of {n}")) for n, b in enumerate(batches)]  # type: ignore[misc]
-            self._runner.load({name: _moved(array, draw, name) for name, array in self._values.items()})
+            self._runner.load(_all_moved(self._values, draw))
         if order is not None:
             batches = [_each(batch, lambda a, key: a[order]) for batch in batches]
         try:
@@ -249,6 +246,12 @@ _EXACT_NAMES = {kind.__name__ for kind in _EXACT}
 def named(inputs: Inputs) -> dict[str, np.ndarray]:
     """The arrays that a model is called with, by name or position."""
     return dict(inputs) if isinstance(inputs, Mapping) else {str(i): array for i, array in enumerate(inputs)}
+
+
+def images_in(inputs: Inputs) -> int:
+    """How many images the batch has: 1 where that cannot be told, and it has no other order."""
+    counts = {array.shape[:1] for array in named(inputs).values()}
+    return counts.pop()[0] if len(counts) == 1 and () not in counts else 1
 
 
 def short(name: ArrayName) -> str:
@@ -357,6 +360,11 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.array_equal(a[few].reshape(-1)[:64], b[few].reshape(-1)[:64])) and np.array_equal(a, b)
 
 
+def _all_moved(values: Mapping[str, np.ndarray], draw: int) -> LazyWeights:
+    """One after another, as they are loaded."""
+    return LazyWeights({name: partial(_moved, array, draw, name) for name, array in values.items()})
+
+
 def _moved(array: np.ndarray, draw: int, name: str) -> np.ndarray:
     """Moved by ulps where it is floating point."""
     if array.dtype in (np.float32, np.float64):
@@ -365,7 +373,10 @@ def _moved(array: np.ndarray, draw: int, name: str) -> np.ndarray:
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
-    return distance(a, b) <= RANDOM[str(b.dtype)] * norm(b)
+    if a.shape != b.shape:
+        return False
+    first, second = finite(a, b)
+    return distance(first, second) <= RANDOM[str(b.dtype)] * norm(second)
 
 
 def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:

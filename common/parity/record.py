@@ -41,6 +41,7 @@ class Array(Checked):
     terms: Count = 1  # of the sums of gradients that its elements are, where these terms may be equal: a bias's
     rounds: bool = False  # whether its layer rounds, and it shows whether to float32
     sparse: bool = False  # whether it is compared even if it is nearly all zero
+    compared: bool = True
 
 
 def _parsed(name: str) -> ArrayName | None:
@@ -212,6 +213,13 @@ def write(path: Path | str, arrays: Mapping[ArrayName, np.ndarray], manifest: Ma
 def norm(array: np.ndarray) -> float:
     """Euclidean norm over all values, summed in float64."""
     return distance(array, None)
+
+
+def finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of one shape, with zeros where both hold the same infinity."""
+    if a.dtype.kind != "f" or not (same := np.isinf(a) & (a == b)).any():
+        return a, b
+    return np.where(same, 0, a), np.where(same, 0, b)
 
 
 def distance(a: np.ndarray, b: np.ndarray | None) -> float:

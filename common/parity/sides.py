@@ -19,7 +19,7 @@ from common.backends.process import BackendProcess
 from common.diagnosis.evidence import Finding
 from common.errors import BackendMissing, ModelError, SpecError
 from common.foreign.files import Reference
-from common.foreign.protocol import Inputs
+from common.foreign.protocol import Inputs, Layout
 from common.parity.elsewhere import Elsewhere
 from common.parity.hosts import Ask, Host, Recorded, in_layout
 from common.parity.matching import match
@@ -94,7 +94,7 @@ class Sides:
         column = reference.host
         trial = None
         if isinstance(column, Column) and reference.spec is not None:
-            trial = self._trial(column, reference.spec)
+            trial = self._trial(column, reference.spec, theirs.host.layout)
         return compare_hosts(
             [reference.host, theirs.host], inputs, modes=modes, dtypes=dtypes, progress=self._progress, as_spec=trial
         )
@@ -164,19 +164,17 @@ class Sides:
         column.network = replace(column.network, values=values)
         return Side(host=column, spec=spec)
 
-    def _trial(self, column: Column, spec: Spec) -> Callable[[Ask, tuple[Record, Record], int], Finding | None]:
+    def _trial(
+        self, column: Column, spec: Spec, layout: Layout
+    ) -> Callable[[Ask, tuple[Record, Record], int], Finding | None]:
         process = self._process
         assert process is not None
 
         def trial(ask: Ask, views: tuple[Record, Record], defects: int) -> Finding | None:
-            own = replace(ask, inputs=in_layout(ask.inputs, _layout(views[1]), column.layout))
+            own = replace(ask, inputs=in_layout(ask.inputs, layout, column.layout))
             return as_spec(spec, column.network, process, own, views, defects)
 
         return trial
-
-
-def _layout(view: Record) -> str:
-    return view.manifest.layout
 
 
 def _floating(found: Record) -> list[str]:

@@ -12,7 +12,7 @@ from common.backends.process import BackendProcess
 from common.parity.compare import Comparison, Difference
 from common.parity.levels import ORDER_LIMIT, PRECISION_FACTOR, RESPONSE_FACTOR
 from common.parity.session import CheckResult
-from common.report.explained import explained
+from common.report.explained import Line, explained
 from common.training import recipe as recipes
 from common.training.recipe import TrainingRecipe
 
@@ -42,15 +42,15 @@ def result(found: CheckResult) -> Group:
     return Group(*parts)
 
 
-def comparison(compared: Comparison) -> Group:
-    """One level: the worst of every mode and pair, and on failure where it begins and whose it is."""
+def comparison(compared: Comparison, named: bool = True) -> Group:
+    """One level: the worst of every mode and pair, and on failure where it begins and whose it is. Where there is one
+    pair alone its models need not be `named` in every row."""
     parts: list[RenderableType] = [Text(f"  {_TITLES[compared.level]}", style="bold")]
     if compared.level == "L0":
-        parts.append(Padding(_exact(compared), (0, 0, 0, 4), expand=False))
+        parts.append(Line(_exact(compared)))
     else:
-        parts.append(Padding(_table(compared), (0, 0, 0, 4), expand=False))
-    lines = list(_explain(compared))
-    parts += [Padding(line, (0, 0, 0, 4), expand=False) for line in lines]
+        parts.append(Padding(_table(compared, named), (0, 0, 0, 4), expand=False))
+    parts += [Line(line) for line in _explain(compared)]
     return Group(*parts)
 
 
@@ -66,24 +66,21 @@ def _exact(compared: Comparison) -> Text:
     )
 
 
-def _table(compared: Comparison) -> Table:
+def _table(compared: Comparison, named: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column, justify in (
-        ("mode", "left"),
-        ("pair", "left"),
-        ("rel. error", "right"),
-        ("/ response", "right"),
-        ("largest at", "left"),
-    ):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.columns[-1].overflow = "fold"
+    table.add_column("mode", no_wrap=True)
+    if named:
+        table.add_column("pair", overflow="fold")
+    table.add_column("rel. error", justify="right", no_wrap=True)
+    table.add_column("/ response", justify="right", no_wrap=True)
+    table.add_column("largest at", overflow="fold")
     for part, differences in _by_section(compared.worst()).items():
         for index, difference in enumerate(differences):
             style = _STYLES[difference.verdict]
             note = "" if difference.verdict in ("same", "different") else f"  ({difference.verdict})"
             table.add_row(
                 part if index == 0 else "",
-                " | ".join(difference.pair),
+                *([" | ".join(difference.pair)] if named else []),
                 Text(f"{difference.error:.1e}", style),
                 Text(f"{difference.ratio:.2f}" if difference.ratio < 1000 else f"{difference.ratio:.1e}", style),
                 Text(difference.tensor.where + note, style),

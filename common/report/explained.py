@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,14 +13,29 @@ from common.parity.localise import Added, Localised
 from common.parity.models import Pair
 
 _MOST = 8
+# Of a place: in the table, and before its name.
 _WORDS = {
-    "input": "what comes into it",
-    "layer": "its output",
-    "result": "what the model returns",
-    "statistic": "a running statistic",
-    "gradient": "a gradient",
-    "cotangent": "what comes back to it",
+    "input": ("its input", "the input of"),
+    "layer": ("its output", "the output of"),
+    "result": ("what the model returns", "what the model returns:"),
+    "statistic": ("a statistic", "the statistic"),
+    "gradient": ("a gradient", "the gradient of"),
+    "cotangent": ("what comes back", "what comes back to"),
 }
+
+
+class Line:
+    """A line of text, indented; whole where a log wraps by itself, and in a terminal each of its rows is."""
+
+    def __init__(self, content: Text, indent: int = 4) -> None:
+        self._content, self._indent = content, indent
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # Padding cuts what it may not wrap.
+        if options.no_wrap:
+            yield Text(" " * self._indent).append_text(self._content)
+        else:
+            yield Padding(self._content, (0, 0, 0, self._indent), expand=False)
 
 
 def explained(pair: Pair) -> list[RenderableType]:
@@ -51,8 +66,8 @@ def localised(found: Localised) -> Group:
         )
         return Group(*parts)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column, justify in (("layer", "left"), ("in yours", "left"), ("of", "left"), ("mode", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in ("layer", "in yours", "of", "mode"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("of", "mode"))
     for column in ("added", "inherited", "limit"):
         table.add_column(column, justify="right", no_wrap=True)
     forward = [one for one in failing if not one.backward]
@@ -62,7 +77,7 @@ def localised(found: Localised) -> Group:
         table.add_row(
             one.place,
             one.yours,
-            _WORDS[one.part],
+            _WORDS[one.part][0],
             one.run,
             Text(f"{one.added:.1e}", "bold red"),
             inherited,
@@ -70,13 +85,13 @@ def localised(found: Localised) -> Group:
         )
     parts.append(Padding(table, (0, 0, 0, 4), expand=False))
     if len(failing) > len(shown):
+        back = sum(one.backward for one in failing) if forward else 0
         rest = len(failing) - len(shown)
-        parts.append(
-            Text(f"    … and {rest} more, of these on the way back {sum(one.backward for one in failing)}", "dim")
-        )
+        of_these = f", {back if back < rest else 'all'} of them on the way back" if back else ""
+        parts.append(Text(f"    … and {rest} more{of_these}", "dim"))
     for words, first in (("forwards", found.first), ("backwards", found.first_backward)):
         if first is not None:
-            parts.append(Text(f"    first {words}: {_where(first)}, added {first.added:.1e}", "bold red"))
+            parts.append(Line(Text(f"first {words}: {_where(first)}, added {first.added:.1e}", "bold red")))
     return Group(*parts)
 
 
@@ -84,17 +99,16 @@ def diagnosis(found: Diagnosis) -> Group:
     """Each defect in a sentence with its proof, and what comes next."""
     parts: list[RenderableType] = [Text("  diagnosis", "bold")]
     for number, defect in enumerate(found.defects, 1):
-        parts += [Padding(line, (0, 0, 0, 4)) for line in _defect(number, defect)]
+        parts += [Line(line) for line in _defect(number, defect)]
     if found.as_spec is not None:
         spec = found.as_spec
         parts.append(
-            Padding(
+            Line(
                 Text(
                     f"as a specification: yours {spec.yours}, and the reference {spec.reference}; "
                     f"so changed it agrees to {spec.after:.0e} ({spec.before:.2g} now)",
                     "bold red",
-                ),
-                (0, 0, 0, 4),
+                )
             )
         )
     if not found.defects:
@@ -114,4 +128,4 @@ def _defect(number: int, defect: Explained) -> Iterator[Text]:
 
 def _where(one: Added) -> str:
     place = one.place if one.place == one.yours else f"{one.place} ({one.yours} in yours)"
-    return f"{_WORDS[one.part]} at {place}" if one.part != "result" else f"what the model returns ({place})"
+    return f"{_WORDS[one.part][1]} {place}"

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from common.backends.columns import ALIASES
 from common.parity.case import Case, Inputs, tasks
 from common.parity.compare import Comparison
+from common.parity.models import Pair
 from common.parity.record import Record
 from common.parity.session import Session, compare_case
 from tests.mutants.planting import Planted
@@ -36,6 +37,12 @@ class Bench:
                 self._clean[case, column] = self._session.run(column, inputs, column == reference)
             records[column] = self._clean[case, column]
         return compare_case(case, records, reference)
+
+    def explain(self, case: Case, backend: str, plant: str, compared: list[Comparison]) -> list[Pair]:
+        """Where and why the backend with the defect differs, as a check that fails finds it out."""
+        backend = ALIASES.get(backend, backend)
+        wrap = {backend: lambda request: Planted(request=request, plant=plant)}
+        return self._session.explain(self._prepared[case], compared, wrap=wrap)
 
     def _run_planted(self, column: str, inputs: Inputs, reference: bool, plant: str) -> dict[str, Record]:
         made = {}
