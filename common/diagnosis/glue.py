@@ -1,9 +1,9 @@
 """Why plain code between layers differs: the reference's formula, and what in it yours has otherwise."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from itertools import permutations
-from math import inf, sqrt
+from math import inf, pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -294,6 +294,8 @@ class _Edits:
         match do:
             case Activation():
                 yield from _of_activation(node, do, path, wide, gated=self._gates(path))
+                if self.backend.startswith("keras"):
+                    yield from self._of_tensorflow(node, do, path)
                 if isinstance(inner[0], Applied) and isinstance(inner[0].do, Merge):
                     yield from _moved_in(do, inner[0])
                 if isinstance(inner[0], Applied) and isinstance(inner[0].do, Pool | GlobalPool):
@@ -314,6 +316,25 @@ class _Edits:
                 yield from _of_attention(node, do)
             case Pool() | GlobalPool() | Flatten() | Softmax() | LocalResponseNorm():
                 yield from self._of_operation(node, path)
+
+    def _of_tensorflow(
+        self, node: Applied, do: Activation, path: tuple[int, ...]
+    ) -> Iterator[tuple[str, Expression, float, Change | None]]:
+        """GELU of float64 with constants in float32, as TensorFlow has it."""
+        inner = node.of[0]
+        ways: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"gelu": _erf_form, "gelu_tanh": _tanh_form}
+        for at, (name, form) in enumerate(ways.items()):
+            cause = "precision" if do.name == name else "activation"
+            change = Change(
+                cause=cause,
+                yours=f"{words.doing(Activation(name=name))} with constants in float32, as TensorFlow does",
+                reference=words.doing(do),
+                facts=of_activation(do.name, do.slope),
+                cost=1.1 + at / 50,
+                slot=f"activation{path}",
+            )
+            value = Computed(words=change.yours, value=lambda form=form: form(self.values.of(inner)))  # type: ignore[misc]
+            yield cause, value, change.cost, change
 
     def _gates(self, path: tuple[int, ...]) -> bool:
         """Whether what stands there is multiplied with something."""
@@ -478,6 +499,15 @@ class _Edits:
             yield trial.changes, Computed(words="dropout", value=trial.work.computed)
 
 
+def _erf_form(x: np.ndarray) -> np.ndarray:
+    near = sqrt(2.0) * float(np.float32(sqrt(0.5)))
+    return np.asarray(arithmetic.activate("gelu", x * near) / near)
+
+
+def _tanh_form(x: np.ndarray) -> np.ndarray:
+    return np.asarray(0.5 * x * (1 + np.tanh(sqrt(2 / pi) * (x + float(np.float32(0.044715)) * x**3))))
+
+
 def _of_activation(
     node: Applied, do: Activation, path: tuple[int, ...], wide: bool, *, gated: bool
 ) -> Iterator[tuple[str, Expression, float, Change | None]]:
@@ -486,15 +516,6 @@ def _of_activation(
     facts: dict[str, Any] = of_activation(do.name, do.slope)
     slopes = {"leaky_relu": (0.01, 0.2, 0.3, 0.1)}
     for at, name in enumerate(arithmetic.ACTIVATIONS):
-        if name == do.name == "gelu":
-            # TensorFlow's in float64.
-            root = float(np.sqrt(2.0)) / float(np.sqrt(np.float32(2.0)))
-            rounded = Applied(do=do, of=(Applied(do=Scale(factor=root), of=(inner,)),))
-            said = "has the root of 2 in GELU in float32"
-            change = Change(
-                cause="precision", yours=said, reference="in float64", facts=facts, slot=f"activation{path}"
-            )
-            yield "precision", Applied(do=Scale(factor=1 / root), of=(rounded,)), 1.0, change
         for slope in slopes.get(name, (None,)):
             other = Activation(name=name, slope=slope)
             if other == do or (not wide and name not in COMMON[:5] and name != "identity"):

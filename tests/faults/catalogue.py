@@ -427,6 +427,13 @@ FAULTS = (
         "layers.1.fc2",
         plan={"second.act": "own_gelu"},
     ),
+    _fault(
+        "TensorFlow's tanh form",
+        "torch transformer > keras transformer",
+        "activation",
+        "layers.0.fc2",
+        plan={"first.act": "own_gelu_tanh"},
+    ),
     _fault("detached", f"{_MODULES} > {_MODULES}", "detached", "units.1.norm2", plan={"two.detach": True}),
     _fault("detached shortcut", f"{_COMPACT} > {_NNX}", "detached", "blocks/2/shortcut", plan={"three.detach": True}),
 )

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": ops.silu,
     # TensorFlow's own have their constants in float32.
     "gelu": lambda x: 0.5 * x * (1.0 + ops.erf(x / number(np.sqrt(2.0), x))),
+    "own_gelu_tanh": lambda x: ops.gelu(x, approximate=True),
     "own_gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_tanh": lambda x: 0.5 * x * (1.0 + ops.tanh(number(_TANH, x) * (x + number(0.044715, x) * x**3))),
     "sigmoid": ops.sigmoid,
@@ -222,8 +223,9 @@ class Encoder(layers.Layer):
         super().__init__(**settings)
         self.ln1 = layers.LayerNormalization(epsilon=plan(f"{block}.norm1.eps", 1e-6), name="ln1")
         self.keras_own = plan(f"{block}.attention", "own") == "keras"
-        self.attend = layers.MultiHeadAttention(HEADS, 24 // HEADS, name="attend")
-        if not self.keras_own:
+        if self.keras_own:
+            self.attend = layers.MultiHeadAttention(HEADS, 24 // HEADS, name="attend")
+        else:
             self.attend = Attention(block, plan, name="attend")
         self.ln2 = layers.LayerNormalization(epsilon=plan(f"{block}.norm2.eps", 1e-6), name="ln2")
         self.fc1, self.fc2 = layers.Dense(40, name="fc1"), layers.Dense(24, name="fc2")
