@@ -240,7 +240,7 @@ def _passed(
         return rows, trace, fused
     # What those that differ give, goes on as it is: it may be the reference's again behind an activation.
     loose = {name: replace(one, outputs=(), cotangents=()) for name, one in forced.items() if name in failing}
-    free[run], _ = passed(forced | loose)
+    free[run], freely = passed(forced | loose)
     found = _fused(run, holding, failing, free[run], ours, theirs)
     for name, output in found.items():
         forced = forced | {name: replace(forced[name], outputs=(output,), cotangents=())}
@@ -249,13 +249,23 @@ def _passed(
         trace, rows = passed(forced)
     # Or only behind an addition: then what follows is wrong with the reference's output, and right with its own.
     tried = [(one, two) for one, two in holding if two.name in failing - fused and two.name in loose][:_LOOSE]
+    # Each try is a pass: none where nothing that follows is wrong with the reference's output.
+    followed = any(
+        part != "layer" or any(array is None for array in forced.get(name, Forced()).inputs)
+        for part, name, _ in failures(rows)
+    )
+    spoiling = set() if followed else _spoiling(free[run], failing, failures(freely).keys() - failures(rows).keys())
     for one, two in tried:
         name = two.name
+        if name in spoiling:
+            continue
         other, left = passed(forced | {name: loose[name]})
         if no_worse(left, rows, name):
             forced = forced | {name: loose[name]}
             fused.add(name)
             trace, rows = other, left
+            continue
+        if not followed:
             continue
         # What it gives wrongly may still be what the reference has behind an activation: so that what follows is right.
         for array in _perhaps_behind(run, one, ours):
@@ -270,6 +280,16 @@ def _passed(
                 trace, rows = other, left
                 break
     return rows, trace, fused
+
+
+def _spoiling(trace: Trace, failing: Container[str], rows: Iterable[tuple[str, str, int]]) -> set[str]:
+    """Of layers that differ, those next before what is wrong with what they give by themselves, and right without."""
+    position = {call.name: number for number, call in enumerate(trace.calls)}
+    before = [(number, name) for name, number in position.items() if name in failing]
+    found = (
+        max((one for one in before if one[0] < position.get(name, len(position))), default=None) for _, name, _ in rows
+    )
+    return {one[1] for one in found if one is not None}
 
 
 def _padded(
