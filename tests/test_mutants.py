@@ -84,6 +84,7 @@ def test_a_planted_defect_is_caught_at_its_level_and_layer_and_laid_to_its_backe
     assert failed[0].odd_one_out == ALIASES.get(mutant.backend, mutant.backend)
 
 
+@pytest.mark.long  # localising and diagnosing takes longer than finding
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if max(m.size) <= 200], ids=lambda mutant: mutant.name)
 def test_the_mistake_is_named(bench: Bench, mutant: Mutant) -> None:
     dtypes = ("float64", "float32") if mutant.level == "L2" else ("float64",)
